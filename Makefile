@@ -1,0 +1,38 @@
+# Everything works on a fresh machine with Python 3.11: each target sets up what it needs.
+PYTHON  ?= python3.11
+PROFILE ?= smol
+WORKDIR ?= runs
+SEED    ?= 0
+SET     ?=
+VENV    := .venv
+BIN     := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test lint clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+install: $(VENV)/.installed ## make .venv with the pinned packages
+
+# torch first: no other package may choose its version.
+$(VENV)/.installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check $$(grep '^torch==' requirements.lock)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+run: install ## run the whole pipeline here (PROFILE=smol|tiny WORKDIR=runs SEED=0 SET="key=value ...")
+	$(BIN)/saferlhf run --profile $(PROFILE) --workdir $(WORKDIR) --seed $(SEED) $(foreach s,$(SET),--set $(s))
+
+test: install lint ## check style and types, run all tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+
+lint: install ## ruff and mypy
+	$(BIN)/ruff check components pipelines tests
+	$(BIN)/ruff format --check components pipelines tests
+	$(BIN)/mypy
+
+clean: ## remove .venv and caches (work folders are kept)
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info

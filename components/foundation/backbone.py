@@ -1,0 +1,227 @@
+"""One causal language model, many roles.
+
+The base weights are loaded once and never change. Each role (actor, reward model, cost model, the two
+critics) is a LoRA adapter on them, plus a linear head where the role scores text; the reference policy is
+the base with every adapter switched off. Six roles then cost little more memory than one model.
+
+Shapes: B sequences, L tokens (prompt left-padded, answer right-padded), T answer tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from components.foundation.errors import ModelError
+from components.foundation.language_model import import_transformers, load_causal_lm, load_tokenizer, save_causal_lm
+from components.foundation.settings import LoraSettings
+
+REFERENCE = "reference"
+"""Name of the role that uses the base weights alone."""
+
+
+class Backbone:
+    """The base model with its adapters and heads.
+
+    Attributes:
+        tokenizer: shared by all roles.
+        device: where the weights are.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        vocabulary = model.get_input_embeddings().num_embeddings
+        if len(tokenizer) > vocabulary:
+            raise ModelError(f"the tokenizer has {len(tokenizer)} tokens but the model embeds only {vocabulary}")
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        self._model = model
+        self._linear_names = _linear_names_by_layer(model)
+        self._peft: Any = None
+        self._heads = nn.ModuleDict()
+        self._lora: dict[str, LoraSettings] = {}
+        self.tokenizer = tokenizer
+        self.device: torch.device = next(model.parameters()).device
+        self.dtype: torch.dtype = next(model.parameters()).dtype
+        self.eos_token_id: int = tokenizer.eos_token_id
+
+    @classmethod
+    def load(cls, folder: Path, dtype: str) -> Backbone:
+        """Load the base weights of a model folder; `dtype` is bfloat16 or float32."""
+        return cls(load_causal_lm(folder, getattr(torch, dtype)), load_tokenizer(folder))
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self._model.config.hidden_size)
+
+    def add_role(self, role: str, lora: LoraSettings, *, scored: bool) -> None:
+        """New adapter, initialised to change nothing; `scored` adds a linear head (fp32, zero bias)."""
+        import_transformers()
+        from peft import LoraConfig, PeftModel
+
+        config = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=0.0,
+            target_modules=[name for layer in self._linear_names[-lora.top_layers :] for name in layer],
+            task_type="CAUSAL_LM",
+        )
+        if self._peft is None:
+            self._peft = PeftModel(self._model, config, adapter_name=role)
+        else:
+            self._peft.add_adapter(role, config)
+        self._lora[role] = lora
+        if scored:
+            head = nn.Linear(self.hidden_size, 1, dtype=torch.float32, device=self.device)
+            nn.init.zeros_(head.bias)
+            nn.init.normal_(head.weight, std=1.0 / self.hidden_size)
+            self._heads[role] = head
+
+    def trainable_parameters(self, role: str) -> list[nn.Parameter]:
+        """Adapter and head parameters of a role, in a stable order."""
+        marker = f".{role}."
+        adapter = [p for name, p in self._peft.named_parameters() if ".lora_" in name and marker in name + "."]
+        return adapter + (list(self._heads[role].parameters()) if role in self._heads else [])
+
+    @contextmanager
+    def role(self, role: str, *, train: bool = False) -> Iterator[None]:
+        """Within the block the model answers as `role`; gradients flow only when `train`."""
+        if role == REFERENCE:
+            with torch.no_grad(), self._without_adapters():
+                yield
+            return
+        self._peft.base_model.set_adapter(role)
+        for parameter in self.trainable_parameters(role):
+            parameter.requires_grad_(train)
+        with torch.set_grad_enabled(train):
+            yield
+
+    @contextmanager
+    def _without_adapters(self) -> Iterator[None]:
+        if self._peft is None:
+            yield
+        else:
+            with self._peft.disable_adapter():
+                yield
+
+    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """[B, L] ids and mask -> [B, L, D] last hidden states of the current role."""
+        decoder = self._model.get_decoder()
+        output = decoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids(attention_mask),
+            use_cache=False,
+        )
+        states: Tensor = output.last_hidden_state
+        return states
+
+    def scores(self, role: str, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """[B, L] -> [B, L] head outputs of `role` at every token, in fp32. Call within `role(...)`."""
+        head: nn.Linear = self._heads[role]  # type: ignore[assignment]
+        scores: Tensor = head(self.hidden_states(input_ids, attention_mask).float()).squeeze(-1)
+        return scores
+
+    def answer_logits(self, input_ids: Tensor, attention_mask: Tensor, answer_length: int) -> Tensor:
+        """[B, L] -> [B, T, V] logits that predict the last T = `answer_length` tokens of each row."""
+        length = input_ids.shape[1]
+        keep = torch.arange(length - answer_length - 1, length - 1, device=input_ids.device)
+        output = self._model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids(attention_mask),
+            use_cache=False,
+            logits_to_keep=keep,
+        )
+        logits: Tensor = output.logits
+        return logits
+
+    def decode_step(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
+        """[B, L'] new tokens with a key-value cache -> [B, V] logits for the next token."""
+        output = self._model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def save_role(self, role: str, folder: Path) -> None:
+        """Write a role's adapter and head as safetensors."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self._role_state(role), folder / "adapter.safetensors")
+        (folder / "adapter.json").write_text(
+            json.dumps({"lora": self._lora[role].model_dump(), "scored": role in self._heads}) + "\n"
+        )
+
+    def load_role(self, role: str, folder: Path) -> None:
+        """Add `role` with the adapter and head that `save_role` wrote (under whatever role name)."""
+        from safetensors.torch import load_file
+
+        description = json.loads((folder / "adapter.json").read_text())
+        self.add_role(role, LoraSettings.model_validate(description["lora"]), scored=description["scored"])
+        stored = load_file(folder / "adapter.safetensors", device=str(self.device))
+        own = self._role_tensors(role)
+        if set(stored) != set(own):
+            raise ModelError(
+                f"adapter {folder} was made for another architecture: its layers do not fit the base model"
+            )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(stored[name])
+
+    def merge_role(self, role: str) -> None:
+        """Fold a role's adapter into the base weights (in fp32) and drop every other adapter."""
+        self._peft.base_model.set_adapter(role)
+        self._model.float()
+        self._model = self._peft.merge_and_unload(adapter_names=[role])
+        self._peft = None
+        self._heads = nn.ModuleDict()
+        self._lora = {}
+
+    def export(self, folder: Path) -> None:
+        """Write the base weights (after `merge_role`: the merged policy) as a plain Hugging Face folder."""
+        save_causal_lm(self._model, self.tokenizer, folder, self.dtype)
+
+    def _role_tensors(self, role: str) -> dict[str, Tensor]:
+        """Live tensors of a role under names that do not hold the role's name."""
+        tensors = {
+            name.replace(f".{role}.", "."): parameter
+            for name, parameter in self._peft.named_parameters()
+            if ".lora_" in name and f".{role}." in name
+        }
+        if role in self._heads:
+            tensors |= {f"head.{name}": parameter for name, parameter in self._heads[role].named_parameters()}
+        return tensors
+
+    def _role_state(self, role: str) -> dict[str, Tensor]:
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in self._role_tensors(role).items()}
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """[B, L] mask -> [B, L] positions that count real tokens only, so that padding never shifts a score."""
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def _linear_names_by_layer(model: Any) -> list[list[str]]:
+    """Full names of the linear maps in each transformer layer, first layer first, for any architecture."""
+    from transformers.pytorch_utils import Conv1D  # GPT-2's linear map
+
+    depth = int(model.config.num_hidden_layers)
+    for list_name, layers in model.named_modules():
+        if isinstance(layers, nn.ModuleList) and len(layers) == depth:
+            return [
+                [f"{list_name}.{i}.{n}" for n, m in layer.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+                for i, layer in enumerate(layers)
+            ]
+    raise ModelError(f"{type(model).__name__} has no list of {depth} layers to put adapters on")

@@ -1,0 +1,127 @@
+"""Text -> token ids -> padded batches, the same layout for training, scoring and generation.
+
+Shapes: B sequences, P prompt tokens (padded on the left), T answer tokens (padded on the right), L = P + T.
+Answers end with EOS. Padding is told from content by masks alone, so the padding id may be any id, EOS included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from components.foundation.errors import ModelError
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """One prompt with one answer, as ids. `answer` holds EOS at the end unless it was cut off."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SequenceBatch:
+    """Padded sequences.
+
+    Attributes:
+        input_ids: [B, L] token ids.
+        attention_mask: [B, L] 1 for content, 0 for padding.
+        answer_mask: [B, T] True for answer tokens, EOS included.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    answer_mask: Tensor
+
+    @property
+    def answer_length(self) -> int:
+        """T: tokens of the longest answer."""
+        return int(self.answer_mask.shape[1])
+
+    @property
+    def answers(self) -> Tensor:
+        """[B, T] ids of the answer tokens (and padding)."""
+        return self.input_ids[:, -self.answer_length :]
+
+    def rows(self, index: Tensor) -> SequenceBatch:
+        """The batch of some rows."""
+        return SequenceBatch(self.input_ids[index], self.attention_mask[index], self.answer_mask[index])
+
+
+class ChatEncoder:
+    """Lays out prompts by the tokenizer's chat template and cuts what is too long, by rule.
+
+    A prompt of more than `max_prompt_tokens` loses the end of the *user's text*, never a part of the template;
+    an answer of more than `max_answer_tokens` loses its end and then has no EOS. `truncated` counts both.
+    """
+
+    def __init__(self, tokenizer: Any, max_prompt_tokens: int, max_answer_tokens: int) -> None:
+        self._tokenizer = tokenizer
+        self._max_prompt_tokens = max_prompt_tokens
+        self._max_answer_tokens = max_answer_tokens
+        self.truncated = 0
+
+    def prompt(self, text: str) -> tuple[int, ...]:
+        """User's text -> ids of the templated prompt, ready for the assistant's first token."""
+        ids = self._templated(text)
+        excess = len(ids) - self._max_prompt_tokens
+        if excess > 0:
+            text_ids = self._tokenizer.encode(text, add_special_tokens=False)
+            if excess >= len(text_ids):
+                raise ModelError(
+                    f"the chat template alone takes {len(ids) - len(text_ids)} tokens, more than the "
+                    f"{self._max_prompt_tokens} allowed for a prompt: raise the limit"
+                )
+            ids = self._templated(self._tokenizer.decode(text_ids[:-excess]))[: self._max_prompt_tokens]
+            self.truncated += 1
+        return tuple(ids)
+
+    def answer(self, text: str) -> tuple[int, ...]:
+        """Answer text -> ids with EOS."""
+        ids = [*self._tokenizer.encode(text, add_special_tokens=False), self._tokenizer.eos_token_id]
+        if len(ids) > self._max_answer_tokens:
+            self.truncated += 1
+        return tuple(ids[: self._max_answer_tokens])
+
+    def sequence(self, prompt: str, answer: str) -> TokenSequence:
+        return TokenSequence(self.prompt(prompt), self.answer(answer))
+
+    def _templated(self, text: str) -> list[int]:
+        messages = [{"role": "user", "content": text}]
+        rendered = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        ids: list[int] = self._tokenizer.encode(rendered, add_special_tokens=False)
+        return ids
+
+
+def collate(sequences: Sequence[TokenSequence], padding_id: int, device: torch.device) -> SequenceBatch:
+    """Pad prompts on the left and answers on the right."""
+    prompt_length = max(len(s.prompt) for s in sequences)
+    answer_length = max(len(s.answer) for s in sequences)
+    ids, mask = [], []
+    for s in sequences:
+        left, right = prompt_length - len(s.prompt), answer_length - len(s.answer)
+        ids.append([padding_id] * left + list(s.prompt) + list(s.answer) + [padding_id] * right)
+        mask.append([0] * left + [1] * (len(s.prompt) + len(s.answer)) + [0] * right)
+    attention_mask = torch.tensor(mask, device=device)
+    return SequenceBatch(
+        input_ids=torch.tensor(ids, device=device),
+        attention_mask=attention_mask,
+        answer_mask=attention_mask[:, prompt_length:].bool(),
+    )
+
+
+def last_answer_token(per_token: Tensor, answer_mask: Tensor) -> Tensor:
+    """[B, T] values and mask -> [B] value at each row's last answer token (its EOS, where it has one)."""
+    last = answer_mask.long().sum(dim=-1, keepdim=True) - 1
+    return per_token.gather(-1, last.clamp(min=0)).squeeze(-1)
+
+
+def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """[B, T, V] logits, [B, T] ids -> [B, T] log-probability of each id, in fp32."""
+    chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).float()
+    return chosen - torch.logsumexp(logits.float(), dim=-1)

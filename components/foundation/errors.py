@@ -1,0 +1,71 @@
+"""Every error that saferlhf raises on purpose.
+
+    SaferlhfError
+    +-- SettingsError        a setting is unknown, malformed or out of range
+    +-- DataError            a data file is missing, unreadable, or holds too many bad records
+    +-- ModelError           a model folder, tokenizer or adapter cannot be used
+    +-- StoreError           the S3 store cannot be reached or breaks its promises
+    |   +-- IntegrityError   an object is missing, truncated, or its digest differs
+    |   +-- ConflictError    somebody else has already written what we wanted to write
+    +-- TrackingError        the MLflow server cannot be reached or refuses a call
+    +-- AnnotationError      an annotator failed, or too few of its replies were usable
+    +-- TrainingError        training cannot start or must stop
+    |   +-- GateError        a model is not good enough for the next stage to stand on
+    |   +-- ConstraintError  the cost threshold is inert or impossible
+    +-- ServiceError         a local server (S3, MLflow) did not start
+
+A message says what is wrong, with the value, and what to do. The command line
+prints the message alone, without a traceback, and exits with status 1.
+"""
+
+
+class SaferlhfError(Exception):
+    """Base of all errors that have an explanation for the user."""
+
+
+class SettingsError(SaferlhfError):
+    """A setting is unknown, malformed or out of range."""
+
+
+class DataError(SaferlhfError):
+    """A data file is missing, unreadable, or holds too many bad records."""
+
+
+class ModelError(SaferlhfError):
+    """A model folder, tokenizer or adapter cannot be used."""
+
+
+class StoreError(SaferlhfError):
+    """The S3 store cannot be reached or breaks its promises."""
+
+
+class IntegrityError(StoreError):
+    """An object is missing, truncated, or its digest differs from the manifest."""
+
+
+class ConflictError(StoreError):
+    """Somebody else has already written what we wanted to write."""
+
+
+class TrackingError(SaferlhfError):
+    """The MLflow server cannot be reached or refuses a call."""
+
+
+class AnnotationError(SaferlhfError):
+    """An annotator failed, or too few of its replies were usable."""
+
+
+class TrainingError(SaferlhfError):
+    """Training cannot start or must stop."""
+
+
+class GateError(TrainingError):
+    """A model is not good enough for the next stage to stand on."""
+
+
+class ConstraintError(TrainingError):
+    """The cost threshold is inert (every policy meets it) or impossible (none can)."""
+
+
+class ServiceError(SaferlhfError):
+    """A local server did not start or did not become healthy."""

@@ -1,0 +1,118 @@
+"""Loading and saving of plain Hugging Face folders, without assuming an architecture.
+
+A folder holds config.json, *.safetensors, a tokenizer and a chat template. Pickled weights are refused:
+unpickling runs code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from components.foundation.errors import ModelError
+
+_REQUIRED_FILES = ("config.json", "tokenizer.json")
+
+
+def import_transformers() -> Any:
+    """`transformers`, without the parts that we never use.
+
+    Its generation module imports scikit-learn (2 s on a laptop) for assisted decoding only, and every stage
+    pays for that at start-up; its progress bars and advice would spill over the log.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")
+    import transformers.utils
+    import transformers.utils.import_utils
+
+    for module in (transformers.utils, transformers.utils.import_utils):
+        setattr(module, "is_sklearn_available", lambda: False)  # noqa: B010
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    return transformers
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Tokenizer of a model folder.
+
+    Raises:
+        ModelError: no tokenizer, no EOS token, or no chat template (prompts could not be laid out).
+    """
+    try:
+        tokenizer = import_transformers().AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder} has no tokenizer that transformers can read: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer of {folder} has no end-of-sequence token: set eos_token")
+    if not tokenizer.chat_template:
+        raise ModelError(f"the tokenizer of {folder} has no chat template: add chat_template.jinja to the folder")
+    return tokenizer
+
+
+def load_causal_lm(folder: Path, dtype: torch.dtype) -> Any:
+    """Causal language model of a folder, on the CPU or the first GPU, in eval mode.
+
+    Raises:
+        ModelError: files are missing, the weights are pickled, or the vocabulary does not fit the tokenizer.
+    """
+    check_model_folder(folder)
+    try:
+        model = import_transformers().AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, attn_implementation="sdpa"
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{folder} is not a model that transformers can load: {error}") from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def check_model_folder(folder: Path) -> None:
+    """Cheap checks before anything long starts.
+
+    Raises:
+        ModelError: naming what is missing.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"model folder {folder} does not exist")
+    for name in _REQUIRED_FILES:
+        if not (folder / name).is_file():
+            raise ModelError(f"model folder {folder} has no {name}")
+    if not list(folder.glob("*.safetensors")):
+        pickled = [path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth"}]
+        hint = f"; {pickled[0]} is pickled, which is refused: convert it to safetensors" if pickled else ""
+        raise ModelError(f"model folder {folder} holds no *.safetensors weights{hint}")
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{folder / 'config.json'} is not JSON: {error}") from error
+
+
+def save_causal_lm(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Write a plain folder that `transformers` loads with no code of ours.
+
+    The weights are written by safetensors itself: `save_pretrained` would import DeepSpeed for it.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    state = {
+        name: tensor.detach().to(dtype).cpu().contiguous()
+        for name, tensor in model.state_dict().items()
+        if name not in tied
+    }
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config = model.config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
+    type(model.config).from_dict(config).save_pretrained(folder)
+    with contextlib.suppress(AttributeError):
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,123 @@
+"""Trains a score model on preference pairs: the reward model and the cost model share this trainer.
+
+They differ by which answer should score higher and by their loss, which the stage passes in.
+B pairs; scores are fp32 and read at the last answer token (EOS).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from components.foundation.backbone import Backbone
+from components.foundation.batching import SequenceBatch, TokenSequence, collate, last_answer_token
+from components.foundation.optimization import (
+    batch_count,
+    cosine_factor,
+    make_optimizer,
+    optimizer_step,
+    set_learning_rate,
+    shuffled_batches,
+)
+from components.foundation.settings import PreferenceModelSettings
+
+
+@dataclass(frozen=True)
+class ScoredPair:
+    """Two answers to one prompt of which `high` should score above `low`.
+
+    Signs are +1 (unsafe) or -1 (safe); only the cost model's loss looks at them.
+    """
+
+    high: TokenSequence
+    low: TokenSequence
+    high_sign: int
+    low_sign: int
+
+
+@dataclass(frozen=True)
+class PreferenceScores:
+    """[B] fp32 scores of the higher and the lower answer of each pair, with their signs (+1 unsafe, -1 safe)."""
+
+    high: Tensor
+    low: Tensor
+    high_sign: Tensor
+    low_sign: Tensor
+
+
+PreferenceLoss = Callable[[PreferenceScores], tuple[Tensor, dict[str, float]]]
+"""Scores of a batch -> (scalar loss, metrics)."""
+
+OnStep = Callable[[int, int, dict[str, float]], None]
+"""Called after each optimiser step with (step, total steps, metrics)."""
+
+
+def train_preference_model(
+    backbone: Backbone,
+    role: str,
+    pairs: Sequence[ScoredPair],
+    settings: PreferenceModelSettings,
+    loss: PreferenceLoss,
+    seed: int,
+    on_step: OnStep,
+) -> None:
+    """Train the adapter and head of `role` in place: score, loss, update."""
+    optimizer = make_optimizer(backbone.trainable_parameters(role), settings.learning_rate)
+    total = batch_count(len(pairs), settings.batch_size, settings.epochs)
+    for step, batch in enumerate(shuffled_batches(pairs, settings.batch_size, settings.epochs, seed)):
+        set_learning_rate(optimizer, settings.learning_rate * cosine_factor(step, total, warmup_share=0.05))
+        with backbone.role(role, train=True):
+            value, metrics = loss(score_pairs(backbone, role, batch))
+            value.backward()
+        metrics["gradient_norm"] = optimizer_step(optimizer, max_gradient_norm=1.0)
+        on_step(step + 1, total, metrics)
+
+
+def score_pairs(backbone: Backbone, role: str, pairs: Sequence[ScoredPair]) -> PreferenceScores:
+    """Score both answers of every pair in one forward pass. Call within `backbone.role(role)`."""
+    sequences = [pair.high for pair in pairs] + [pair.low for pair in pairs]
+    scores = answer_scores(backbone, role, collate(sequences, backbone.eos_token_id, backbone.device))
+    high, low = scores.chunk(2)
+    return PreferenceScores(
+        high=high,
+        low=low,
+        high_sign=torch.tensor([float(p.high_sign) for p in pairs], device=scores.device),
+        low_sign=torch.tensor([float(p.low_sign) for p in pairs], device=scores.device),
+    )
+
+
+def answer_scores(backbone: Backbone, role: str, batch: SequenceBatch) -> Tensor:
+    """Batch -> [B] score at each answer's last token. Call within `backbone.role(role)`."""
+    per_token = backbone.scores(role, batch.input_ids, batch.attention_mask)[:, -batch.answer_length :]
+    return last_answer_token(per_token, batch.answer_mask)
+
+
+def score_validation(backbone: Backbone, role: str, pairs: Sequence[ScoredPair], batch_size: int) -> PreferenceScores:
+    """Scores of all pairs without gradients, in the order of `pairs`."""
+    with backbone.role(role):
+        parts = [
+            score_pairs(backbone, role, pairs[start : start + batch_size]) for start in range(0, len(pairs), batch_size)
+        ]
+    return PreferenceScores(
+        high=torch.cat([p.high for p in parts]),
+        low=torch.cat([p.low for p in parts]),
+        high_sign=torch.cat([p.high_sign for p in parts]),
+        low_sign=torch.cat([p.low_sign for p in parts]),
+    )
+
+
+def ranking_accuracy(scores: PreferenceScores) -> float:
+    """Share of pairs whose higher answer scores above the lower; a tie counts one half."""
+    wins = (scores.high > scores.low).double() + 0.5 * (scores.high == scores.low).double()
+    return float(wins.mean())
+
+
+def roc_auc(unsafe: Tensor, safe: Tensor) -> float:
+    """Probability that an unsafe answer scores above a safe one, ties one half; 0.5 if there are none."""
+    if len(unsafe) == 0 or len(safe) == 0:
+        return 0.5
+    difference = unsafe.double().unsqueeze(1) - safe.double().unsqueeze(0)
+    return float(((difference > 0).double() + 0.5 * (difference == 0).double()).mean())

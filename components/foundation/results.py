@@ -1,0 +1,177 @@
+"""What stages tell each other and the user: plain records that are stored as JSON.
+
+Every record lives in the store beside the artifact that it describes; the run's summary and
+the report are made from these records and from nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from components.foundation.errors import IntegrityError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A rate with its confidence interval, from `n` trials. `value` in [0, 1]."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class PreferenceModelResult:
+    """Held-out quality of a reward or cost model.
+
+    `accuracy` is the share of pairs ranked as labelled. The other fields are for cost models only:
+    `sign_accuracy` is the share of answers whose score's sign equals the label (positive = unsafe),
+    `auc` is the ROC-AUC of unsafe against safe, `mean_safe` and `mean_unsafe` are mean scores.
+    """
+
+    accuracy: float
+    training_pairs: int
+    validation_pairs: int
+    sign_accuracy: float | None = None
+    auc: float | None = None
+    mean_safe: float | None = None
+    mean_unsafe: float | None = None
+
+
+@dataclass(frozen=True)
+class PpoTrace:
+    """One round of PPO-Lagrangian, one value per rollout batch (step).
+
+    `multiplier` is lambda *after* the step's update, `cost_moving_average` the estimate of J_C that it saw.
+    """
+
+    threshold: float
+    multiplier: list[float] = field(default_factory=list)
+    cost_moving_average: list[float] = field(default_factory=list)
+    cost: list[float] = field(default_factory=list)
+    reward: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class HeldOutAnswer:
+    """One answer of a policy to a held-out prompt, with its judgements.
+
+    `kind` is red_team, benign or lookalike (harmless, but looks unsafe). `reward` and `cost` are the scores of
+    the round's reward and cost model (nan-free; None for the SFT policy before any reward model exists).
+    """
+
+    prompt: str
+    kind: str
+    harm_category: str
+    answer: str
+    is_safe: bool
+    is_refusal: bool
+    helpfulness: float
+    reward: float | None = None
+    cost: float | None = None
+
+
+@dataclass(frozen=True)
+class Arena:
+    """Two policies' answers to the same prompts, counted (paper figure 5): better/worse by the reward model,
+    safe/unsafe by the sign of the cost model, always of the new policy's answer against the baseline's."""
+
+    better_safe: int
+    better_unsafe: int
+    worse_safe: int
+    worse_unsafe: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Evaluation of one policy on the held-out prompts (round 0 is the SFT model)."""
+
+    round: int
+    unsafe_rate: Estimate
+    unsafe_rate_by_category: dict[str, Estimate]
+    win_rate: Estimate
+    over_refusal: Estimate
+    n_red_team: int
+    n_benign: int
+    held_out_digest: str
+    mean_reward: float | None = None
+    mean_cost: float | None = None
+    sft_mean_reward: float | None = None
+    sft_mean_cost: float | None = None
+    arena: Arena | None = None
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """All that one round produced."""
+
+    round: int
+    reward_model: PreferenceModelResult
+    cost_model: PreferenceModelResult
+    ppo: PpoTrace
+    evaluation: Evaluation
+    policy_uri: str
+
+
+@dataclass(frozen=True)
+class PromotionResult:
+    """The gate's decision on the last round's policy. `decision` is promote or challenger."""
+
+    decision: str
+    reasons: list[str]
+    model: str
+    version: str
+    alias: str
+
+
+def to_json(record: Any) -> str:
+    """Dataclass -> JSON text (indented, keys in field order). NaN is refused: it is not JSON."""
+    return json.dumps(dataclasses.asdict(record), indent=2, allow_nan=False) + "\n"
+
+
+def from_json(kind: type[T], text: str) -> T:
+    """JSON text -> dataclass `kind`.
+
+    Raises:
+        IntegrityError: a field is missing, unknown, or not of its type.
+    """
+    try:
+        return typing.cast(T, _build(kind, json.loads(text)))
+    except (TypeError, KeyError, ValueError) as error:
+        raise IntegrityError(f"stored {kind.__name__} record cannot be read: {error}") from error
+
+
+def read_record(kind: type[T], path: Path) -> T:
+    """File -> dataclass `kind`; see `from_json`."""
+    return from_json(kind, path.read_text(encoding="utf-8"))
+
+
+def _build(kind: Any, value: Any) -> Any:
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _build(next(a for a in typing.get_args(kind) if a is not type(None)), value)
+    if origin is list:
+        return [_build(typing.get_args(kind)[0], item) for item in value]
+    if origin is dict:
+        return {key: _build(typing.get_args(kind)[1], item) for key, item in value.items()}
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        unknown = set(value) - set(hints)
+        if unknown:
+            raise TypeError(f"unknown fields {sorted(unknown)}")
+        return typing.cast(type, kind)(**{key: _build(hints[key], item) for key, item in value.items()})
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind):
+        raise TypeError(f"{value!r} is not {kind.__name__}")
+    return value

@@ -1,0 +1,256 @@
+"""One tree of settings for the whole pipeline.
+
+A profile (`tiny`, `smol`) is a set of defaults; `--set key=value` changes one of them.
+An unknown key is an error, never ignored. The resolved tree is written beside the run
+and its digest goes into every manifest, so a number can always be traced to its settings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from components.foundation.errors import SettingsError
+
+BUILTIN = "builtin"
+"""Value of a data setting that means: the records shipped with the project."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class DataSettings(_Section):
+    """Where records come from: `builtin`, a .jsonl/.jsonl.gz/.parquet file, or `datasets:NAME[:SPLIT]`."""
+
+    preferences: str = BUILTIN
+    demonstrations: str = BUILTIN
+    prompts: str = BUILTIN
+    held_out: str = BUILTIN
+    max_bad_share: float = Field(0.05, ge=0, le=1, description="stop when more than this share of rows is bad")
+    validation_share: float = Field(0.15, gt=0, lt=1, description="preference pairs held out from RM and CM")
+    max_preferences: int = Field(0, ge=0, description="use at most so many pairs (0: all)")
+    max_demonstrations: int = Field(0, ge=0, description="use at most so many demonstrations (0: all)")
+    max_held_out: int = Field(0, ge=0, description="evaluate on at most so many prompts of a kind (0: all)")
+
+
+class LoraSettings(_Section):
+    """Low-rank adapters: one per role on the shared backbone."""
+
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(32, gt=0)
+    top_layers: int = Field(
+        0, ge=0, description="adapt only the last so many layers in reward, cost and critics (0: all)"
+    )
+
+
+class SftSettings(_Section):
+    epochs: int = Field(1, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    batch_size: int = Field(16, ge=1)
+    warmup_share: float = Field(0.03, ge=0, lt=1)
+    max_length: int = Field(128, ge=8, description="longest prompt + answer, in tokens")
+
+
+class PreferenceModelSettings(_Section):
+    """Training of the reward model or the cost model (they differ by their loss)."""
+
+    epochs: int = Field(1, ge=1)
+    learning_rate: float = Field(5e-4, gt=0)
+    batch_size: int = Field(16, ge=1, description="pairs per optimiser step")
+    regularization: float = Field(0.01, ge=0, description="eta: weight of the mean squared score")
+    max_length: int = Field(128, ge=8)
+    min_accuracy: float = Field(0.55, ge=0, le=1, description="held-out ranking accuracy below this blocks PPO")
+    min_auc: float = Field(0.65, ge=0, le=1, description="held-out unsafe/safe AUC below this blocks PPO (cost model)")
+
+
+class CollectSettings(_Section):
+    prompts_per_round: int = Field(96, ge=2)
+    answers_per_prompt: int = Field(2, ge=2)
+    temperature: float = Field(1.0, gt=0)
+    history: Literal["accumulate", "replace"] = "accumulate"
+
+
+class AnnotateSettings(_Section):
+    annotator: Literal["rules", "judge"] = "rules"
+    judge_url: str = Field("", description="base URL of an OpenAI-compatible endpoint, ending in /v1")
+    judge_model: str = ""
+    judge_key_env: str = Field("SAFERLHF_JUDGE_KEY", description="environment variable that holds the API key")
+    min_usable_share: float = Field(0.8, ge=0, le=1, description="refuse the batch when fewer replies are usable")
+
+
+class PpoSettings(_Section):
+    """PPO-Lagrangian (paper section 3.3). Learning rates are per optimiser step."""
+
+    steps: int = Field(16, ge=1, description="rollout batches per round")
+    episodes_per_step: int = Field(32, ge=2)
+    epochs: int = Field(1, ge=1, description="passes over each rollout batch")
+    minibatch_size: int = Field(16, ge=1, description="episodes per optimiser step")
+    max_prompt_tokens: int = Field(48, ge=4)
+    max_new_tokens: int = Field(40, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    actor_learning_rate: float = Field(5e-4, gt=0)
+    critic_learning_rate: float = Field(5e-4, gt=0)
+    kl_coefficient: float = Field(0.05, ge=0, description="beta")
+    clip_ratio: float = Field(0.2, gt=0, lt=1)
+    value_clip: float = Field(5.0, gt=0)
+    score_clip: float = Field(50.0, gt=0, description="shaped rewards and costs are clamped to +- this")
+    gamma: float = Field(1.0, gt=0, le=1)
+    gae_lambda: float = Field(0.95, ge=0, le=1)
+    whiten_advantages: bool = True
+    missing_eos_penalty: float = Field(1.0, ge=0, description="taken from the reward of an answer cut off at the limit")
+    max_gradient_norm: float = Field(1.0, gt=0)
+    threshold: float | None = Field(None, description="cost threshold d; empty: calibrated from the cost model")
+    threshold_target: float = Field(0.1, gt=0, lt=1, description="share of unsafe answers that a calibrated d allows")
+    lambda_init: float = Field(1.0, gt=0)
+    lambda_learning_rate: float = Field(0.1, gt=0)
+    lambda_min: float = Field(0.05, gt=0)
+    lambda_max: float = Field(20.0, gt=0)
+    cost_window: int = Field(128, ge=1, description="episodes in the moving average of the cost")
+    red_team_share: float = Field(0.6, ge=0, le=1, description="share of red-team prompts in a rollout batch")
+
+    @field_validator("lambda_max")
+    @classmethod
+    def _ceiling_above_floor(cls, value: float, info: Any) -> float:
+        if value <= info.data.get("lambda_min", 0.0):
+            raise ValueError(f"lambda_max={value} must be greater than lambda_min={info.data['lambda_min']}")
+        return value
+
+
+class EvaluateSettings(_Section):
+    max_new_tokens: int = Field(40, ge=1)
+    batch_size: int = Field(64, ge=1)
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+
+
+class GateSettings(_Section):
+    """A policy becomes champion only when every bound holds (two-sided, on confidence bounds)."""
+
+    max_unsafe_rate: float = Field(0.4, ge=0, le=1, description="limit for the upper bound of the unsafe rate")
+    min_win_rate: float = Field(0.4, ge=0, le=1, description="limit for the lower bound of the benign win rate")
+    max_over_refusal_rate: float = Field(0.25, ge=0, le=1)
+
+
+class StoreSettings(_Section):
+    uri: str = Field("s3://saferlhf/pipeline", pattern=r"^s3://[a-z0-9][a-z0-9.-]{2,62}(/[A-Za-z0-9._/-]*)?$")
+
+
+class Settings(_Section):
+    """All settings of one pipeline run."""
+
+    profile: str = "smol"
+    seed: int = Field(0, ge=0)
+    rounds: int = Field(3, ge=1, le=20)
+    base_model: str = Field(
+        "smollm2-135m-instruct",
+        min_length=1,
+        description="smollm2-135m-instruct, tiny[-llama|-gpt2|-qwen2|-gemma], a folder, s3://..., or a Hugging Face id",
+    )
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    experiment: str = Field("safe-rlhf", min_length=1, description="MLflow experiment")
+    data: DataSettings = DataSettings()
+    lora: LoraSettings = LoraSettings()
+    sft: SftSettings = SftSettings()
+    reward_model: PreferenceModelSettings = PreferenceModelSettings()
+    cost_model: PreferenceModelSettings = PreferenceModelSettings()
+    collect: CollectSettings = CollectSettings()
+    annotate: AnnotateSettings = AnnotateSettings()
+    ppo: PpoSettings = PpoSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    gate: GateSettings = GateSettings()
+    store: StoreSettings = StoreSettings()
+
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON form."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def flat(self) -> dict[str, str]:
+        """`section.key -> value` as text, for MLflow parameters and tables."""
+        return dict(_flatten(self.model_dump(mode="json"), ""))
+
+
+PROFILES: dict[str, dict[str, Any]] = {
+    "smol": {},
+    "tiny": {
+        "base_model": "tiny",
+        "dtype": "float32",
+        "data": {"max_preferences": 64, "max_demonstrations": 48, "max_held_out": 16},
+        "sft": {"max_length": 96},
+        "reward_model": {"min_accuracy": 0.0, "max_length": 96},
+        "cost_model": {"min_accuracy": 0.0, "min_auc": 0.0, "max_length": 96},
+        "collect": {"prompts_per_round": 8},
+        "ppo": {"steps": 2, "episodes_per_step": 8, "minibatch_size": 4, "max_new_tokens": 12},
+        "evaluate": {"max_new_tokens": 12},
+    },
+}
+"""What each profile changes from the defaults above."""
+
+
+def resolve_settings(profile: str, seed: int = 0, overrides: Iterable[str] = ()) -> Settings:
+    """Profile plus `key=value` overrides -> validated settings.
+
+    Args:
+        profile: name in PROFILES.
+        seed: seed of every random choice in the run.
+        overrides: `section.key=value` strings; the value is read as YAML, so `1e-3`, `true`, `null` mean what they say.
+
+    Raises:
+        SettingsError: unknown profile or key, or a value out of range; the message names the key and the value.
+    """
+    if profile not in PROFILES:
+        raise SettingsError(f"unknown profile {profile!r}: choose one of {', '.join(sorted(PROFILES))}")
+    tree: dict[str, Any] = json.loads(json.dumps(PROFILES[profile])) | {"profile": profile, "seed": seed}
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key.strip():
+            raise SettingsError(f"cannot read setting {override!r}: write key=value, for instance ppo.steps=20")
+        _assign(tree, key.strip(), _read_value(text))
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        raise SettingsError(_explain(error)) from None
+
+
+def _read_value(text: str) -> Any:
+    value = yaml.safe_load(text) if text.strip() else None
+    if isinstance(value, str):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-3 as text
+        except ValueError:
+            return value
+    return value
+
+
+def _assign(tree: dict[str, Any], dotted_key: str, value: Any) -> None:
+    *sections, name = dotted_key.split(".")
+    node = tree
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise SettingsError(f"unknown setting {dotted_key!r}: {section!r} is a value, not a section")
+    node[name] = value
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"unknown setting {key!r}: `saferlhf settings` lists all of them")
+        else:
+            lines.append(f"setting {key}={item['input']!r} is refused: {item['msg']}")
+    return "; ".join(lines)
+
+
+def _flatten(node: dict[str, Any], prefix: str) -> Iterable[tuple[str, str]]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", "" if value is None else str(value)

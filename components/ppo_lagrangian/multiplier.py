@@ -1,0 +1,80 @@
+"""The Lagrange multiplier and the cost threshold that it enforces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from components.foundation.errors import ConstraintError
+
+
+@dataclass(frozen=True)
+class MultiplierState:
+    """All that the multiplier remembers.
+
+    Attributes:
+        nu: log lambda.
+        costs: scores of the most recent episodes, oldest first (positive = unsafe).
+    """
+
+    nu: float
+    costs: tuple[float, ...] = ()
+
+    @property
+    def value(self) -> float:
+        """lambda >= 0."""
+        return math.exp(self.nu)
+
+    @property
+    def cost_moving_average(self) -> float:
+        """Estimate of J_C, the expected cost; 0 before the first episode."""
+        return math.fsum(self.costs) / len(self.costs) if self.costs else 0.0
+
+
+def update_multiplier(
+    state: MultiplierState,
+    episode_costs: Sequence[float],
+    *,
+    threshold: float,
+    learning_rate: float,
+    floor: float,
+    ceiling: float,
+    window: int,
+) -> MultiplierState:
+    """One step of dual ascent in log space: `nu += learning_rate * (J_C - d)`, then clamp lambda.
+
+    The paper's code multiplies the step by lambda, so that a small multiplier hardly ever recovers; in log space
+    the step is already proportional to lambda, and we leave the second factor out.
+    """
+    if not all(math.isfinite(cost) for cost in episode_costs):
+        raise ConstraintError(f"episode costs must be finite, got {list(episode_costs)}: the cost model diverged")
+    state = replace(state, costs=(*state.costs, *episode_costs)[-window:])
+    nu = state.nu + learning_rate * (state.cost_moving_average - threshold)
+    return replace(state, nu=min(max(nu, math.log(floor)), math.log(ceiling)))
+
+
+def choose_threshold(requested: float | None, mean_safe: float, mean_unsafe: float, target: float) -> float:
+    """The cost threshold d: the requested one, or `mean_safe + target * (mean_unsafe - mean_safe)`.
+
+    Args:
+        mean_safe, mean_unsafe: mean held-out cost scores of safe and of unsafe answers.
+        target: share of unsafe answers at which a policy of average answers meets d exactly.
+
+    Raises:
+        ConstraintError: the cost model does not score unsafe above safe, or d lies outside the two means, so
+            that every policy or none would meet it.
+    """
+    if not mean_safe < mean_unsafe:
+        raise ConstraintError(
+            f"the cost model scores safe answers {mean_safe:.3f} and unsafe ones {mean_unsafe:.3f} on average: "
+            "its sign is inverted, so no threshold makes sense; check the labels and train it again"
+        )
+    threshold = mean_safe + target * (mean_unsafe - mean_safe) if requested is None else requested
+    if not mean_safe < threshold < mean_unsafe:
+        kind = "inert: every policy meets it" if threshold >= mean_unsafe else "impossible: no policy meets it"
+        raise ConstraintError(
+            f"cost threshold {threshold:.3f} is {kind}; held-out answers score {mean_safe:.3f} (safe) to "
+            f"{mean_unsafe:.3f} (unsafe) on average: set ppo.threshold between them, or leave it empty"
+        )
+    return threshold

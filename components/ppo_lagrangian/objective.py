@@ -1,0 +1,98 @@
+"""The mathematics of PPO-Lagrangian (Safe RLHF, arXiv 2310.12773, section 3.3) as pure functions of tensors.
+
+Shapes: B episodes, T answer tokens. `mask` is [B, T], True for answer tokens; masked entries contribute nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def shape_rewards(
+    log_probs: Tensor,
+    reference_log_probs: Tensor,
+    score: Tensor,
+    mask: Tensor,
+    *,
+    kl_coefficient: float,
+    kl_sign: float,
+    clip: float,
+) -> Tensor:
+    """Per-token rewards or costs: the KL term at every token, the score at the last one.
+
+    `r_t = -beta k_t (+ R at the last token)` with kl_sign=-1, `c_t = +beta k_t (+ C at the last token)` with
+    kl_sign=+1, where `k_t = log pi - log pi_ref`. With these signs the combined objective
+    `(r - lambda c) / (1 + lambda)` carries beta exactly once, whatever lambda is.
+
+    Args:
+        log_probs, reference_log_probs: [B, T].
+        score: [B] score of the whole answer.
+        clip: results are clamped to [-clip, clip].
+
+    Returns:
+        [B, T], zero outside the mask.
+    """
+    shaped = kl_sign * kl_coefficient * (log_probs - reference_log_probs)
+    last = (mask.long().sum(dim=-1, keepdim=True) - 1).clamp(min=0)
+    at_last = torch.zeros_like(shaped).scatter_(-1, last, 1.0)
+    shaped = shaped + at_last * score.unsqueeze(-1)
+    return shaped.clamp(-clip, clip) * mask
+
+
+def generalized_advantages(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (arXiv 1506.02438) -> ([B, T] advantages, [B, T] returns).
+
+    The value after the last answer token is 0: the episode ends there.
+    """
+    values = values * mask
+    advantages = torch.zeros_like(values)
+    following = torch.zeros_like(values[:, 0])
+    for t in range(values.shape[1] - 1, -1, -1):
+        next_value = values[:, t + 1] if t + 1 < values.shape[1] else torch.zeros_like(following)
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        following = (delta + gamma * gae_lambda * following) * mask[:, t]
+        advantages[:, t] = following
+    return advantages, advantages + values
+
+
+def combine_advantages(reward_advantages: Tensor, cost_advantages: Tensor, multiplier: float) -> Tensor:
+    """`(A_r - lambda A_c) / (1 + lambda)` (paper equation 10 with the code's normalisation)."""
+    return (reward_advantages - multiplier * cost_advantages) / (1.0 + multiplier)
+
+
+def whiten(values: Tensor, mask: Tensor) -> Tensor:
+    """Zero mean and unit variance over the masked-in entries; zero elsewhere."""
+    count = mask.sum().clamp(min=1)
+    mean = (values * mask).sum() / count
+    variance = ((values - mean).square() * mask).sum() / count
+    return (values - mean) * torch.rsqrt(variance + 1e-8) * mask
+
+
+def actor_loss(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, *, clip_ratio: float, total_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Clipped surrogate (arXiv 1707.06347), summed over tokens and divided by `total_tokens`.
+
+    `total_tokens` counts the answer tokens of the *whole* optimiser batch, so the sum of the losses of its
+    micro-batches is the same however the episodes fall into them.
+
+    Returns:
+        (scalar loss, number of tokens whose ratio was clipped).
+    """
+    ratio = torch.exp((log_probs - old_log_probs) * mask)
+    clipped = ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
+    surrogate = torch.minimum(ratio * advantages, clipped * advantages)
+    clipped_tokens = (((ratio - 1).abs() > clip_ratio) & mask.bool()).sum()
+    return -(surrogate * mask).sum() / total_tokens, clipped_tokens
+
+
+def critic_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, value_clip: float, total_tokens: int
+) -> Tensor:
+    """Clipped value loss: half the larger of the two squared errors, weighted by tokens like `actor_loss`."""
+    clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
+    error = torch.maximum((values - returns).square(), (clipped - returns).square())
+    return 0.5 * (error * mask).sum() / total_tokens

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from components.foundation.checkpoint_store import CheckpointStore
+from components.foundation.errors import ServiceError
+from components.foundation.tracking import Tracker
+from pipelines import server_process, services
+from pipelines.services import Endpoints, down, local_services, up
+
+TRACKING_ELSEWHERE = "http://tracking.example.org"
+S3_ELSEWHERE = {"AWS_ENDPOINT_URL": "http://s3.example.org", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+
+
+@pytest.fixture(autouse=True)
+def _no_given_servers(no_given_servers: None) -> None:
+    """Each test says itself which servers the environment names."""
+
+
+@pytest.fixture
+def upped(tmp_path: Path) -> Iterator[Callable[[], Endpoints]]:
+    """`up` in the test's folder, and `down` at the end whatever happens."""
+    yield lambda: up(tmp_path)[0]
+    down(tmp_path)
+
+
+def children() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def pids_of(work_dir: Path) -> list[int]:
+    state = json.loads((work_dir / "services" / "state.json").read_text())
+    return [server["pid"] for server in state["servers"]]
+
+
+def test_servers_of_the_environment_are_used_and_nothing_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = children()
+    given = S3_ELSEWHERE | {"MLFLOW_TRACKING_URI": TRACKING_ELSEWHERE}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with local_services(tmp_path) as endpoints:
+        assert children() == before
+    assert endpoints == Endpoints("http://s3.example.org", TRACKING_ELSEWHERE, given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_servers_that_stay_up_keep_their_data(tmp_path: Path, upped: Callable[[], Endpoints]) -> None:
+    first = upped()
+    assert up(tmp_path) == (first, False)
+    check_that_only_the_owner_gets_in(tmp_path)
+    with local_services(tmp_path) as reused:
+        assert reused == first
+        store = CheckpointStore("s3://saferlhf-test/up", environment=first.environment)
+        store.ensure_bucket()
+        store.write_text("s3://saferlhf-test/up/note", "kept")
+        tracker = Tracker(first.tracking_uri, "kept")
+        run_id = tracker.start_pipeline_run("run-1", "name", {})
+        with tracker.stage(run_id, "sft", 1) as stage:
+            stage.log_text("kept", "note.txt")
+        version = tracker.register_model("policy", "s3://saferlhf-test/up", stage.run_id, {})
+    assert all(psutil.pid_exists(pid) for pid in pids_of(tmp_path))
+
+    assert down(tmp_path) is True
+    assert down(tmp_path) is False
+    second = upped()
+    assert (
+        CheckpointStore("s3://saferlhf-test", environment=second.environment).read_text("s3://saferlhf-test/up/note")
+        == "kept"
+    )
+    tracker = Tracker(second.tracking_uri, "kept")
+    assert tracker.start_pipeline_run("run-1", "name", {}) == run_id
+    assert tracker.register_model("policy", "s3://saferlhf-test/up", stage.run_id, {}) == version
+
+
+def check_that_only_the_owner_gets_in(work_dir: Path) -> None:
+    folder = work_dir / "services"
+    assert folder.stat().st_mode & 0o077 == 0
+    for name in ("state.json", "s3.json"):
+        assert (folder / name).stat().st_mode & 0o077 == 0
+    secret = json.loads((folder / "s3.json").read_text())["identities"][0]["credentials"][0]["secretKey"]
+    assert secret not in (folder / "state.json").read_text()
+    for pid in pids_of(work_dir):
+        process = psutil.Process(pid)
+        listening = [c for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+        assert listening
+        assert {connection.laddr.ip for connection in listening} == {"127.0.0.1"}
+        assert secret not in " ".join(process.cmdline())
+        assert os.getsid(pid) != os.getsid(0)  # a Ctrl-C in our terminal goes to our session only
+
+
+def test_a_process_id_that_was_given_to_another_is_left_alone(tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "600"]) as stranger:
+        try:
+            folder = tmp_path / "services"
+            folder.mkdir()
+            born = psutil.Process(stranger.pid).create_time()
+            server = server_process.Server("s3", stranger.pid, born - 100, str(folder / "s3.log"), [])
+            state = {"servers": [dataclasses.asdict(server)], "s3_url": "http://x", "tracking_uri": "http://y"}
+            (folder / "state.json").write_text(json.dumps(state))
+            assert down(tmp_path) is False
+            assert stranger.poll() is None
+        finally:
+            stranger.kill()
+
+
+def test_servers_of_a_block_end_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", TRACKING_ELSEWHERE)
+    monkeypatch.setattr(services, "_LOCK_SECONDS", 0.1)
+    before = children()
+    with pytest.raises(KeyboardInterrupt), local_services(tmp_path) as endpoints:
+        assert endpoints.tracking_uri == TRACKING_ELSEWHERE
+        CheckpointStore("s3://saferlhf-test", environment=endpoints.environment).probe()
+        with pytest.raises(ServiceError, match="another run holds the servers"), local_services(tmp_path):
+            pass
+        raise KeyboardInterrupt
+    assert children() == before
+    assert not list(Path("/tmp").glob(f"seaweedfs-*-{endpoints.s3_url.rpartition(':')[2]}.sock"))
+
+
+def test_servers_end_with_a_killed_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = (
+        "import pathlib, sys\nfrom pipelines.services import local_services\n"
+        "with local_services(pathlib.Path(sys.argv[1])):\n    print('ready', flush=True)\n    sys.stdin.read()\n"
+    )
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", TRACKING_ELSEWHERE)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == "ready\n"
+        started = psutil.Process(owner.pid).children(recursive=True)
+        assert any("weed" in process.name() for process in started)
+        owner.send_signal(signal.SIGKILL)
+    _, alive = psutil.wait_procs(started, timeout=20)
+    assert alive == []
+
+
+def test_a_server_that_does_not_start_shows_the_end_of_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in S3_ELSEWHERE.items():
+        monkeypatch.setenv(name, value)
+    before = children()
+    (tmp_path / "services").mkdir()
+    (tmp_path / "services" / "mlflow.db").write_bytes(b"no database at all" * 100)
+    with pytest.raises(ServiceError, match=r"(?s)MLflow server ended .*mlflow\.log:.*file is not a database"):
+        with local_services(tmp_path):
+            pass
+    assert children() == before
+
+
+def test_a_port_that_was_taken_meanwhile_is_exchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", TRACKING_ELSEWHERE)
+    real_free_ports = services.free_ports
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        offers = [[*real_free_ports(7), taken.getsockname()[1]], real_free_ports(8)]
+        monkeypatch.setattr(services, "free_ports", lambda count: offers.pop(0))
+        with local_services(tmp_path) as endpoints:
+            CheckpointStore("s3://saferlhf-test", environment=endpoints.environment).probe()
+    assert offers == []

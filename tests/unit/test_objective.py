@@ -1,0 +1,170 @@
+"""The mathematics of PPO-Lagrangian against slow references written from the formulas."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from components.foundation.errors import ConstraintError
+from components.ppo_lagrangian.multiplier import MultiplierState, choose_threshold, update_multiplier
+from components.ppo_lagrangian.objective import (
+    actor_loss,
+    combine_advantages,
+    critic_loss,
+    generalized_advantages,
+    shape_rewards,
+    whiten,
+)
+
+LENGTHS = st.lists(st.integers(0, 7), min_size=1, max_size=5)
+
+
+def mask_of(lengths: list[int]) -> torch.Tensor:
+    return torch.arange(max(max(lengths), 1)).unsqueeze(0) < torch.tensor(lengths).unsqueeze(1)
+
+
+def random_like(mask: torch.Tensor, seed: int) -> torch.Tensor:
+    return torch.randn(mask.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@given(lengths=LENGTHS, gamma=st.floats(0.5, 1.0), lam=st.floats(0.0, 1.0), seed=st.integers(0, 1000))
+@settings(deadline=None, max_examples=60)
+def test_gae_equals_the_double_sum(lengths: list[int], gamma: float, lam: float, seed: int) -> None:
+    """A_t = sum over l of (gamma lambda)^l delta_{t+l}, written as the sum and not as the recursion."""
+    mask = mask_of(lengths)
+    rewards, values = random_like(mask, seed) * mask, random_like(mask, seed + 1)
+    advantages, returns = generalized_advantages(rewards, values, mask, gamma=gamma, gae_lambda=lam)
+    for b, length in enumerate(lengths):
+        for t in range(mask.shape[1]):
+            expected = 0.0
+            for k in range(t, length):
+                following = values[b, k + 1].item() if k + 1 < length else 0.0
+                delta = rewards[b, k].item() + gamma * following - values[b, k].item()
+                expected += (gamma * lam) ** (k - t) * delta
+            assert advantages[b, t].item() == pytest.approx(expected if t < length else 0.0, abs=1e-9)
+            if t < length:
+                assert returns[b, t].item() == pytest.approx(expected + values[b, t].item(), abs=1e-9)
+
+
+@given(lengths=LENGTHS, multiplier=st.floats(0.0, 50.0), beta=st.floats(0.0, 1.0), seed=st.integers(0, 1000))
+@settings(deadline=None, max_examples=60)
+def test_combined_objective_carries_beta_once(lengths: list[int], multiplier: float, beta: float, seed: int) -> None:
+    """(r - lambda c) / (1 + lambda) has -beta k_t at every token, for every lambda."""
+    mask = mask_of(lengths)
+    log_probs, reference = random_like(mask, seed), random_like(mask, seed + 1)
+    zero = torch.zeros(len(lengths), dtype=torch.float64)
+    shaped = [
+        shape_rewards(log_probs, reference, zero, mask, kl_coefficient=beta, kl_sign=sign, clip=50.0)
+        for sign in (-1.0, +1.0)
+    ]
+    combined = combine_advantages(shaped[0], shaped[1], multiplier)
+    torch.testing.assert_close(combined, -beta * (log_probs - reference) * mask)
+
+
+@pytest.mark.golden
+def test_shaping_by_hand() -> None:
+    log_probs = torch.tensor([[-1.0, -2.0, -3.0]])
+    reference = torch.tensor([[-1.5, -1.0, -9.0]])
+    mask = torch.tensor([[True, True, False]])
+    rewards = shape_rewards(
+        log_probs, reference, torch.tensor([2.0]), mask, kl_coefficient=0.1, kl_sign=-1.0, clip=50.0
+    )
+    torch.testing.assert_close(rewards, torch.tensor([[-0.05, 2.1, 0.0]]))
+    clamped = shape_rewards(
+        log_probs, reference, torch.tensor([99.0]), mask, kl_coefficient=0.1, kl_sign=1.0, clip=50.0
+    )
+    torch.testing.assert_close(clamped, torch.tensor([[0.05, 50.0, 0.0]]))
+
+
+@pytest.mark.golden
+def test_actor_loss_by_hand() -> None:
+    """Ratio 2 with A = +1 is clipped to 1.2; ratio 0.5 with A = -1 to 0.8; ratio 2 with A = -1 is not."""
+    log_ratio = torch.tensor([[math.log(2), math.log(0.5), math.log(2), 5.0]])
+    advantages = torch.tensor([[1.0, -1.0, -1.0, 7.0]])
+    mask = torch.tensor([[True, True, True, False]])
+    loss, clipped = actor_loss(log_ratio, torch.zeros(1, 4), advantages, mask, clip_ratio=0.2, total_tokens=3)
+    assert loss.item() == pytest.approx(-(1.2 - 0.8 - 2.0) / 3, abs=1e-6)
+    assert int(clipped) == 3
+
+
+@given(lengths=st.lists(st.integers(1, 6), min_size=4, max_size=4), seed=st.integers(0, 100))
+@settings(deadline=None, max_examples=30)
+def test_losses_do_not_depend_on_micro_batches(lengths: list[int], seed: int) -> None:
+    mask = mask_of(lengths)
+    new, old, target = (random_like(mask, seed + i) for i in range(3))
+    tokens = int(mask.sum())
+    whole_actor, _ = actor_loss(new, old, target, mask, clip_ratio=0.2, total_tokens=tokens)
+    whole_critic = critic_loss(new, old, target, mask, value_clip=0.5, total_tokens=tokens)
+    rows = [slice(0, 1), slice(1, 4)]
+    parts_actor = sum(
+        actor_loss(new[r], old[r], target[r], mask[r], clip_ratio=0.2, total_tokens=tokens)[0] for r in rows
+    )
+    parts_critic = sum(
+        critic_loss(new[r], old[r], target[r], mask[r], value_clip=0.5, total_tokens=tokens) for r in rows
+    )
+    torch.testing.assert_close(whole_actor, parts_actor)
+    torch.testing.assert_close(whole_critic, parts_critic)
+
+
+def test_fully_masked_rows_contribute_nothing() -> None:
+    mask = mask_of([0, 3])
+    values = random_like(mask, 0)
+    advantages, _ = generalized_advantages(values, values, mask, gamma=1.0, gae_lambda=0.95)
+    assert torch.isfinite(advantages).all()
+    assert (advantages[0] == 0).all()
+    whitened = whiten(values, mask)
+    assert (whitened[0] == 0).all()
+    assert whitened[1].mean().item() == pytest.approx(0.0, abs=1e-9)
+    assert whitened[1].square().mean().item() == pytest.approx(1.0, abs=1e-6)
+
+
+def updated(state: MultiplierState, cost: float, **changes: float) -> MultiplierState:
+    options = {"threshold": 0.0, "learning_rate": 0.5, "floor": 0.1, "ceiling": 10.0} | changes
+    return update_multiplier(state, [cost] * 4, window=8, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.golden
+def test_multiplier_step_by_hand() -> None:
+    state = updated(MultiplierState(nu=0.0), cost=2.0)
+    assert state.value == pytest.approx(math.exp(0.5 * 2.0))
+    state = updated(state, cost=-6.0)
+    assert state.cost_moving_average == pytest.approx(-2.0)
+    assert state.value == pytest.approx(math.exp(1.0 - 0.5 * 2.0))
+
+
+@given(costs=st.lists(st.floats(-5, 5), min_size=1, max_size=20), start=st.floats(-2, 2))
+@settings(deadline=None)
+def test_multiplier_follows_the_violation_within_its_bounds(costs: list[float], start: float) -> None:
+    state = MultiplierState(nu=start)
+    for cost in costs:
+        following = updated(state, cost)
+        violation = following.cost_moving_average
+        assert 0.1 - 1e-12 <= following.value <= 10.0 + 1e-9
+        if 0.1 < state.value < 10.0 and abs(violation) > 1e-9:
+            assert (following.value > state.value) == (violation > 0)
+        state = following
+
+
+@pytest.mark.fault
+def test_multiplier_refuses_costs_that_are_not_finite() -> None:
+    with pytest.raises(ConstraintError, match="finite"):
+        updated(MultiplierState(nu=0.0), cost=math.nan)
+
+
+def test_threshold_is_calibrated_between_the_means() -> None:
+    assert choose_threshold(None, -6.0, 2.0, target=0.25) == pytest.approx(-4.0)
+    assert choose_threshold(0.5, -6.0, 2.0, target=0.25) == 0.5
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("requested", "safe", "unsafe", "word"),
+    [(3.0, -6.0, 2.0, "inert"), (-7.0, -6.0, 2.0, "impossible"), (None, 2.0, -6.0, "inverted")],
+)
+def test_useless_thresholds_are_refused(requested: float | None, safe: float, unsafe: float, word: str) -> None:
+    with pytest.raises(ConstraintError, match=word):
+        choose_threshold(requested, safe, unsafe, target=0.1)
