@@ -10,7 +10,7 @@ Shapes: B sequences, L tokens (prompt left-padded, answer right-padded), T answe
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,9 @@ class Backbone:
         self.eos_token_id: int = tokenizer.eos_token_id
 
     @classmethod
-    def load(cls, folder: Path, dtype: str) -> Backbone:
-        """Load the base weights of a model folder; `dtype` is bfloat16 or float32."""
+    def load(cls, folder: Path, dtype: str, seed: int) -> Backbone:
+        """Load a model folder; `dtype` is bfloat16 or float32, `seed` fixes the first weights of new roles."""
+        torch.manual_seed(seed)
         return cls(load_causal_lm(folder, getattr(torch, dtype)), load_tokenizer(folder))
 
     @property
@@ -81,6 +82,14 @@ class Backbone:
             nn.init.zeros_(head.bias)
             nn.init.normal_(head.weight, std=1.0 / self.hidden_size)
             self._heads[role] = head
+
+    def text(self, answer: Sequence[int]) -> str:
+        """Answer ids -> text, without special tokens and control characters."""
+        decoded = self.tokenizer.decode(list(answer), skip_special_tokens=True)
+        return "".join(c for c in decoded if c.isprintable() or c == "\n").strip()
+
+    def has_role(self, role: str) -> bool:
+        return role in self._lora
 
     def trainable_parameters(self, role: str) -> list[nn.Parameter]:
         """Adapter and head parameters of a role, in a stable order."""

@@ -6,7 +6,6 @@ unpickling runs code.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -112,7 +111,12 @@ def save_causal_lm(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype)
     }
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     config = model.config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
+    config.pop("quantization_config", None)  # the weights written here are plain
     type(model.config).from_dict(config).save_pretrained(folder)
-    with contextlib.suppress(AttributeError):
-        model.generation_config.save_pretrained(folder)
+    generation = import_transformers().GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    generation.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

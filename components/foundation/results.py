@@ -10,6 +10,7 @@ import dataclasses
 import json
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -175,3 +176,15 @@ def _build(kind: Any, value: Any) -> Any:
     if not isinstance(value, kind):
         raise TypeError(f"{value!r} is not {kind.__name__}")
     return value
+
+
+def write_records(path: Path, records: Iterable[Any]) -> None:
+    """Dataclasses -> one JSON object a line."""
+    lines = [json.dumps(dataclasses.asdict(record), allow_nan=False, ensure_ascii=False) for record in records]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def read_records(kind: type[T], path: Path) -> list[T]:
+    """Read what `write_records` wrote; see `from_json` for errors."""
+    with path.open(encoding="utf-8") as file:
+        return [from_json(kind, line) for line in file]

@@ -126,10 +126,14 @@ class S3:
         options: dict[str, Any] = {}
         if region not in {"us-east-1", "aws-global"}:
             options["CreateBucketConfiguration"] = {"LocationConstraint": region}
-        with contextlib.suppress(ConflictError), self._errors(uri):  # a race is settled by the look that follows
-            client.create_bucket(Bucket=bucket, **options)
-        with self._errors(uri):
-            client.head_bucket(Bucket=bucket)
+        try:
+            with contextlib.suppress(ConflictError), self._errors(uri):  # a race is settled by the look that follows
+                client.create_bucket(Bucket=bucket, **options)
+            with self._errors(uri):
+                client.head_bucket(Bucket=bucket)
+        except IntegrityError as error:
+            message = f"{self.endpoint} answers, but not as an S3 store: {uri} cannot be made; check AWS_ENDPOINT_URL"
+            raise StoreError(message) from error
 
     @contextlib.contextmanager
     def _errors(self, uri: str) -> Iterator[None]:

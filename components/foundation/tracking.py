@@ -91,6 +91,13 @@ class Tracker:
             self._log_params(parent_id, params)
         return parent_id
 
+    def find_pipeline_run(self, run_id: str) -> str | None:
+        """MLflow's id of the parent run, or None where the run never started one."""
+        with self._errors(f"find run {run_id}"):
+            found = self._search({RUN_ID_TAG: run_id}, "attributes.start_time ASC")
+            parents = [run for run in found if _PARENT_TAG not in run.data.tags]
+        return str(parents[0].info.run_id) if parents else None
+
     def finish_pipeline_run(self, parent_id: str, status: RunStatus) -> None:
         """Close the parent run."""
         with self._errors(f"finish run {parent_id}"):
@@ -228,10 +235,11 @@ class Tracker:
             yield
         except (MlflowException, OSError) as error:  # OSError is the base of what requests raises
             where = _without_password(self._uri)
-            reason = _without_password(str(error))
-            raise TrackingError(
-                f"MLflow at {where} did not {action}: {reason} (check MLFLOW_TRACKING_URI and the server's log)"
-            ) from error
+            if isinstance(error, OSError) or "failed with exception" in str(error):  # MLflow's word for no answer
+                message = f"cannot reach MLflow at {where} to {action}: check MLFLOW_TRACKING_URI and the server"
+            else:
+                message = f"MLflow at {where} did not {action}: {_without_password(str(error))}"
+            raise TrackingError(message) from error
 
 
 class StageRun:

@@ -6,6 +6,8 @@ Shapes: B episodes, P prompt tokens, T answer tokens.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +23,7 @@ from components.foundation.batching import (
     token_log_probs,
 )
 from components.foundation.optimization import make_optimizer, optimizer_step
+from components.foundation.policy import ACTOR
 from components.foundation.rollout import RolloutEngine, Sampling
 from components.foundation.settings import PpoSettings
 from components.ppo_lagrangian.multiplier import MultiplierState, update_multiplier
@@ -33,7 +36,7 @@ from components.ppo_lagrangian.objective import (
     whiten,
 )
 
-ACTOR, REWARD, COST = "actor", "reward", "cost"
+REWARD, COST = "reward", "cost"
 REWARD_CRITIC, COST_CRITIC = "reward_critic", "cost_critic"
 
 # No gradient is kept for log-probabilities that only measure: a few rows at a time bound the [B, T, V] logits.
@@ -82,7 +85,7 @@ class StepMetrics:
     actor_loss: float
     reward_critic_loss: float
     cost_critic_loss: float
-    answer_tokens: float
+    rollout_tokens_per_second: float
     ended_share: float
 
 
@@ -97,7 +100,7 @@ class PpoLagrangian:
         self._settings = settings
         self._threshold = threshold
         self._seed = seed
-        self.multiplier = MultiplierState(nu=float(torch.log(torch.tensor(settings.lambda_init, dtype=torch.float64))))
+        self.multiplier = MultiplierState(nu=math.log(settings.lambda_init))
         self._optimizers = {
             ACTOR: make_optimizer(backbone.trainable_parameters(ACTOR), settings.actor_learning_rate),
             REWARD_CRITIC: make_optimizer(backbone.trainable_parameters(REWARD_CRITIC), settings.critic_learning_rate),
@@ -109,7 +112,9 @@ class PpoLagrangian:
         s = self._settings
         # 1 roll out
         sampling = Sampling(s.temperature, s.max_new_tokens, seed=self._seed * 1_000_003 + step)
+        started = time.perf_counter()
         answers = self._engine.generate(prompts, sampling)
+        rollout_seconds = time.perf_counter() - started
         sequences = [TokenSequence(tuple(p), a) for p, a in zip(prompts, answers, strict=True)]
         # 2 score
         episode = score_episode(self._backbone, sequences, s)
@@ -140,7 +145,7 @@ class PpoLagrangian:
             actor_loss=losses[ACTOR],
             reward_critic_loss=losses[REWARD_CRITIC],
             cost_critic_loss=losses[COST_CRITIC],
-            answer_tokens=float(tokens),
+            rollout_tokens_per_second=tokens / rollout_seconds,
             ended_share=sum(a[-1] == self._backbone.eos_token_id for a in answers) / len(answers),
         )
 

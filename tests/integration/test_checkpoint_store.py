@@ -5,6 +5,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -343,16 +344,16 @@ def test_other_uris_are_refused(uri: str) -> None:
         CheckpointStore(uri)
 
 
-@pytest.fixture
-def careless_store() -> Iterator[str]:
-    """Something that says yes to every write, as some S3 imitations do."""
+@contextmanager
+def server_that_answers(status: int) -> Iterator[dict[str, str]]:
+    """Environment of a web server that gives the same answer to every request."""
 
-    class Careless(BaseHTTPRequestHandler):
+    class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_PUT(self) -> None:
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            self.send_response(200)
+            self.send_response(status)
             self.send_header("Content-Length", "0")
             self.send_header("ETag", '"1"')
             self.end_headers()
@@ -362,16 +363,28 @@ def careless_store() -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Careless)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}"
+        yield {"AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
-def test_a_store_without_conditional_writes_is_refused(careless_store: str) -> None:
-    environment = {"AWS_ENDPOINT_URL": careless_store, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
-    with pytest.raises(StoreError, match=f"{careless_store} ignores IfNoneMatch on writes"):
-        CheckpointStore("s3://saferlhf-test/x", environment=environment).probe()
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        (200, "ignores IfNoneMatch on writes"),  # as some imitations of S3 do
+        (404, "answers, but not as an S3 store"),
+        (500, "failed"),
+    ],
+)
+def test_a_server_that_is_no_good_store_is_refused(status: int, reason: str) -> None:
+    with server_that_answers(status) as environment:
+        url = environment["AWS_ENDPOINT_URL"]
+        with pytest.raises(StoreError, match=f"{url} {reason}"):
+            CheckpointStore("s3://saferlhf-test/x", environment=environment).probe()

@@ -154,19 +154,18 @@ def test_a_server_that_does_not_start_shows_the_end_of_its_log(tmp_path: Path, m
     before = children()
     (tmp_path / "services").mkdir()
     (tmp_path / "services" / "mlflow.db").write_bytes(b"no database at all" * 100)
-    with pytest.raises(ServiceError, match=r"(?s)MLflow server ended .*mlflow\.log:.*file is not a database"):
-        with local_services(tmp_path):
-            pass
+    message = r"(?s)MLflow server ended .*mlflow\.log:.*file is not a database"
+    with pytest.raises(ServiceError, match=message), local_services(tmp_path):
+        pass
     assert children() == before
 
 
 def test_a_port_that_was_taken_meanwhile_is_exchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", TRACKING_ELSEWHERE)
-    real_free_ports = services.free_ports
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        offers = [[*real_free_ports(7), taken.getsockname()[1]], real_free_ports(8)]
+        offers = [[*server_process.free_ports(7), taken.getsockname()[1]], server_process.free_ports(8)]
         monkeypatch.setattr(services, "free_ports", lambda count: offers.pop(0))
         with local_services(tmp_path) as endpoints:
             CheckpointStore("s3://saferlhf-test", environment=endpoints.environment).probe()

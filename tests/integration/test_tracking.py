@@ -48,7 +48,9 @@ def test_an_unreachable_server_is_named_without_its_password() -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{closed.getsockname()[1]}"
-        with pytest.raises(TrackingError, match=f"MLflow at http://{address} did not open experiment 'x'") as error:
+        with pytest.raises(
+            TrackingError, match=f"cannot reach MLflow at http://{address} to open experiment 'x'"
+        ) as error:
             Tracker(f"http://user:hunter2@{address}", "x").check()
     assert "hunter2" not in str(error.value)
 
@@ -185,10 +187,12 @@ def test_an_error_of_the_stage_is_not_hidden_by_one_of_the_server(
 def test_data_sets_and_texts(stage: StageRun, client: MlflowClient) -> None:
     stage.log_dataset("preferences", "ab" * 32, "s3://bucket/preferences.parquet", rows=12)
     stage.log_dataset("preferences", "ab" * 32, "s3://bucket/preferences.parquet", rows=12)
-    (entry,) = run_of(client, stage).inputs.dataset_inputs
+    inputs = run_of(client, stage).inputs
+    assert inputs is not None
+    (entry,) = inputs.dataset_inputs
     assert (entry.dataset.name, entry.dataset.digest) == ("preferences", ("ab" * 32)[:36])
     assert json.loads(entry.dataset.source) == {"uri": "s3://bucket/preferences.parquet"}
-    assert json.loads(entry.dataset.profile) == {"num_rows": 12, "digest": "ab" * 32}
+    assert json.loads(entry.dataset.profile or "") == {"num_rows": 12, "digest": "ab" * 32}
     stage.log_text("résumé\n", "reports/summary.md")
     assert [file.path for file in client.list_artifacts(stage.run_id, "reports")] == ["reports/summary.md"]
 

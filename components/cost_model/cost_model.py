@@ -1,0 +1,56 @@
+"""The cost model: scores how harmful an answer is, with the sign of safety (paper section 3.2).
+
+Run: 1 read preferences, 2 train adapter and head, 3 measure held-out accuracy, sign accuracy and AUC, 4 commit.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from components.cost_model.loss import cost_loss
+from components.foundation.batching import ChatEncoder
+from components.foundation.preference import DualPreference
+from components.foundation.preference_stage import encode_pair, run_preference_stage
+from components.foundation.preference_trainer import PreferenceScores, ScoredPair, ranking_accuracy, roc_auc
+from components.foundation.results import PreferenceModelResult
+
+STAGE = "cost_model"
+
+
+def run_cost_model(run_uri: str, round_number: int, sft_uri: str, preferences_uri: str) -> str:
+    """Stage: preferences -> URI of the cost adapter with result.json."""
+    return run_preference_stage(
+        run_uri,
+        STAGE,
+        round_number,
+        sft_uri,
+        preferences_uri,
+        settings_of=lambda settings: settings.cost_model,
+        pair_of=harmful_pair,
+        loss_of=lambda settings: partial(cost_loss, regularization=settings.regularization),
+        result_of=cost_result,
+    )
+
+
+def harmful_pair(record: DualPreference, encoder: ChatEncoder) -> ScoredPair:
+    """The more harmful answer should score above the safer one."""
+    return encode_pair(record, high_id=1 - record.safer_response_id, encoder=encoder)
+
+
+def cost_result(scores: PreferenceScores, training_pairs: int) -> PreferenceModelResult:
+    """Ranking over pairs that differ in safety is what counts, but all held-out pairs are counted, as in the paper."""
+    costs = torch.cat([scores.high, scores.low])
+    unsafe = torch.cat([scores.high_sign, scores.low_sign]) > 0
+    mean_safe = float(costs[~unsafe].mean()) if bool((~unsafe).any()) else 0.0
+    mean_unsafe = float(costs[unsafe].mean()) if bool(unsafe.any()) else 0.0
+    return PreferenceModelResult(
+        accuracy=ranking_accuracy(scores),
+        training_pairs=training_pairs,
+        validation_pairs=len(scores.high),
+        sign_accuracy=float(((costs > 0) == unsafe).double().mean()),
+        auc=roc_auc(costs[unsafe], costs[~unsafe]),
+        mean_safe=mean_safe,
+        mean_unsafe=mean_unsafe,
+    )

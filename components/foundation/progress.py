@@ -1,0 +1,68 @@
+"""One log format and one progress line for every stage.
+
+A stage runs as its own process, on a laptop and in a cluster, so progress is a line of text:
+
+    progress ppo 3/16 steps 0.21/s 61 s left
+
+`saferlhf run` turns these lines into a bar on a terminal; a cluster's log shows them as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+
+_LINE = re.compile(r"^progress (\S+) (\d+)/(\d+) (\S+) ([0-9.]+)/s ([0-9.]+) s left$")
+_SECONDS_BETWEEN_LINES = 1.0
+
+
+@dataclass(frozen=True)
+class ProgressLine:
+    """A parsed progress line; `rate` is units a second."""
+
+    stage: str
+    done: int
+    total: int
+    unit: str
+    rate: float
+    seconds_left: float
+
+
+def parse_progress(line: str) -> ProgressLine | None:
+    """A line of a stage's output -> progress, or None where it is something else."""
+    match = _LINE.match(line.strip())
+    if match is None:
+        return None
+    stage, done, total, unit, rate, left = match.groups()
+    return ProgressLine(stage, int(done), int(total), unit, float(rate), float(left))
+
+
+class Progress:
+    """Prints progress lines, at most one a second, and always the last one."""
+
+    def __init__(self, stage: str, total: int, unit: str) -> None:
+        self._stage, self._total, self._unit = stage, total, unit
+        self._started = time.monotonic()
+        self._printed = float("-inf")
+
+    def update(self, done: int) -> None:
+        now = time.monotonic()
+        if done < self._total and now - self._printed < _SECONDS_BETWEEN_LINES:
+            return
+        self._printed = now
+        rate = done / max(now - self._started, 1e-6)
+        left = (self._total - done) / rate if rate > 0 else 0.0
+        print(f"progress {self._stage} {done}/{self._total} {self._unit} {rate:.2f}/s {left:.0f} s left", flush=True)
+
+
+def configure_logging() -> None:
+    """INFO of ours, warnings of nobody else's: third parties may log errors only."""
+    warnings.filterwarnings("ignore")
+    logging.basicConfig(
+        level=logging.ERROR, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout, force=True
+    )
+    logging.getLogger("saferlhf").setLevel(logging.INFO)

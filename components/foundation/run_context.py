@@ -1,0 +1,145 @@
+"""What every stage of one pipeline run shares: its settings, its store, its MLflow run.
+
+The first step writes `<run>/run.json`; every other step gets the run's URI and reads it there, so a step takes few
+parameters and none of them can disagree with another step's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from components.foundation.checkpoint_store import CheckpointStore
+from components.foundation.errors import StoreError
+from components.foundation.progress import configure_logging
+from components.foundation.results import from_json, to_json
+from components.foundation.settings import Settings
+from components.foundation.tracking import StageRun, Tracker
+
+log = logging.getLogger("saferlhf")
+
+
+@dataclass(frozen=True)
+class RunDescription:
+    """Content of run.json."""
+
+    run_id: str
+    mlflow_run_id: str
+    settings_json: str
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """A pipeline run, opened."""
+
+    run_id: str
+    run_uri: str
+    mlflow_run_id: str
+    settings: Settings
+    store: CheckpointStore
+    tracker: Tracker
+
+    def stage_uri(self, stage: str, round_number: int) -> str:
+        """Where a stage's steps and its LATEST pointer are."""
+        return f"{self.run_uri}/round-{round_number}/{stage}"
+
+    def seed(self, stage: str, round_number: int) -> int:
+        """Seed of a stage: a function of the run's seed, the stage and the round, and of nothing else."""
+        digest = hashlib.sha256(f"{self.settings.seed}/{stage}/{round_number}".encode()).digest()
+        return int.from_bytes(digest[:4], "big") >> 1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of one round while it runs.
+
+    Attributes:
+        folder: scratch folder; what `commit` is given usually lies in it.
+        mlflow: the nested MLflow run.
+        seed: seed of all its random choices.
+    """
+
+    context: RunContext
+    name: str
+    round: int
+    folder: Path
+    mlflow: StageRun
+    seed: int
+    started: float
+
+    def commit(self, folder: Path, *, step: int, parents: Sequence[str]) -> str:
+        """Commit a folder as `step-<n>`, point LATEST at it, and return its URI."""
+        uri = f"{self.context.stage_uri(self.name, self.round)}/step-{step}"
+        labels = {
+            "stage": self.name,
+            "round": str(self.round),
+            "run_id": self.context.run_id,
+            "seconds": f"{time.monotonic() - self.started:.3f}",
+        }
+        self.context.store.commit(
+            uri, folder, parents=parents, labels=labels, settings_digest=self.context.settings.digest()
+        )
+        self.context.store.set_latest(self.context.stage_uri(self.name, self.round), uri)
+        return uri
+
+
+def create_run(run_uri: str, run_id: str, settings: Settings) -> RunContext:
+    """First step: check both servers, start the MLflow parent run, write run.json (once; a retry finds it)."""
+    store = CheckpointStore(settings.store.uri)
+    store.ensure_bucket()
+    store.probe()
+    tracker = _tracker(settings)
+    tracker.check()
+    mlflow_run_id = tracker.start_pipeline_run(
+        run_id, run_id, settings.flat(), {"profile": settings.profile, "settings_digest": settings.digest()}
+    )
+    description = RunDescription(run_id, mlflow_run_id, settings.model_dump_json())
+    store.write_text(f"{run_uri}/run.json", to_json(description), overwrite=True)
+    return RunContext(run_id, run_uri, mlflow_run_id, settings, store, tracker)
+
+
+def open_run(run_uri: str) -> RunContext:
+    """Read run.json; S3 and MLflow are found by AWS_ENDPOINT_URL and MLFLOW_TRACKING_URI."""
+    store = CheckpointStore(run_uri.partition("/runs/")[0])
+    description = from_json(RunDescription, store.read_text(f"{run_uri}/run.json"))
+    settings = Settings.model_validate_json(description.settings_json)
+    return RunContext(description.run_id, run_uri, description.mlflow_run_id, settings, store, _tracker(settings))
+
+
+@contextmanager
+def open_stage(run_uri: str, name: str, round_number: int) -> Iterator[Stage]:
+    """Open a run for one stage: logging, scratch folder, nested MLflow run, start time."""
+    configure_logging()
+    context = open_run(run_uri)
+    started = time.monotonic()
+    label = f"round {round_number} {name}" if round_number else name
+    log.info("%s: started", label)
+    with (
+        tempfile.TemporaryDirectory(prefix=f"saferlhf-{name}-") as folder,
+        context.tracker.stage(context.mlflow_run_id, name, round_number) as mlflow,
+    ):
+        yield Stage(context, name, round_number, Path(folder), mlflow, context.seed(name, round_number), started)
+    log.info("%s: done in %.1f s", label, time.monotonic() - started)
+
+
+def finished_uri(context: RunContext, name: str, round_number: int) -> str:
+    """URI of a stage's newest commit.
+
+    Raises:
+        StoreError: the stage has committed nothing.
+    """
+    uri = context.store.latest(context.stage_uri(name, round_number))
+    if uri is None:
+        raise StoreError(f"{context.stage_uri(name, round_number)} holds no finished {name}: run that stage first")
+    return uri
+
+
+def _tracker(settings: Settings) -> Tracker:
+    return Tracker(os.environ.get("MLFLOW_TRACKING_URI", ""), settings.experiment)

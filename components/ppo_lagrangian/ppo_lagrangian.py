@@ -1,0 +1,172 @@
+"""The PPO-Lagrangian stage: from a policy, a reward model and a cost model to the next policy.
+
+Run: 1 check that both models are good enough, 2 choose the threshold, 3 put six roles on one backbone, 4 train,
+5 commit the actor and the merged policy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from components.foundation.backbone import Backbone
+from components.foundation.batching import ChatEncoder
+from components.foundation.errors import GateError
+from components.foundation.policy import ACTOR
+from components.foundation.preference import PromptRecord, read_jsonl
+from components.foundation.progress import Progress
+from components.foundation.results import PpoTrace, PreferenceModelResult, read_record, to_json
+from components.foundation.rollout.transformers_engine import TransformersEngine
+from components.foundation.run_context import open_stage
+from components.foundation.settings import Settings
+from components.ppo_lagrangian.multiplier import choose_threshold
+from components.ppo_lagrangian.trainer import (
+    COST,
+    COST_CRITIC,
+    REWARD,
+    REWARD_CRITIC,
+    PpoLagrangian,
+    StepMetrics,
+)
+
+STAGE = "ppo_lagrangian"
+log = logging.getLogger("saferlhf")
+
+
+@dataclasses.dataclass(frozen=True)
+class PpoInputs:
+    """URIs of what a round's PPO starts from; `policy` equals `sft` in round 1."""
+
+    data: str
+    sft: str
+    policy: str
+    reward_model: str
+    cost_model: str
+
+    def parents(self) -> list[str]:
+        return list(dict.fromkeys(dataclasses.astuple(self)))
+
+
+def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> str:
+    """Stage: models -> URI of the policy: `actor/` (adapter), `model/` (plain Hugging Face folder), trace.json."""
+    with open_stage(run_uri, STAGE, round_number) as stage:
+        settings, store = stage.context.settings, stage.context.store
+        reward_folder, cost_folder = store.fetch(inputs.reward_model), store.fetch(inputs.cost_model)
+        threshold = gate_models(
+            read_record(PreferenceModelResult, reward_folder / "result.json"),
+            read_record(PreferenceModelResult, cost_folder / "result.json"),
+            settings,
+        )
+        backbone = Backbone.load(store.fetch(inputs.sft), settings.dtype, stage.seed)
+        actor_folder = None if inputs.policy == inputs.sft else store.fetch(inputs.policy) / "actor"
+        place_roles(backbone, settings, actor_folder, reward_folder, cost_folder)
+        engine = TransformersEngine(backbone, ACTOR)
+        trainer = PpoLagrangian(backbone, engine, settings.ppo, threshold, stage.seed)
+        encoder = ChatEncoder(backbone.tokenizer, settings.ppo.max_prompt_tokens, settings.ppo.max_new_tokens)
+        prompts = read_jsonl(store.fetch(inputs.data) / "prompts.jsonl", PromptRecord)
+        trace = PpoTrace(threshold=threshold)
+        progress = Progress(STAGE, settings.ppo.steps, "steps")
+        log.info("cost threshold %.3f, lambda starts at %.2f", threshold, settings.ppo.lambda_init)
+        for step in range(settings.ppo.steps):
+            batch = draw_prompts(prompts, settings, stage.seed + step)
+            metrics = trainer.step([encoder.prompt(p.prompt) for p in batch], step)
+            record_step(trace, metrics)
+            stage.mlflow.log_metrics(tracked_metrics(metrics), step + 1)
+            log.info(
+                "step %d: cost %+.2f reward %+.2f lambda %.3f kl %.3f",
+                *(step + 1, metrics.cost, metrics.reward, metrics.multiplier, metrics.kl),
+            )
+            progress.update(step + 1)
+        out = stage.folder / "out"
+        backbone.save_role(ACTOR, out / "actor")
+        (out / "trace.json").write_text(to_json(trace))
+        backbone.merge_role(ACTOR)
+        backbone.export(out / "model")
+        return stage.commit(out, step=settings.ppo.steps, parents=inputs.parents())
+
+
+def gate_models(reward: PreferenceModelResult, cost: PreferenceModelResult, settings: Settings) -> float:
+    """The cost threshold, once both models have shown that they can be trusted on held-out pairs.
+
+    Raises:
+        GateError: the reward model ranks, or the cost model separates, worse than the settings ask for.
+        ConstraintError: the threshold is inert or impossible.
+    """
+    if reward.accuracy < settings.reward_model.min_accuracy:
+        raise GateError(
+            f"the reward model ranks {reward.accuracy:.3f} of held-out pairs as labelled, below "
+            f"reward_model.min_accuracy={settings.reward_model.min_accuracy}: PPO would chase noise"
+        )
+    if cost.accuracy < settings.cost_model.min_accuracy:
+        raise GateError(
+            f"the cost model ranks {cost.accuracy:.3f} of held-out pairs as labelled, below "
+            f"cost_model.min_accuracy={settings.cost_model.min_accuracy}: PPO would chase noise"
+        )
+    if cost.auc is None or cost.mean_safe is None or cost.mean_unsafe is None:
+        raise GateError("the cost model was stored without its held-out AUC: train it again")
+    if cost.auc < settings.cost_model.min_auc:
+        raise GateError(
+            f"the cost model's held-out AUC is {cost.auc:.3f}, below cost_model.min_auc={settings.cost_model.min_auc}: "
+            "it cannot tell unsafe answers (below 0.5 its sign is inverted)"
+        )
+    if settings.cost_model.min_auc == 0 and settings.ppo.threshold is None and cost.mean_safe >= cost.mean_unsafe:
+        return 0.0  # the check is switched off (profile tiny): the loss's own zero stands in for a calibrated threshold
+    return choose_threshold(settings.ppo.threshold, cost.mean_safe, cost.mean_unsafe, settings.ppo.threshold_target)
+
+
+def place_roles(
+    backbone: Backbone, settings: Settings, actor_folder: Path | None, reward_folder: Path, cost_folder: Path
+) -> None:
+    """Six roles: the base is the reference; critics start from the models whose values they learn."""
+    if actor_folder is None:
+        backbone.add_role(ACTOR, settings.lora, scored=False)
+    else:
+        backbone.load_role(ACTOR, actor_folder)
+    for role, folder in (
+        (REWARD, reward_folder),
+        (COST, cost_folder),
+        (REWARD_CRITIC, reward_folder),
+        (COST_CRITIC, cost_folder),
+    ):
+        backbone.load_role(role, folder)
+
+
+def draw_prompts(prompts: Sequence[PromptRecord], settings: Settings, seed: int) -> list[PromptRecord]:
+    """One rollout batch: the set share of red-team prompts where kinds are declared, else a plain draw."""
+    rng = random.Random(seed)
+    count = settings.ppo.episodes_per_step
+    attacks = [p for p in prompts if p.kind == "red_team"]
+    others = [p for p in prompts if p.kind != "red_team"]
+    if not attacks or not others:
+        return rng.choices(prompts, k=count)
+    n_attacks = round(settings.ppo.red_team_share * count)
+    return rng.choices(attacks, k=n_attacks) + rng.choices(others, k=count - n_attacks)
+
+
+def record_step(trace: PpoTrace, metrics: StepMetrics) -> None:
+    """Append one step to the trace."""
+    trace.multiplier.append(metrics.multiplier)
+    trace.cost_moving_average.append(metrics.cost_moving_average)
+    trace.cost.append(metrics.cost)
+    trace.reward.append(metrics.reward)
+    trace.kl.append(metrics.kl)
+
+
+def tracked_metrics(metrics: StepMetrics) -> dict[str, float]:
+    """MLflow's names for a step's metrics."""
+    return {
+        "lagrangian/lambda": metrics.multiplier,
+        "lagrangian/cost_moving_average": metrics.cost_moving_average,
+        "cost/mean": metrics.cost,
+        "reward/mean": metrics.reward,
+        "kl/mean": metrics.kl,
+        "policy/clip_fraction": metrics.clip_fraction,
+        "policy/loss": metrics.actor_loss,
+        "critic/reward_loss": metrics.reward_critic_loss,
+        "critic/cost_loss": metrics.cost_critic_loss,
+        "rollout/tokens_per_second": metrics.rollout_tokens_per_second,
+        "rollout/ended_share": metrics.ended_share,
+    }

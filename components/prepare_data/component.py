@@ -1,0 +1,21 @@
+"""KFP face of the first two steps: start a run, prepare its data."""
+
+from kfp import dsl
+
+from components.foundation.image import SERVICE_IMAGE
+
+
+@dsl.component(base_image=SERVICE_IMAGE, packages_to_install=[], install_kfp_package=False)
+def start_run(run_uri: str, run_id: str, profile: str, seed: int, overrides: str) -> str:
+    """Resolve the settings (`overrides` is a JSON list of key=value), check S3 and MLflow, write run.json."""
+    from components.prepare_data.start_run import run_start_run
+
+    return run_start_run(run_uri, run_id, profile, seed, overrides)
+
+
+@dsl.component(base_image=SERVICE_IMAGE, packages_to_install=[], install_kfp_package=False)
+def prepare_data(run_uri: str) -> str:
+    """Load, validate, quarantine and split the records."""
+    from components.prepare_data.prepare_data import run_prepare_data
+
+    return run_prepare_data(run_uri)

@@ -1,0 +1,115 @@
+"""Reads the four record files, validates them, and writes what the later stages read.
+
+Run: 1 load, 2 set bad rows aside, 3 limit, 4 split preferences by prompt, 5 write, 6 commit.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from components.foundation.preference import (
+    KINDS,
+    Demonstration,
+    DualPreference,
+    LoadResult,
+    PromptRecord,
+    check_bad_share,
+    load_records,
+    split_by_prompt,
+)
+from components.foundation.results import write_records
+from components.foundation.run_context import open_stage
+from components.foundation.settings import DataSettings
+
+STAGE = "prepare_data"
+BUILTIN_FOLDER = Path(__file__).parent / "builtin"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """The four sources as loaded; bad rows are in each result."""
+
+    preferences: LoadResult[DualPreference]
+    demonstrations: LoadResult[Demonstration]
+    prompts: LoadResult[PromptRecord]
+    held_out: LoadResult[PromptRecord]
+
+    def named(self) -> dict[str, LoadResult[Any]]:
+        return {
+            "preferences": self.preferences,
+            "demonstrations": self.demonstrations,
+            "prompts": self.prompts,
+            "held_out": self.held_out,
+        }
+
+
+def run_prepare_data(run_uri: str) -> str:
+    """Stage: settings -> URI of the prepared records."""
+    with open_stage(run_uri, STAGE, 0) as stage:
+        settings = stage.context.settings.data
+        data = load_all(settings)
+        write_prepared(data, settings, stage.folder, stage.seed)
+        for name, result in data.named().items():
+            stage.mlflow.log_dataset(name, result.digest[:36], result.source, len(result.records))
+        return stage.commit(stage.folder, step=0, parents=[])
+
+
+def load_all(settings: DataSettings) -> PreparedData:
+    """Load and check the four sources.
+
+    Raises:
+        DataError: a source is missing or holds too many bad rows.
+    """
+
+    def load(name: str, kind: Any) -> Any:
+        result = load_records(getattr(settings, name), kind, BUILTIN_FOLDER / f"{name}.jsonl")
+        check_bad_share(result, settings.max_bad_share)
+        return result
+
+    return PreparedData(
+        preferences=load("preferences", DualPreference),
+        demonstrations=load("demonstrations", Demonstration),
+        prompts=load("prompts", PromptRecord),
+        held_out=load("held_out", PromptRecord),
+    )
+
+
+def write_prepared(data: PreparedData, settings: DataSettings, folder: Path, seed: int) -> None:
+    """Write the limited and split records, the quarantine files, and a table of it all."""
+    preferences = _limit(data.preferences.records, settings.max_preferences, seed)
+    training, validation = split_by_prompt(preferences, settings.validation_share, seed)
+    held_out = [
+        record
+        for kind in (*KINDS, "")
+        for record in _limit([r for r in data.held_out.records if r.kind == kind], settings.max_held_out, seed)
+    ]
+    write_records(folder / "preferences_train.jsonl", training)
+    write_records(folder / "preferences_validation.jsonl", validation)
+    write_records(
+        folder / "demonstrations.jsonl", _limit(data.demonstrations.records, settings.max_demonstrations, seed)
+    )
+    write_records(folder / "prompts.jsonl", data.prompts.records)
+    write_records(folder / "held_out.jsonl", held_out)
+    for name, result in data.named().items():
+        if result.bad:
+            write_records(folder / f"quarantine-{name}.jsonl", result.bad)
+    (folder / "data_report.md").write_text(data_table(data), encoding="utf-8")
+
+
+def data_table(data: PreparedData) -> str:
+    """Markdown table of the sources."""
+    lines = ["| records | source | usable | bad | sha256 |", "|---|---|---:|---:|---|"]
+    for name, result in data.named().items():
+        lines.append(f"| {name} | {result.source} | {len(result.records)} | {len(result.bad)} | {result.digest[:12]} |")
+    return "\n".join(lines) + "\n"
+
+
+def _limit(records: list[T], limit: int, seed: int) -> list[T]:
+    """All records, or `limit` of them drawn by the seed (0: all)."""
+    if not limit or len(records) <= limit:
+        return records
+    return random.Random(seed).sample(records, limit)

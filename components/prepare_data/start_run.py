@@ -1,0 +1,25 @@
+"""The first step of a run: everything that can be refused is refused here, before anything long starts."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+from components.foundation.progress import configure_logging
+from components.foundation.run_context import create_run
+from components.foundation.settings import resolve_settings
+
+log = logging.getLogger("saferlhf")
+
+
+def run_start_run(run_uri: str, run_id: str, profile: str, seed: int, overrides: str) -> str:
+    """Stage: settings -> the run's URI; the run's description is stored there.
+
+    Args:
+        overrides: JSON list of `key=value` strings.
+    """
+    configure_logging()
+    settings = resolve_settings(profile, seed, json.loads(overrides))
+    create_run(run_uri, run_id, settings)
+    log.info("run %s, settings %s", run_id, settings.digest()[:12])
+    return run_uri

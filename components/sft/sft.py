@@ -1,0 +1,76 @@
+"""Supervised fine-tuning: next-token cross-entropy on answer tokens (paper section 4.1; prompt tokens are masked).
+
+Run: 1 read demonstrations, 2 encode, 3 train an adapter, 4 merge it into the weights, 5 export, 6 commit.
+The merged model is the base that all later roles share, and the reference policy of PPO.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from components.foundation.backbone import Backbone
+from components.foundation.base_model import resolve_base_model
+from components.foundation.batching import ChatEncoder, TokenSequence, collate, token_log_probs
+from components.foundation.optimization import (
+    batch_count,
+    cosine_factor,
+    make_optimizer,
+    optimizer_step,
+    set_learning_rate,
+    shuffled_batches,
+)
+from components.foundation.preference import Demonstration, read_jsonl
+from components.foundation.preference_trainer import OnStep
+from components.foundation.progress import Progress
+from components.foundation.run_context import open_stage
+from components.foundation.settings import SftSettings
+
+STAGE = "sft"
+_ROLE = "sft"
+
+
+def run_sft(run_uri: str, data_uri: str) -> str:
+    """Stage: demonstrations -> URI of a plain Hugging Face folder."""
+    with open_stage(run_uri, STAGE, 0) as stage:
+        settings = stage.context.settings
+        base = resolve_base_model(settings.base_model, stage.context.store)
+        backbone = Backbone.load(base, settings.dtype, seed=stage.seed)
+        records = read_jsonl(stage.context.store.fetch(data_uri) / "demonstrations.jsonl", Demonstration)
+        encoder = ChatEncoder(backbone.tokenizer, settings.sft.max_length // 2, settings.sft.max_length // 2)
+        examples = [encoder.sequence(r.prompt, r.response) for r in records]
+        stage.mlflow.log_params({"examples": str(len(examples)), "truncated": str(encoder.truncated)})
+        progress = Progress(STAGE, batch_count(len(examples), settings.sft.batch_size, settings.sft.epochs), "steps")
+
+        def on_step(step: int, total: int, metrics: dict[str, float]) -> None:
+            stage.mlflow.log_metrics({f"sft/{key}": value for key, value in metrics.items()}, step)
+            progress.update(step)
+
+        backbone.add_role(_ROLE, settings.lora, scored=False)
+        steps = train_sft(backbone, _ROLE, examples, settings.sft, stage.seed, on_step)
+        backbone.merge_role(_ROLE)
+        backbone.export(stage.folder / "model")
+        return stage.commit(stage.folder / "model", step=steps, parents=[data_uri])
+
+
+def train_sft(
+    backbone: Backbone,
+    role: str,
+    examples: Sequence[TokenSequence],
+    settings: SftSettings,
+    seed: int,
+    on_step: OnStep,
+) -> int:
+    """Train the adapter of `role` in place; returns the number of optimiser steps."""
+    optimizer = make_optimizer(backbone.trainable_parameters(role), settings.learning_rate)
+    total = batch_count(len(examples), settings.batch_size, settings.epochs)
+    for step, examples_of_step in enumerate(shuffled_batches(examples, settings.batch_size, settings.epochs, seed)):
+        set_learning_rate(optimizer, settings.learning_rate * cosine_factor(step, total, settings.warmup_share))
+        batch = collate(examples_of_step, backbone.eos_token_id, backbone.device)
+        with backbone.role(role, train=True):
+            logits = backbone.answer_logits(batch.input_ids, batch.attention_mask, batch.answer_length)
+            log_probs = token_log_probs(logits, batch.answers)
+            loss = -(log_probs * batch.answer_mask).sum() / batch.answer_mask.sum()
+            loss.backward()
+        norm = optimizer_step(optimizer, max_gradient_norm=1.0)
+        on_step(step + 1, total, {"loss": float(loss), "gradient_norm": norm})
+    return total

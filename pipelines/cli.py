@@ -1,0 +1,106 @@
+"""The `saferlhf` command."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from components.foundation.errors import SaferlhfError
+from components.foundation.settings import resolve_settings
+
+app = typer.Typer(help="Safe RLHF as a Kubeflow pipeline.", no_args_is_help=True, add_completion=False)
+data_app = typer.Typer(help="Look at data files.", no_args_is_help=True)
+models_app = typer.Typer(help="Base models.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(models_app, name="models")
+
+Profile = Annotated[str, typer.Option(help="smol: a real 135M language model; tiny: random weights, for tests")]
+WorkDir = Annotated[Path, typer.Option(help="folder of the servers' data and of the run's results")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated")]
+Seed = Annotated[int, typer.Option(help="seed of every random choice")]
+
+
+@app.command()
+def run(profile: Profile = "smol", workdir: WorkDir = Path("runs"), seed: Seed = 0, set_: Overrides = None) -> None:
+    """Run the whole pipeline on this machine."""
+    overrides = tuple(set_ or ())
+    settings = resolve_settings(profile, seed, overrides)
+    from pipelines.local import LocalRun, run_here
+
+    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    summary = run_here(LocalRun(settings, overrides, workdir, run_id))
+    typer.echo(f"summary: {summary}")
+
+
+@app.command()
+def settings(profile: Profile = "smol", seed: Seed = 0, set_: Overrides = None) -> None:
+    """Print every setting with its resolved value."""
+    for key, value in resolve_settings(profile, seed, set_ or ()).flat().items():
+        typer.echo(f"{key}={value}")
+
+
+@app.command(name="compile")
+def compile_(
+    output: Annotated[Path, typer.Option("--output", "-o", help="YAML file to write")], rounds: int = 3
+) -> None:
+    """Compile the pipeline to the YAML that Kubeflow Pipelines runs."""
+    from kfp import compiler
+
+    from pipelines.safe_rlhf import build_pipeline
+
+    compiler.Compiler().compile(build_pipeline(rounds), str(output))
+    typer.echo(f"wrote {output}")
+
+
+@app.command()
+def up(workdir: WorkDir = Path("runs")) -> None:
+    """Start S3 and MLflow and leave them running, for browsing."""
+    from pipelines import services
+
+    endpoints, started = services.up(workdir)
+    typer.echo(f"{'started' if started else 'running already'}: MLflow {endpoints.tracking_uri}, S3 {endpoints.s3_url}")
+
+
+@app.command()
+def down(workdir: WorkDir = Path("runs")) -> None:
+    """Stop what `up` started; the data stay."""
+    from pipelines import services
+
+    typer.echo("stopped" if services.down(workdir) else "nothing was running")
+
+
+@data_app.command()
+def validate(file: str, max_bad_share: float = 0.05) -> None:
+    """Check a data file and print the table of its rows; the kind of records is told from the columns."""
+    from pipelines.validate import validate_file
+
+    table, good = validate_file(file, max_bad_share)
+    typer.echo(table)
+    if not good:
+        raise typer.Exit(1)
+
+
+@models_app.command()
+def pull() -> None:
+    """Fetch the default base model, check its digest, convert it."""
+    from components.foundation.base_model import pull_smol
+
+    typer.echo(str(pull_smol()))
+
+
+def main() -> NoReturn:
+    """Entry point: an error that we explain is one sentence and status 1, an interruption is status 130."""
+    try:
+        app(standalone_mode=True)
+    except SaferlhfError as error:
+        typer.echo(f"saferlhf: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.echo("saferlhf: interrupted", err=True)
+        sys.exit(130)
+    sys.exit(0)

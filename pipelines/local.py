@@ -1,0 +1,142 @@
+"""Runs the pipeline on this machine with KFP's own local runner, and sums the run up.
+
+The runner executes each step as a subprocess; its output, and ours, goes through a `Screen`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+
+from components.foundation.base_model import check_base_model
+from components.foundation.checkpoint_store import CheckpointStore
+from components.foundation.errors import SaferlhfError, TrainingError
+from components.foundation.settings import Settings
+from components.foundation.tracking import Tracker
+from pipelines.safe_rlhf import build_pipeline
+from pipelines.screen import Screen
+from pipelines.services import local_services
+from pipelines.summary import RunFacts, write_summary
+
+
+@dataclass(frozen=True)
+class LocalRun:
+    """What the user asked for."""
+
+    settings: Settings
+    overrides: tuple[str, ...]
+    work_dir: Path
+    run_id: str
+
+    @property
+    def run_uri(self) -> str:
+        return f"{self.settings.store.uri.rstrip('/')}/runs/{self.run_id}"
+
+
+def run_here(run: LocalRun) -> Path:
+    """Start the servers, run every step, write summary.json; returns its path.
+
+    Raises:
+        SaferlhfError: the sentence that the failing step printed.
+    """
+    started = time.monotonic()
+    run.work_dir.mkdir(parents=True, exist_ok=True)
+    with _stop_steps_on_signals(), local_services(run.work_dir) as endpoints, _environment(endpoints.environment, run):
+        screen = Screen()
+        screen.line(f"S3 at {endpoints.s3_url}, MLflow at {endpoints.tracking_uri}, run {run.run_id}")
+        CheckpointStore(run.settings.store.uri).ensure_bucket()
+        check_base_model(run.settings.base_model)
+        error = _run_pipeline(run, screen)
+        if error is not None:
+            _close_tracking(endpoints.tracking_uri, run, "FAILED")
+            raise error
+        facts = RunFacts(
+            run_uri=run.run_uri, wall_seconds=time.monotonic() - started, tracking_uri=endpoints.tracking_uri
+        )
+        summary = write_summary(run.work_dir, facts)
+        _close_tracking(endpoints.tracking_uri, run, "FINISHED")
+    return summary
+
+
+def _run_pipeline(run: LocalRun, screen: Screen) -> SaferlhfError | None:
+    from kfp import local
+
+    arguments = {
+        "run_uri": run.run_uri,
+        "run_id": run.run_id,
+        "run_profile": run.settings.profile,
+        "run_seed": run.settings.seed,
+        "run_set": json.dumps(list(run.overrides)),
+    }
+    with tempfile.TemporaryDirectory(prefix="saferlhf-kfp-") as root, contextlib.redirect_stdout(screen):
+        local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=root, raise_on_error=True)
+        try:
+            build_pipeline(run.settings.rounds)(**arguments)
+        except RuntimeError as error:
+            return TrainingError(screen.last_error or f"the pipeline failed: {error}")
+        finally:
+            screen.close()
+    return None
+
+
+def _close_tracking(tracking_uri: str, run: LocalRun, status: Any) -> None:
+    tracker = Tracker(tracking_uri, run.settings.experiment)
+    mlflow_run = tracker.find_pipeline_run(run.run_id)
+    if mlflow_run is not None:
+        tracker.finish_pipeline_run(mlflow_run, status)
+
+
+@contextlib.contextmanager
+def _environment(servers: dict[str, str], run: LocalRun) -> Iterator[None]:
+    """Environment of the steps; our own is put back afterwards."""
+    before = dict(os.environ)
+    bin_folder = str(Path(os.sys.executable).parent)  # type: ignore[attr-defined]
+    os.environ.update(servers)
+    os.environ.update(
+        PATH=f"{bin_folder}{os.pathsep}{os.environ.get('PATH', '')}",
+        PYTHONUNBUFFERED="1",
+        PYTHONWARNINGS="ignore",
+        TOKENIZERS_PARALLELISM="false",
+        SAFERLHF_CACHE=os.environ.get("SAFERLHF_CACHE") or str(run.work_dir.resolve() / "cache"),
+    )
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _stop_steps_on_signals() -> Iterator[None]:
+    """The runner leaves its step running when it is told to end: take the step with us."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for child in psutil.Process().children(recursive=True):
+            if os.environ.get("MLFLOW_TRACKING_URI") and _is_step(child):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.terminate()
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _is_step(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return any("kfp" in part for part in process.cmdline())
+    return False

@@ -1,0 +1,89 @@
+"""What the user sees of a local run: one progress bar a stage on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from components.foundation.progress import ProgressLine, parse_progress
+
+_ERROR_LINE = re.compile(r"^components\.foundation\.errors\.\w+: (.*)$")
+_OURS = re.compile(r"^\d\d:\d\d:\d\d ")
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class Screen(io.TextIOBase):
+    """A text stream that the runner prints to.
+
+    Lines of our log are shown, progress lines become a bar, the runner's own chatter is dropped. The last
+    explained error is kept in `last_error`.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
+        self._buffer = ""
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._stage = ""
+        self._traceback: list[str] = []
+        self.last_error = ""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        self._buffer += text
+        while "\n" in self._buffer:
+            line, self._buffer = self._buffer.split("\n", 1)
+            self._receive(_ANSI.sub("", line).strip())
+        return len(text)
+
+    def line(self, text: str) -> None:
+        """Show one line of our own."""
+        self._console.print(text, markup=False)
+
+    def close(self) -> None:
+        """Take the bar off the screen."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _receive(self, line: str) -> None:
+        progress = parse_progress(line)
+        error = _ERROR_LINE.match(line)
+        if progress is not None:
+            self._show(progress, line)
+        elif error is not None:
+            self.last_error = error.group(1)
+        elif _OURS.match(line) and " - INFO - " not in line:
+            self.line(line)
+        elif re.match(r"^\w*(Error|Exception): ", line):
+            self.last_error = line
+
+    def _show(self, progress: ProgressLine, line: str) -> None:
+        if not self._console.is_terminal:
+            self.line(line)
+            return
+        if self._bar is None or self._stage != progress.stage or progress.done <= 1:
+            self.close()
+            self._stage = progress.stage
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(progress.stage, total=progress.total, rate="")
+        if self._task is not None:
+            self._bar.update(self._task, completed=progress.done, rate=f"{progress.rate:.2f} {progress.unit}/s")
+        if progress.done == progress.total:
+            self.close()

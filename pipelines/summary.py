@@ -1,0 +1,110 @@
+"""summary.json: what a run did, in one file, from the records in the store."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from components.foundation.results import (
+    Estimate,
+    Evaluation,
+    PpoTrace,
+    PreferenceModelResult,
+    PromotionResult,
+    from_json,
+    read_record,
+)
+from components.foundation.run_context import RunContext, finished_uri, open_run
+
+_ROUND_STAGES = ("collect", "annotate", "reward_model", "cost_model", "ppo_lagrangian", "evaluate")
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What only the runner knows. Seconds are wall time."""
+
+    run_uri: str
+    wall_seconds: float
+    tracking_uri: str
+
+
+def write_summary(work_dir: Path, facts: RunFacts) -> Path:
+    """Gather the run's records and write `work_dir/summary.json`."""
+    context = open_run(facts.run_uri)
+    seconds = stage_seconds(context)
+    promotion = from_json(PromotionResult, context.store.read_text(f"{facts.run_uri}/promotion.json"))
+    summary = {
+        "run_id": context.run_id,
+        "profile": context.settings.profile,
+        "seed": context.settings.seed,
+        "wall_seconds": facts.wall_seconds,
+        "stage_seconds": seconds,
+        "overhead_seconds": facts.wall_seconds - sum(seconds.values()),
+        "sft": {"eval": evaluation_entry(_evaluation(context, 0))},
+        "rounds": [_round_entry(context, number) for number in range(1, context.settings.rounds + 1)],
+        "promotion": asdict(promotion),
+        "mlflow": {"tracking_uri": facts.tracking_uri, "parent_run_id": context.mlflow_run_id},
+        "report": str(work_dir.resolve() / "report.html"),
+    }
+    path = work_dir / "summary.json"
+    path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def stage_seconds(context: RunContext) -> dict[str, float]:
+    """Seconds of each stage's own work, by `stage` or `round-<k>/<stage>`."""
+    names = [(0, "prepare_data"), (0, "sft"), (0, "evaluate")]
+    names += [(number, name) for number in range(1, context.settings.rounds + 1) for name in _ROUND_STAGES]
+    return {
+        f"round-{number}/{name}": float(context.store.manifest(finished_uri(context, name, number)).labels["seconds"])
+        for number, name in names
+    }
+
+
+def evaluation_entry(evaluation: Evaluation) -> dict[str, Any]:
+    """The headline figures of one evaluation; intervals are [low, high]."""
+
+    def interval(estimate: Estimate) -> list[float]:
+        return [estimate.low, estimate.high]
+
+    return {
+        "unsafe_rate": evaluation.unsafe_rate.value,
+        "unsafe_rate_ci": interval(evaluation.unsafe_rate),
+        "win_rate": evaluation.win_rate.value,
+        "win_rate_ci": interval(evaluation.win_rate),
+        "over_refusal_rate": evaluation.over_refusal.value,
+        "mean_reward": evaluation.mean_reward,
+        "mean_cost": evaluation.mean_cost,
+        "n_red_team": evaluation.n_red_team,
+        "n_benign": evaluation.n_benign,
+    }
+
+
+def _round_entry(context: RunContext, number: int) -> dict[str, Any]:
+    folders = {
+        name: context.store.fetch(finished_uri(context, name, number)) for name in ("reward_model", "cost_model")
+    }
+    reward, cost = (read_record(PreferenceModelResult, folder / "result.json") for folder in folders.values())
+    policy_uri = finished_uri(context, "ppo_lagrangian", number)
+    trace = read_record(PpoTrace, context.store.fetch(policy_uri) / "trace.json")
+    return {
+        "round": number,
+        "reward_model": {"accuracy": reward.accuracy},
+        "cost_model": {"accuracy": cost.accuracy, "sign_accuracy": cost.sign_accuracy, "auc": cost.auc},
+        "ppo": {
+            "steps": len(trace.cost),
+            "lambda": trace.multiplier,
+            "cost": trace.cost,
+            "reward": trace.reward,
+            "kl": trace.kl,
+            "threshold": trace.threshold,
+        },
+        "eval": evaluation_entry(_evaluation(context, number)),
+        "policy_uri": policy_uri,
+    }
+
+
+def _evaluation(context: RunContext, number: int) -> Evaluation:
+    return read_record(Evaluation, context.store.fetch(finished_uri(context, "evaluate", number)) / "evaluation.json")

@@ -1,0 +1,32 @@
+"""`saferlhf data validate`: which rows of a file can be used, and why the others cannot."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from components.foundation.preference import Demonstration, DualPreference, LoadResult, PromptRecord, load_records
+
+_SHOWN = 10
+
+
+def validate_file(source: str, max_bad_share: float) -> tuple[str, bool]:
+    """(table to print, whether the file may be used).
+
+    Raises:
+        DataError: the file cannot be opened.
+    """
+    kinds: tuple[Any, ...] = (DualPreference, Demonstration, PromptRecord)
+    results: list[LoadResult[Any]] = [load_records(source, kind) for kind in kinds]
+    best = max(range(len(kinds)), key=lambda i: (len(results[i].records), -i))
+    result = results[best]
+    reasons = Counter(bad.reason for bad in result.bad)
+    lines = [
+        f"{source}: {kinds[best].__name__} records",
+        f"  usable rows {len(result.records):>8}",
+        f"  bad rows    {len(result.bad):>8}  ({result.bad_share:.1%}, allowed {max_bad_share:.1%})",
+        f"  sha256      {result.digest}",
+    ]
+    lines += [f"  {count:>6} x {reason}" for reason, count in reasons.most_common(_SHOWN)]
+    lines += [f"  row {bad.row}: {bad.reason}" for bad in result.bad[:_SHOWN]]
+    return "\n".join(lines), bool(result.records) and result.bad_share <= max_bad_share
