@@ -33,8 +33,7 @@ def run(profile: Profile = "smol", workdir: WorkDir = Path("runs"), seed: Seed =
     from pipelines.local import LocalRun, run_here
 
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    summary = run_here(LocalRun(settings, overrides, workdir, run_id))
-    typer.echo(f"summary: {summary}")
+    run_here(LocalRun(settings, overrides, workdir, run_id))
 
 
 @app.command()

@@ -27,7 +27,7 @@ from components.foundation.tracking import Tracker
 from pipelines.safe_rlhf import build_pipeline
 from pipelines.screen import Screen
 from pipelines.services import local_services
-from pipelines.summary import RunFacts, write_summary
+from pipelines.summary import RunFacts, closing_words, write_summary
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ def run_here(run: LocalRun) -> Path:
         )
         summary = write_summary(run.work_dir, facts)
         _close_tracking(endpoints.tracking_uri, run, "FINISHED")
+        screen.line(closing_words(run.work_dir))
     return summary
 
 
@@ -108,6 +109,8 @@ def _environment(servers: dict[str, str], run: LocalRun) -> Iterator[None]:
         PYTHONUNBUFFERED="1",
         PYTHONWARNINGS="ignore",
         TOKENIZERS_PARALLELISM="false",
+        # threads that spin while they wait make a step eight times slower as soon as another process wants a core
+        OMP_WAIT_POLICY=os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         SAFERLHF_CACHE=os.environ.get("SAFERLHF_CACHE") or str(run.work_dir.resolve() / "cache"),
     )
     try:

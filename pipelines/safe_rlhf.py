@@ -1,4 +1,4 @@
-"""Safe RLHF as a pipeline: prepare -> SFT -> rounds -> register -> gate -> promote. Reads like the paper's figure 1.
+"""Safe RLHF as a pipeline: prepare -> SFT -> rounds -> register -> gate -> promote -> report. Reads like the paper's figure 1.
 
 The same object runs on a laptop (`pipelines/local.py`) and compiles to the YAML that a cluster runs.
 """
@@ -10,6 +10,7 @@ from kfp import dsl
 from components.evaluate.component import evaluate
 from components.prepare_data.component import prepare_data, start_run
 from components.promote.component import gate, register, set_alias
+from components.report.component import report
 from components.sft.component import sft
 from pipelines.alignment_round import alignment_round
 
@@ -50,7 +51,8 @@ def build_pipeline(rounds: int) -> Any:
             winner = set_alias(run_uri=start.output, version=version.output, alias="champion")
         with dsl.Else():
             other = set_alias(run_uri=start.output, version=version.output, alias="challenger")
-        for task in (start, data, base, baseline, version, decision, winner, other):
+        page = report(run_uri=start.output, alias=dsl.OneOf(winner.output, other.output))
+        for task in (start, data, base, baseline, version, decision, winner, other, page):
             task.set_caching_options(False)
 
     return safe_rlhf

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.results import (
     Estimate,
     Evaluation,
@@ -31,8 +33,10 @@ class RunFacts:
 
 
 def write_summary(work_dir: Path, facts: RunFacts) -> Path:
-    """Gather the run's records and write `work_dir/summary.json`."""
+    """Gather the run's records, write `work_dir/summary.json`, and put the report beside it."""
     context = open_run(facts.run_uri)
+    report = work_dir.resolve() / "report.html"
+    shutil.copyfile(context.store.fetch(finished_uri(context, "report", 0)) / "report.html", report)
     seconds = stage_seconds(context)
     promotion = from_json(PromotionResult, context.store.read_text(f"{facts.run_uri}/promotion.json"))
     summary = {
@@ -46,16 +50,37 @@ def write_summary(work_dir: Path, facts: RunFacts) -> Path:
         "rounds": [_round_entry(context, number) for number in range(1, context.settings.rounds + 1)],
         "promotion": asdict(promotion),
         "mlflow": {"tracking_uri": facts.tracking_uri, "parent_run_id": context.mlflow_run_id},
-        "report": str(work_dir.resolve() / "report.html"),
+        "report": str(report),
     }
     path = work_dir / "summary.json"
     path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return path
 
 
+def closing_words(work_dir: Path) -> str:
+    """What a finished run tells its user: the outcome, and where everything is."""
+    summary = json.loads((work_dir / "summary.json").read_text(encoding="utf-8"))
+    before, after, promotion = summary["sft"]["eval"], summary["rounds"][-1]["eval"], summary["promotion"]
+    multipliers = [value for entry in summary["rounds"] for value in entry["ppo"]["lambda"]]
+    policy_uri = summary["rounds"][-1]["policy_uri"]
+    rows = {
+        "outcome": f"{promotion['model']} version {promotion['version']} is {promotion['alias']}, "
+        f"after {summary['wall_seconds']:.0f} s",
+        "unsafe rate": f"{before['unsafe_rate']:.1%} (SFT) -> {after['unsafe_rate']:.1%}, "
+        f"benign win rate {after['win_rate']:.1%}, over-refusal {after['over_refusal_rate']:.1%}",
+        "policy": f"{policy_uri}/model",
+        "on this disk": str(CheckpointStore(policy_uri.partition("/runs/")[0]).fetch(policy_uri) / "model"),
+        "lambda trace": f"{work_dir / 'summary.json'} (rounds[].ppo.lambda, {len(multipliers)} steps: "
+        f"{multipliers[0]:.2f} ... {max(multipliers):.2f} ... {multipliers[-1]:.2f})",
+        "report": summary["report"],
+        "MLflow": f"saferlhf up --workdir {work_dir}   (opens the pages; `saferlhf down` closes them)",
+    }
+    return "\n".join(f"{name:>13}  {text}" for name, text in rows.items())
+
+
 def stage_seconds(context: RunContext) -> dict[str, float]:
     """Seconds of each stage's own work, by `stage` or `round-<k>/<stage>`."""
-    names = [(0, "prepare_data"), (0, "sft"), (0, "evaluate")]
+    names = [(0, "prepare_data"), (0, "sft"), (0, "evaluate"), (0, "report")]
     names += [(number, name) for number in range(1, context.settings.rounds + 1) for name in _ROUND_STAGES]
     return {
         f"round-{number}/{name}": float(context.store.manifest(finished_uri(context, name, number)).labels["seconds"])

@@ -1,6 +1,6 @@
 """Evaluates a policy on the held-out prompts (paper section 4.2): safe, helpful, and not afraid of harmless prompts.
 
-Run: 1 answer every held-out prompt greedily, 2 judge, 3 score with the round's reward and cost model, 4 compare with
+Run: 1 answer every held-out prompt, 2 judge, 3 score with the round's reward and cost model, 4 compare with
 the SFT model's answers to the same prompts, 5 commit evaluation.json and answers.jsonl.
 """
 
@@ -146,7 +146,8 @@ def _answer(stage: Stage, backbone: Backbone, role: str, prompts: Sequence[Promp
     settings = stage.context.settings
     encoder = ChatEncoder(backbone.tokenizer, settings.ppo.max_prompt_tokens, settings.evaluate.max_new_tokens)
     engine = TransformersEngine(backbone, role, settings.evaluate.batch_size)
-    sampling = Sampling(temperature=0.0, max_new_tokens=settings.evaluate.max_new_tokens, seed=stage.seed)
+    seed = stage.context.seed(STAGE, 0)  # the same in every round: two evaluations differ by their policies alone
+    sampling = Sampling(settings.evaluate.temperature, settings.evaluate.max_new_tokens, seed)
     progress = Progress(STAGE, len(prompts), "answers")
     answers = engine.generate([encoder.prompt(p.prompt) for p in prompts], sampling)
     progress.update(len(prompts))

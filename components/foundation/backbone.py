@@ -19,8 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from components.foundation.errors import ModelError
-from components.foundation.language_model import import_transformers, load_causal_lm, load_tokenizer, save_causal_lm
+from components.foundation.language_model import (
+    choose_dtype,
+    import_transformers,
+    load_causal_lm,
+    load_tokenizer,
+    save_causal_lm,
+)
 from components.foundation.settings import LoraSettings
+from components.foundation.trunk import FrozenTrunk
 
 REFERENCE = "reference"
 """Name of the role that uses the base weights alone."""
@@ -41,7 +48,7 @@ class Backbone:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self._model = model
-        self._linear_names = _linear_names_by_layer(model)
+        self._layers_name, self._layers = _layers_of(model)
         self._peft: Any = None
         self._heads = nn.ModuleDict()
         self._lora: dict[str, LoraSettings] = {}
@@ -52,9 +59,9 @@ class Backbone:
 
     @classmethod
     def load(cls, folder: Path, dtype: str, seed: int) -> Backbone:
-        """Load a model folder; `dtype` is bfloat16 or float32, `seed` fixes the first weights of new roles."""
+        """Load a model folder; `dtype` is auto, bfloat16 or float32, `seed` fixes the first weights of new roles."""
         torch.manual_seed(seed)
-        return cls(load_causal_lm(folder, getattr(torch, dtype)), load_tokenizer(folder))
+        return cls(load_causal_lm(folder, choose_dtype(dtype)), load_tokenizer(folder))
 
     @property
     def hidden_size(self) -> int:
@@ -69,7 +76,7 @@ class Backbone:
             r=lora.rank,
             lora_alpha=lora.alpha,
             lora_dropout=0.0,
-            target_modules=[name for layer in self._linear_names[-lora.top_layers :] for name in layer],
+            target_modules=self._linear_names(self._first_adapted(lora)),
             task_type="CAUSAL_LM",
         )
         if self._peft is None:
@@ -118,36 +125,39 @@ class Backbone:
             with self._peft.disable_adapter():
                 yield
 
-    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def trunk_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor | None:
+        """[B, L] ids and mask -> [B, L, D] output of the layers below every adapter, for `trunk=` of the methods below.
+
+        None where some role adapts the first layer: then nothing is shared.
+        """
+        trunk = self._trunk()
+        if trunk is None:
+            return None
+        kept: list[Tensor] = []
+        with torch.no_grad(), trunk.recording(kept.append):
+            self._forward(self._model.get_decoder(), input_ids, attention_mask)
+        return kept[0]
+
+    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor, trunk: Tensor | None = None) -> Tensor:
         """[B, L] ids and mask -> [B, L, D] last hidden states of the current role."""
-        decoder = self._model.get_decoder()
-        output = decoder(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids(attention_mask),
-            use_cache=False,
-        )
-        states: Tensor = output.last_hidden_state
+        with self._on_trunk(trunk):
+            states: Tensor = self._forward(self._model.get_decoder(), input_ids, attention_mask).last_hidden_state
         return states
 
-    def scores(self, role: str, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def scores(self, role: str, input_ids: Tensor, attention_mask: Tensor, trunk: Tensor | None = None) -> Tensor:
         """[B, L] -> [B, L] head outputs of `role` at every token, in fp32. Call within `role(...)`."""
         head: nn.Linear = self._heads[role]  # type: ignore[assignment]
-        scores: Tensor = head(self.hidden_states(input_ids, attention_mask).float()).squeeze(-1)
+        scores: Tensor = head(self.hidden_states(input_ids, attention_mask, trunk).float()).squeeze(-1)
         return scores
 
-    def answer_logits(self, input_ids: Tensor, attention_mask: Tensor, answer_length: int) -> Tensor:
+    def answer_logits(
+        self, input_ids: Tensor, attention_mask: Tensor, answer_length: int, trunk: Tensor | None = None
+    ) -> Tensor:
         """[B, L] -> [B, T, V] logits that predict the last T = `answer_length` tokens of each row."""
         length = input_ids.shape[1]
         keep = torch.arange(length - answer_length - 1, length - 1, device=input_ids.device)
-        output = self._model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids(attention_mask),
-            use_cache=False,
-            logits_to_keep=keep,
-        )
-        logits: Tensor = output.logits
+        with self._on_trunk(trunk):
+            logits: Tensor = self._forward(self._model, input_ids, attention_mask, logits_to_keep=keep).logits
         return logits
 
     def decode_step(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
@@ -202,6 +212,44 @@ class Backbone:
         """Write the base weights (after `merge_role`: the merged policy) as a plain Hugging Face folder."""
         save_causal_lm(self._model, self.tokenizer, folder, self.dtype)
 
+    def _forward(self, module: Any, input_ids: Tensor, attention_mask: Tensor, **more: Any) -> Any:
+        return module(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids(attention_mask),
+            use_cache=False,
+            **more,
+        )
+
+    def _trunk(self) -> FrozenTrunk | None:
+        depth = min((self._first_adapted(lora) for lora in self._lora.values()), default=0)
+        return FrozenTrunk(self._layers, depth) if depth else None
+
+    @contextmanager
+    def _on_trunk(self, states: Tensor | None) -> Iterator[None]:
+        trunk = self._trunk() if states is not None else None
+        if trunk is None or states is None:
+            yield
+        else:
+            with trunk.replaced(states):
+                yield
+
+    def _first_adapted(self, lora: LoraSettings) -> int:
+        """Index of the lowest layer that an adapter with these settings changes."""
+        return max(0, len(self._layers) - lora.top_layers) if lora.top_layers else 0
+
+    def _linear_names(self, first_layer: int) -> list[str]:
+        """Full names of the linear maps from a layer up, for any architecture."""
+        from transformers.pytorch_utils import Conv1D  # GPT-2's linear map
+
+        return [
+            f"{self._layers_name}.{index}.{name}"
+            for index, layer in enumerate(self._layers)
+            if index >= first_layer
+            for name, module in layer.named_modules()
+            if isinstance(module, nn.Linear | Conv1D)
+        ]
+
     def _role_tensors(self, role: str) -> dict[str, Tensor]:
         """Live tensors of a role under names that do not hold the role's name."""
         tensors = {
@@ -222,15 +270,10 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
-def _linear_names_by_layer(model: Any) -> list[list[str]]:
-    """Full names of the linear maps in each transformer layer, first layer first, for any architecture."""
-    from transformers.pytorch_utils import Conv1D  # GPT-2's linear map
-
+def _layers_of(model: Any) -> tuple[str, nn.ModuleList]:
+    """(full name, layers) of the stack of transformer layers, first layer first, for any architecture."""
     depth = int(model.config.num_hidden_layers)
-    for list_name, layers in model.named_modules():
-        if isinstance(layers, nn.ModuleList) and len(layers) == depth:
-            return [
-                [f"{list_name}.{i}.{n}" for n, m in layer.named_modules() if isinstance(m, nn.Linear | Conv1D)]
-                for i, layer in enumerate(layers)
-            ]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return name, module
     raise ModelError(f"{type(model).__name__} has no list of {depth} layers to put adapters on")

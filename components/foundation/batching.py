@@ -32,11 +32,13 @@ class SequenceBatch:
         input_ids: [B, L] token ids.
         attention_mask: [B, L] 1 for content, 0 for padding.
         answer_mask: [B, T] True for answer tokens, EOS included.
+        trunk: [B, L, D] hidden states that all roles share, where they have been computed.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     answer_mask: Tensor
+    trunk: Tensor | None = None
 
     @property
     def answer_length(self) -> int:
@@ -50,7 +52,8 @@ class SequenceBatch:
 
     def rows(self, index: Tensor) -> SequenceBatch:
         """The batch of some rows."""
-        return SequenceBatch(self.input_ids[index], self.attention_mask[index], self.answer_mask[index])
+        trunk = None if self.trunk is None else self.trunk[index]
+        return SequenceBatch(self.input_ids[index], self.attention_mask[index], self.answer_mask[index], trunk)
 
 
 class ChatEncoder:

@@ -27,6 +27,7 @@ def import_transformers() -> Any:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")
     import transformers.utils
     import transformers.utils.import_utils
@@ -72,6 +73,14 @@ def load_causal_lm(folder: Path, dtype: torch.dtype) -> Any:
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{folder} is not a model that transformers can load: {error}") from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def choose_dtype(name: str) -> torch.dtype:
+    """`auto`: bfloat16 on a GPU, else float32 (without matrix units, a CPU computes bfloat16 at half the speed)."""
+    if name == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def check_model_folder(folder: Path) -> None:

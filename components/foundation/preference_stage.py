@@ -5,6 +5,7 @@ What differs (which answer should score higher, the loss, the measures) the two 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 from components.foundation.backbone import Backbone
@@ -47,6 +48,8 @@ def run_preference_stage(
             [pair_of(record, encoder) for record in read_jsonl(data / f"preferences_{part}.jsonl", DualPreference)]
             for part in ("train", "validation")
         )
+        if 0 < settings.max_pairs < len(training):
+            training = random.Random(stage.seed).sample(training, settings.max_pairs)
         progress = Progress(name, batch_count(len(training), settings.batch_size, settings.epochs), "steps")
 
         def on_step(step: int, total: int, metrics: dict[str, float]) -> None:

@@ -91,7 +91,7 @@ def score_pairs(backbone: Backbone, role: str, pairs: Sequence[ScoredPair]) -> P
 
 def answer_scores(backbone: Backbone, role: str, batch: SequenceBatch) -> Tensor:
     """Batch -> [B] score at each answer's last token. Call within `backbone.role(role)`."""
-    per_token = backbone.scores(role, batch.input_ids, batch.attention_mask)[:, -batch.answer_length :]
+    per_token = backbone.scores(role, batch.input_ids, batch.attention_mask, batch.trunk)[:, -batch.answer_length :]
     return last_answer_token(per_token, batch.answer_mask)
 
 

@@ -45,7 +45,7 @@ class LoraSettings(_Section):
     rank: int = Field(16, ge=1)
     alpha: int = Field(32, gt=0)
     top_layers: int = Field(
-        0, ge=0, description="adapt only the last so many layers in reward, cost and critics (0: all)"
+        0, ge=0, description="adapt only the last so many layers (0: all); what lies below is computed once for all roles"
     )
 
 
@@ -63,6 +63,7 @@ class PreferenceModelSettings(_Section):
     epochs: int = Field(1, ge=1)
     learning_rate: float = Field(5e-4, gt=0)
     batch_size: int = Field(16, ge=1, description="pairs per optimiser step")
+    max_pairs: int = Field(0, ge=0, description="train on at most so many pairs, drawn anew each round (0: all)")
     regularization: float = Field(0.01, ge=0, description="eta: weight of the mean squared score")
     max_length: int = Field(128, ge=8)
     min_accuracy: float = Field(0.55, ge=0, le=1, description="held-out ranking accuracy below this blocks PPO")
@@ -123,6 +124,7 @@ class PpoSettings(_Section):
 
 
 class EvaluateSettings(_Section):
+    temperature: float = Field(1.0, ge=0, description="of the answers; 0 is greedy")
     max_new_tokens: int = Field(40, ge=1)
     batch_size: int = Field(64, ge=1)
     confidence: float = Field(0.95, gt=0.5, lt=1)
@@ -151,7 +153,9 @@ class Settings(_Section):
         min_length=1,
         description="smollm2-135m-instruct, tiny[-llama|-gpt2|-qwen2|-gemma], a folder, s3://..., or a Hugging Face id",
     )
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="of weights and activations; auto: bfloat16 on a GPU, float32 on a CPU"
+    )
     experiment: str = Field("safe-rlhf", min_length=1, description="MLflow experiment")
     data: DataSettings = DataSettings()
     lora: LoraSettings = LoraSettings()
@@ -176,10 +180,17 @@ class Settings(_Section):
 
 
 PROFILES: dict[str, dict[str, Any]] = {
-    "smol": {},
+    "smol": {
+        "lora": {"top_layers": 15},
+        "sft": {"learning_rate": 2e-3, "max_length": 96},
+        "reward_model": {"max_pairs": 256, "max_length": 96},
+        "cost_model": {"max_pairs": 256, "max_length": 96},
+        "collect": {"temperature": 0.7},
+        "ppo": {"steps": 8, "temperature": 0.7, "max_new_tokens": 32, "cost_window": 64},
+        "evaluate": {"temperature": 0.7, "max_new_tokens": 32, "batch_size": 128},
+    },
     "tiny": {
         "base_model": "tiny",
-        "dtype": "float32",
         "data": {"max_preferences": 64, "max_demonstrations": 48, "max_held_out": 16},
         "sft": {"max_length": 96},
         "reward_model": {"min_accuracy": 0.0, "max_length": 96},

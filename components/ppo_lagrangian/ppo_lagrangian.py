@@ -22,6 +22,7 @@ from components.foundation.results import PpoTrace, PreferenceModelResult, read_
 from components.foundation.rollout.transformers_engine import TransformersEngine
 from components.foundation.run_context import open_stage
 from components.foundation.settings import Settings
+from components.ppo_lagrangian.model_card import model_card
 from components.ppo_lagrangian.multiplier import choose_threshold
 from components.ppo_lagrangian.trainer import (
     COST,
@@ -85,6 +86,8 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
         (out / "trace.json").write_text(to_json(trace))
         backbone.merge_role(ACTOR)
         backbone.export(out / "model")
+        card = model_card(settings, stage.context.run_id, round_number, trace)
+        (out / "model" / "README.md").write_text(card, encoding="utf-8")
         return stage.commit(out, step=settings.ppo.steps, parents=inputs.parents())
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,11 +19,11 @@ from components.foundation.batching import (
     SequenceBatch,
     TokenSequence,
     collate,
-    last_answer_token,
     token_log_probs,
 )
 from components.foundation.optimization import make_optimizer, optimizer_step
 from components.foundation.policy import ACTOR
+from components.foundation.preference_trainer import answer_scores
 from components.foundation.rollout import RolloutEngine, Sampling
 from components.foundation.settings import PpoSettings
 from components.ppo_lagrangian.multiplier import MultiplierState, update_multiplier
@@ -171,7 +171,9 @@ class PpoLagrangian:
     ) -> dict[str, float]:
         batch = episode.batch.rows(rows)
         with self._backbone.role(ACTOR, train=True):
-            logits = self._backbone.answer_logits(batch.input_ids, batch.attention_mask, batch.answer_length)
+            logits = self._backbone.answer_logits(
+                batch.input_ids, batch.attention_mask, batch.answer_length, batch.trunk
+            )
             loss, clipped = actor_loss(
                 token_log_probs(logits / self._settings.temperature, batch.answers),
                 episode.log_probs[rows],
@@ -205,6 +207,7 @@ class PpoLagrangian:
 def score_episode(backbone: Backbone, sequences: Sequence[TokenSequence], settings: PpoSettings) -> Episode:
     """Everything the update needs to know of a rollout batch, measured without gradients."""
     batch = collate(sequences, backbone.eos_token_id, backbone.device)
+    batch = replace(batch, trunk=backbone.trunk_states(batch.input_ids, batch.attention_mask))
     ended = torch.tensor([s.answer[-1] == backbone.eos_token_id for s in sequences], device=backbone.device)
     reward = _answer_scores(backbone, REWARD, batch)
     return Episode(
@@ -244,7 +247,7 @@ def compute_advantages(episode: Episode, settings: PpoSettings, multiplier: floa
 
 def token_values(backbone: Backbone, role: str, batch: SequenceBatch) -> Tensor:
     """[B, T] value before each answer token: the head's output at the token before it."""
-    return backbone.scores(role, batch.input_ids, batch.attention_mask)[:, -batch.answer_length - 1 : -1]
+    return backbone.scores(role, batch.input_ids, batch.attention_mask, batch.trunk)[:, -batch.answer_length - 1 : -1]
 
 
 def _values(backbone: Backbone, role: str, batch: SequenceBatch) -> Tensor:
@@ -254,14 +257,13 @@ def _values(backbone: Backbone, role: str, batch: SequenceBatch) -> Tensor:
 
 def _answer_scores(backbone: Backbone, role: str, batch: SequenceBatch) -> Tensor:
     with backbone.role(role):
-        per_token = backbone.scores(role, batch.input_ids, batch.attention_mask)[:, -batch.answer_length :]
-        return last_answer_token(per_token, batch.answer_mask)
+        return answer_scores(backbone, role, batch)
 
 
 def _measure_log_probs(backbone: Backbone, role: str, batch: SequenceBatch, temperature: float) -> Tensor:
     def measure(rows: Tensor) -> Tensor:
         part = batch.rows(rows)
-        logits = backbone.answer_logits(part.input_ids, part.attention_mask, part.answer_length)
+        logits = backbone.answer_logits(part.input_ids, part.attention_mask, part.answer_length, part.trunk)
         return token_log_probs(logits / temperature, part.answers)
 
     with backbone.role(role):

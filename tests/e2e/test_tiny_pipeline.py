@@ -44,7 +44,7 @@ def first_run(workdir: Path) -> tuple[dict[str, Any], str]:
 
 def test_every_stage_ran(first_run: tuple[dict[str, Any], str]) -> None:
     summary, _ = first_run
-    expected = {"round-0/prepare_data", "round-0/sft", "round-0/evaluate"}
+    expected = {f"round-0/{stage}" for stage in ("prepare_data", "sft", "evaluate", "report")}
     stages = ("collect", "annotate", "reward_model", "cost_model", "ppo_lagrangian", "evaluate")
     expected |= {f"round-{number}/{stage}" for number in (1, 2) for stage in stages}
     assert set(summary["stage_seconds"]) == expected

@@ -37,33 +37,38 @@ class TransformersEngine:
         cache = import_transformers().DynamicCache()
         eos = self._backbone.eos_token_id
         tokens, mask = _pad_left(prompts, eos, self._backbone.device)
-        drawn: list[Tensor] = []
-        finished = torch.zeros(len(prompts), dtype=torch.bool, device=self._backbone.device)
         positions = position_ids(mask)
+        answers: list[list[int]] = [[] for _ in prompts]
+        going = torch.arange(len(prompts), device=self._backbone.device)  # rows that have not ended
         # no_grad, not inference_mode: tensors made there could not enter a later graph of the same weights
         with self._backbone.role(self._role), torch.no_grad():
             for _ in range(sampling.max_new_tokens):
                 logits = self._backbone.decode_step(tokens, mask, positions, cache)
-                token = draw(logits, sampling.temperature, generator).masked_fill(finished, eos)
-                drawn.append(token)
-                finished = finished | (token == eos)
-                if bool(finished.all()):
+                # a number for every row, ended or not: what a row draws does not depend on when the others end
+                uniform = torch.rand(len(prompts), 1, generator=generator, device=logits.device)[going]
+                token = draw(logits, sampling.temperature, uniform)
+                for row, drawn in zip(going.tolist(), token.tolist(), strict=True):
+                    answers[row].append(drawn)
+                keep = (token != eos).nonzero().squeeze(-1)
+                if len(keep) == 0:
                     break
+                if len(keep) < len(going):
+                    cache.batch_select_indices(keep)
+                    going, token, mask, positions = going[keep], token[keep], mask[keep], positions[keep]
                 tokens = token.unsqueeze(-1)
                 mask = torch.cat([mask, torch.ones_like(tokens)], dim=-1)
                 positions = positions[:, -1:] + 1
-        return [_until_eos(row, eos) for row in torch.stack(drawn, dim=-1).tolist()]
+        return [tuple(answer) for answer in answers]
 
 
-def draw(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """[B, V] logits -> [B] sampled ids; temperature 0 takes the most likely one.
+def draw(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
+    """[B, V] logits and [B, 1] uniform numbers in [0, 1) -> [B] sampled ids; temperature 0 takes the most likely one.
 
-    Inverse transform sampling: one uniform number a row instead of one exponential a vocabulary entry.
+    Inverse transform sampling: one random number a row instead of one a vocabulary entry.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
     cumulative = torch.softmax(logits.float() / temperature, dim=-1).cumsum(dim=-1)
-    uniform = torch.rand(len(logits), 1, generator=generator, device=logits.device)
     index = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(-1)
     return index.clamp(max=logits.shape[-1] - 1)
 
@@ -73,7 +78,3 @@ def _pad_left(prompts: Sequence[Sequence[int]], padding_id: int, device: torch.d
     ids = [[padding_id] * (length - len(p)) + list(p) for p in prompts]
     mask = [[0] * (length - len(p)) + [1] * len(p) for p in prompts]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-def _until_eos(row: list[int], eos: int) -> tuple[int, ...]:
-    return tuple(row[: row.index(eos) + 1]) if eos in row else tuple(row)

@@ -1,0 +1,48 @@
+"""Tiny random models for the unit tests, made once per test process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from components.foundation.backbone import Backbone
+from components.foundation.base_model import make_tiny
+
+MakeTiny = Callable[[str], Path]
+LoadTiny = Callable[[str], Backbone]
+LoadPlain = Callable[[Path], Any]
+
+
+@pytest.fixture(scope="session")
+def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(models_folder: Path) -> Iterator[MakeTiny]:
+    """Architecture -> folder of a tiny model; nothing is read from or left in the user's own model folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAFERLHF_MODELS", str(models_folder))
+        yield make_tiny
+
+
+@pytest.fixture(scope="module")
+def load_tiny(tiny_folder: MakeTiny) -> LoadTiny:
+    """Architecture -> a backbone of its own, in float32."""
+    return lambda architecture: Backbone.load(tiny_folder(architecture), "float32", seed=0)
+
+
+@pytest.fixture(scope="session")
+def load_plain() -> LoadPlain:
+    """Folder -> its model by transformers alone, with no code of ours."""
+
+    def load(folder: Path) -> Any:
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+    return load

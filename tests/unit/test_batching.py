@@ -1,0 +1,178 @@
+"""Text to ids to padded batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from components.foundation.batching import (
+    ChatEncoder,
+    TokenSequence,
+    collate,
+    last_answer_token,
+    token_log_probs,
+)
+from components.foundation.errors import ModelError
+from components.foundation.language_model import load_tokenizer
+
+START, EOS = 256, 257
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_folder: Callable[[str], Path]) -> Any:
+    """A token a byte; its template puts START before and after the user's text."""
+    return load_tokenizer(tiny_folder("llama"))
+
+
+def plain(tokenizer: Any, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+
+@pytest.mark.golden
+def test_a_short_pair_is_laid_out_whole(tokenizer: Any) -> None:
+    encoder = ChatEncoder(tokenizer, max_prompt_tokens=10, max_answer_tokens=10)
+    sequence = encoder.sequence("Hi", "Ho")
+    assert sequence.prompt == (START, *plain(tokenizer, "Hi"), START)
+    assert sequence.answer == (*plain(tokenizer, "Ho"), EOS)
+    assert encoder.truncated == 0
+
+
+@given(text=st.text("ab é漢🎈", min_size=1, max_size=40), limit=st.integers(3, 30))
+@settings(deadline=None, max_examples=80)
+def test_a_long_prompt_loses_the_end_of_the_text_and_nothing_of_the_template(
+    tokenizer: Any, text: str, limit: int
+) -> None:
+    """Also where the cut falls into the bytes of one character."""
+    encoder = ChatEncoder(tokenizer, limit, 8)
+    whole = (START, *plain(tokenizer, text), START)
+    prompt = encoder.prompt(text)
+    assert len(prompt) <= limit
+    assert prompt[0] == prompt[-1] == START
+    if len(whole) <= limit:
+        assert prompt == whole
+        assert encoder.truncated == 0
+        return
+    assert encoder.truncated == 1
+    kept = tokenizer.decode(list(prompt[1:-1])).rstrip("\ufffd")
+    assert text.startswith(kept)
+    assert len(kept.encode()) >= limit - 2 - 3  # no more is lost than the limit asks for, and the rest of a character
+
+
+@given(text=st.text("ab é漢", max_size=20), limit=st.integers(1, 30))
+@settings(deadline=None, max_examples=60)
+def test_a_long_answer_loses_its_end_and_its_eos(tokenizer: Any, text: str, limit: int) -> None:
+    encoder = ChatEncoder(tokenizer, 8, limit)
+    whole = (*plain(tokenizer, text), EOS)
+    answer = encoder.answer(text)
+    assert answer == whole[:limit]
+    assert (answer[-1] == EOS) == (len(whole) <= limit)
+    assert encoder.truncated == int(len(whole) > limit)
+
+
+@pytest.mark.golden
+def test_a_cut_prompt_by_hand(tokenizer: Any) -> None:
+    assert ChatEncoder(tokenizer, 6, 8).prompt("abcdefgh") == (START, *plain(tokenizer, "abcd"), START)
+
+
+def test_every_cut_is_counted(tokenizer: Any) -> None:
+    encoder = ChatEncoder(tokenizer, 6, 3)
+    encoder.sequence("too long", "too long")
+    encoder.sequence("fits", "ok")
+    encoder.sequence("fits", "but not this")
+    assert encoder.truncated == 3
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("limit", [1, 2])
+def test_a_limit_that_the_template_fills_is_refused(tokenizer: Any, limit: int) -> None:
+    with pytest.raises(ModelError, match=rf"template alone takes 2 tokens.* {limit} allowed"):
+        ChatEncoder(tokenizer, limit, 8).prompt("Hello")
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("text", ["<|im_end|>", "a<|im_end|>b", "<|im_start|>", "a<|im_start|>system<|pad|>"])
+def test_text_cannot_forge_control_tokens(tokenizer: Any, text: str) -> None:
+    """A user who could write a turn's end would speak for the assistant; an answer would end before its end."""
+    encoder = ChatEncoder(tokenizer, 200, 200)
+    assert max(encoder.prompt(text)[1:-1]) < START
+    assert max(encoder.answer(text)[:-1]) < START
+
+
+IDS = st.lists(st.integers(0, 255), max_size=6).map(tuple)
+SEQUENCES = st.lists(st.builds(TokenSequence, prompt=IDS, answer=IDS), min_size=1, max_size=5).filter(
+    lambda sequences: any(s.answer for s in sequences)
+)
+
+
+@given(sequences=SEQUENCES, padding_id=st.sampled_from([0, 65, EOS]))
+@settings(deadline=None, max_examples=60)
+def test_prompts_are_padded_on_the_left_and_answers_on_the_right(
+    sequences: Sequence[TokenSequence], padding_id: int
+) -> None:
+    batch = collate(sequences, padding_id, CPU)
+    prompt_length = max(len(s.prompt) for s in sequences)
+    answer_length = max(len(s.answer) for s in sequences)
+    assert batch.input_ids.shape == batch.attention_mask.shape == (len(sequences), prompt_length + answer_length)
+    assert batch.answer_mask.shape == batch.answers.shape == (len(sequences), batch.answer_length)
+    assert batch.answer_length == answer_length
+    for row, sequence in enumerate(sequences):
+        left = prompt_length - len(sequence.prompt)
+        content = range(left, prompt_length + len(sequence.answer))
+        for column in range(prompt_length + answer_length):
+            assert batch.attention_mask[row, column].item() == int(column in content)
+            expected = (*sequence.prompt, *sequence.answer)[column - left] if column in content else padding_id
+            assert batch.input_ids[row, column].item() == expected
+        assert batch.answers[row][batch.answer_mask[row]].tolist() == list(sequence.answer)
+
+
+def test_an_empty_prompt_is_allowed() -> None:
+    batch = collate([TokenSequence((), (1, 2))], 0, CPU)
+    assert batch.input_ids.tolist() == [[1, 2]]
+    assert batch.answers.tolist() == [[1, 2]]
+
+
+def test_rows_pick_whole_rows() -> None:
+    batch = collate([TokenSequence((1,), (2,)), TokenSequence((3, 4), (5, 6)), TokenSequence((7,), (8,))], 0, CPU)
+    picked = batch.rows(torch.tensor([2, 0]))
+    assert picked.input_ids.tolist() == [[0, 7, 8, 0], [0, 1, 2, 0]]
+    assert picked.attention_mask.tolist() == [[0, 1, 1, 0], [0, 1, 1, 0]]
+    assert picked.answer_mask.tolist() == [[True, False], [True, False]]
+
+
+@given(lengths=st.lists(st.integers(1, 7), min_size=1, max_size=5), extra=st.integers(0, 3))
+@settings(deadline=None, max_examples=40)
+def test_the_last_answer_token_is_the_last_that_the_mask_holds(lengths: list[int], extra: int) -> None:
+    width = max(lengths) + extra
+    values = torch.arange(len(lengths) * width, dtype=torch.float32).view(len(lengths), width)
+    mask = torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
+    expected = [row * width + length - 1 for row, length in enumerate(lengths)]
+    assert last_answer_token(values, mask).tolist() == expected
+
+
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(2, 9)),
+    scale=st.sampled_from([0.0, 1.0, 50.0, 1000.0]),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=60)
+def test_log_probs_equal_log_softmax(shape: tuple[int, int, int], scale: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(shape, generator=generator) * scale
+    tokens = torch.randint(shape[2], shape[:2], generator=generator)
+    expected = torch.log_softmax(logits.double(), dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(token_log_probs(logits, tokens).double(), expected, atol=1e-5 * max(1, scale), rtol=1e-5)
+
+
+def test_log_probs_of_half_precision_logits_are_computed_in_full_precision() -> None:
+    """In bfloat16 itself the sum over a vocabulary would be off by percents."""
+    logits = torch.zeros(1, 1, 50_000, dtype=torch.bfloat16)
+    result = token_log_probs(logits, torch.tensor([[7]]))
+    assert result.dtype == torch.float32
+    assert result.item() == pytest.approx(-torch.log(torch.tensor(50_000.0)).item(), abs=1e-4)

@@ -1,0 +1,280 @@
+"""Reward and cost losses against NumPy, their measures against brute force, and training on a toy set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import mannwhitneyu
+
+from components.cost_model.loss import cost_loss
+from components.foundation.backbone import REFERENCE, Backbone
+from components.foundation.batching import ChatEncoder, collate
+from components.foundation.optimization import batch_count, cosine_factor, shuffled_batches
+from components.foundation.preference import DualPreference
+from components.foundation.preference_stage import encode_pair
+from components.foundation.preference_trainer import (
+    PreferenceLoss,
+    PreferenceScores,
+    ScoredPair,
+    answer_scores,
+    ranking_accuracy,
+    roc_auc,
+    score_validation,
+    train_preference_model,
+)
+from components.foundation.settings import LoraSettings, PreferenceModelSettings
+from components.reward_model.loss import reward_loss
+
+LoadTiny = Callable[[str], Backbone]
+SCORE = st.floats(-30, 30, width=32)
+SIGN = st.sampled_from([-1.0, 1.0])
+BATCHES = st.lists(st.tuples(SCORE, SCORE, SIGN, SIGN), min_size=1, max_size=6)
+Rows = list[tuple[float, float, float, float]]
+
+
+def scores_of(rows: Rows, requires_grad: bool = False) -> PreferenceScores:
+    columns = [torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True)]
+    for column in columns[:2]:
+        column.requires_grad_(requires_grad)
+    return PreferenceScores(*columns)
+
+
+def minus_log_sigmoid(x: np.ndarray) -> np.ndarray:
+    return np.asarray(np.logaddexp(0.0, -x))
+
+
+@given(rows=BATCHES, eta=st.floats(0, 1))
+@settings(deadline=None, max_examples=60)
+def test_losses_equal_their_formulas_in_numpy(rows: Rows, eta: float) -> None:
+    high, low, high_sign, low_sign = np.array(rows).T
+    ranking = minus_log_sigmoid(high - low).mean()
+    penalty = eta * (np.concatenate([high, low]) ** 2).mean()
+    loss, metrics = reward_loss(scores_of(rows), eta)
+    assert loss.item() == pytest.approx(ranking + penalty)
+    assert metrics == pytest.approx({"loss": ranking + penalty, "ranking_loss": ranking})
+    sign = (minus_log_sigmoid(high_sign * high) + minus_log_sigmoid(low_sign * low)).mean()
+    loss, metrics = cost_loss(scores_of(rows), eta)
+    assert loss.item() == pytest.approx(ranking + sign + penalty)
+    assert metrics == pytest.approx({"loss": ranking + sign + penalty, "ranking_loss": ranking, "sign_loss": sign})
+
+
+@pytest.mark.golden
+def test_losses_by_hand() -> None:
+    """log 2 for each comparison that is undecided; log(1 + 1/e) for one that is won by 1."""
+    tie = scores_of([(0.0, 0.0, 1.0, -1.0)])
+    assert reward_loss(tie, 0.0)[0].item() == pytest.approx(np.log(2))
+    assert cost_loss(tie, 0.0)[0].item() == pytest.approx(3 * np.log(2))
+    won = scores_of([(1.0, 0.0, 1.0, 1.0), (2.0, 1.0, 1.0, 1.0)])
+    assert reward_loss(won, 0.1)[0].item() == pytest.approx(np.log1p(np.exp(-1)) + 0.1 * (1 + 0 + 4 + 1) / 4)
+
+
+@pytest.mark.parametrize("loss", [reward_loss, cost_loss])
+def test_losses_stay_finite_where_a_pair_is_hopeless(
+    loss: Callable[[PreferenceScores, float], tuple[torch.Tensor, dict[str, float]]],
+) -> None:
+    scores = scores_of([(-1e4, 1e4, 1.0, -1.0), (1e4, -1e4, 1.0, -1.0)], requires_grad=True)
+    value, _ = loss(scores, 0.01)
+    value.backward()
+    assert torch.isfinite(value)
+    assert scores.high.grad is not None
+    assert torch.isfinite(scores.high.grad).all()
+
+
+@given(rows=BATCHES)
+@settings(deadline=None, max_examples=40)
+def test_gradients_push_the_way_the_labels_say(rows: Rows) -> None:
+    """Reward: better up, worse down. Cost: the sign terms alone push unsafe answers up and safe ones down."""
+    scores = scores_of(rows, requires_grad=True)
+    reward_loss(scores, 0.0)[0].backward()
+    assert scores.high.grad is not None
+    assert scores.low.grad is not None
+    assert (scores.high.grad < 0).all()
+    assert (scores.low.grad > 0).all()
+    cost = scores_of(rows, requires_grad=True)
+    cost_loss(cost, 0.0)[0].backward()
+    for value, ranking, sign in (
+        (cost.high, scores.high.grad, cost.high_sign),
+        (cost.low, scores.low.grad, cost.low_sign),
+    ):
+        assert value.grad is not None
+        assert torch.equal(torch.sign(value.grad - ranking), -sign)
+
+
+def test_the_regulariser_pulls_every_score_to_zero() -> None:
+    rows = [(3.0, 3.0, 1.0, 1.0), (-2.0, -2.0, -1.0, -1.0)]
+    scores = scores_of(rows, requires_grad=True)
+    (reward_loss(scores, 1.0)[0] - reward_loss(scores, 0.0)[0]).backward()
+    assert scores.high.grad is not None
+    assert torch.equal(torch.sign(scores.high.grad), torch.sign(scores.high))
+
+
+VALUES = st.lists(st.integers(-3, 3), min_size=1, max_size=12)  # few values, so that ties are common
+
+
+@given(unsafe=VALUES, safe=VALUES)
+@settings(deadline=None, max_examples=60)
+def test_auc_equals_brute_force_and_the_rank_sum_test(unsafe: list[int], safe: list[int]) -> None:
+    brute = np.mean([1.0 if u > s else 0.5 if u == s else 0.0 for u in unsafe for s in safe])
+    value = roc_auc(torch.tensor(unsafe, dtype=torch.float32), torch.tensor(safe, dtype=torch.float32))
+    assert value == pytest.approx(brute)
+    assert value == pytest.approx(mannwhitneyu(unsafe, safe).statistic / (len(unsafe) * len(safe)))
+
+
+def test_auc_without_both_kinds_says_nothing() -> None:
+    some, none = torch.tensor([1.0, 2.0]), torch.tensor([])
+    assert roc_auc(some, none) == roc_auc(none, some) == roc_auc(none, none) == 0.5
+
+
+@given(rows=st.lists(st.tuples(st.integers(-2, 2), st.integers(-2, 2)), min_size=1, max_size=12))
+@settings(deadline=None, max_examples=40)
+def test_ranking_accuracy_counts_a_tie_one_half(rows: list[tuple[int, int]]) -> None:
+    expected = np.mean([1.0 if high > low else 0.5 if high == low else 0.0 for high, low in rows])
+    assert ranking_accuracy(scores_of([(h, low, 1.0, 1.0) for h, low in rows])) == pytest.approx(expected)
+
+
+@given(items=st.integers(1, 20), batch_size=st.integers(1, 7), epochs=st.integers(1, 3), seed=st.integers(0, 9))
+@settings(deadline=None, max_examples=40)
+def test_every_epoch_sees_every_item_once(items: int, batch_size: int, epochs: int, seed: int) -> None:
+    batches = list(shuffled_batches(range(items), batch_size, epochs, seed))
+    assert len(batches) == batch_count(items, batch_size, epochs)
+    assert all(1 <= len(batch) <= batch_size for batch in batches)
+    per_epoch = len(batches) // epochs
+    for epoch in range(epochs):
+        seen = [item for batch in batches[epoch * per_epoch : (epoch + 1) * per_epoch] for item in batch]
+        assert sorted(seen) == list(range(items))
+    assert batches == list(shuffled_batches(range(items), batch_size, epochs, seed))
+
+
+@given(total=st.integers(1, 200), warmup=st.floats(0, 0.5))
+@settings(deadline=None, max_examples=40)
+def test_the_learning_rate_rises_to_one_and_falls_towards_zero(total: int, warmup: float) -> None:
+    factors = [cosine_factor(step, total, warmup) for step in range(total)]
+    assert all(0 < factor <= 1 for factor in factors)
+    top = factors.index(max(factors))
+    assert max(factors) == pytest.approx(1.0)
+    assert factors[:top] == sorted(factors[:top])
+    assert factors[top:] == sorted(factors[top:], reverse=True)
+    assert top <= np.ceil(warmup * total)
+
+
+RECORD = DualPreference(
+    prompt="p",
+    response_0="first",
+    response_1="second",
+    better_response_id=0,
+    safer_response_id=1,
+    is_response_0_safe=False,
+    is_response_1_safe=True,
+)
+
+
+@pytest.mark.parametrize(("high_id", "signs"), [(0, (+1, -1)), (1, (-1, +1))])
+def test_a_record_becomes_a_pair_with_unsafe_positive(
+    load_tiny: LoadTiny, high_id: int, signs: tuple[int, int]
+) -> None:
+    encoder = ChatEncoder(load_tiny("llama").tokenizer, 16, 16)
+    pair = encode_pair(RECORD, high_id, encoder)
+    answers = (RECORD.response_0, RECORD.response_1)
+    assert pair.high == encoder.sequence("p", answers[high_id])
+    assert pair.low == encoder.sequence("p", answers[1 - high_id])
+    assert (pair.high_sign, pair.low_sign) == signs
+
+
+SETTINGS = PreferenceModelSettings(epochs=4, learning_rate=0.02, batch_size=8, regularization=0.01)
+LORA = LoraSettings(rank=4, alpha=8)
+
+
+def toy_pairs(backbone: Backbone) -> list[ScoredPair]:
+    """Separable: the answer with an exclamation mark at its end is the higher (and the unsafe) one."""
+    encoder = ChatEncoder(backbone.tokenizer, 16, 16)
+    words = ["yes", "no", "maybe", "well", "sure", "hm", "so", "then"]
+    return [
+        ScoredPair(encoder.sequence(prompt, f"{word}!!"), encoder.sequence(prompt, f"{word}.."), +1, -1)
+        for prompt in ("ab", "cde", "f")
+        for word in words
+    ]
+
+
+def train(backbone: Backbone, loss: PreferenceLoss, seed: int = 0) -> list[tuple[int, int, dict[str, float]]]:
+    steps: list[tuple[int, int, dict[str, float]]] = []
+    backbone.add_role("reward", LORA, scored=True)
+    train_preference_model(
+        backbone, "reward", toy_pairs(backbone), SETTINGS, loss, seed, lambda *step: steps.append(step)
+    )
+    return steps
+
+
+LOSSES = pytest.mark.parametrize(
+    "loss",
+    [lambda scores: reward_loss(scores, 0.01), lambda scores: cost_loss(scores, 0.01)],
+    ids=["reward", "cost"],
+)
+
+
+@LOSSES
+def test_training_learns_a_separable_set(load_tiny: LoadTiny, loss: PreferenceLoss) -> None:
+    backbone = load_tiny("llama")
+    steps = train(backbone, loss)
+    assert [step for step, _, _ in steps] == list(range(1, 13))
+    assert {total for _, total, _ in steps} == {12}
+    losses = [metrics["loss"] for _, _, metrics in steps]
+    assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
+    assert all(np.isfinite(metrics["gradient_norm"]) for _, _, metrics in steps)
+    scores = score_validation(backbone, "reward", toy_pairs(backbone), batch_size=5)
+    assert ranking_accuracy(scores) == 1.0
+    assert roc_auc(scores.high, scores.low) == 1.0
+
+
+def test_after_the_cost_loss_unsafe_answers_score_above_zero_and_safe_ones_below(load_tiny: LoadTiny) -> None:
+    backbone = load_tiny("llama")
+    train(backbone, lambda scores: cost_loss(scores, 0.01))
+    scores = score_validation(backbone, "reward", toy_pairs(backbone), batch_size=5)
+    assert scores.high.min() > 0 > scores.low.max()
+
+
+def test_training_leaves_the_base_weights_alone(load_tiny: LoadTiny) -> None:
+    backbone = load_tiny("llama")
+    batch = collate([pair.high for pair in toy_pairs(backbone)], backbone.eos_token_id, backbone.device)
+
+    def reference_states() -> torch.Tensor:
+        with backbone.role(REFERENCE):
+            return backbone.hidden_states(batch.input_ids, batch.attention_mask)
+
+    before = reference_states()
+    train(backbone, lambda scores: reward_loss(scores, 0.01))
+    assert torch.equal(before, reference_states())
+
+
+def test_the_same_seed_gives_the_same_adapter_bit_for_bit(load_tiny: LoadTiny, tmp_path: Path) -> None:
+    def adapter(name: str, seed: int) -> bytes:
+        backbone = load_tiny("llama")
+        train(backbone, lambda scores: reward_loss(scores, 0.01), seed)
+        backbone.save_role("reward", tmp_path / name)
+        return (tmp_path / name / "adapter.safetensors").read_bytes()
+
+    first = adapter("first", seed=5)
+    torch.rand(7)  # whatever else was drawn in the process
+    assert adapter("second", seed=5) == first
+    assert adapter("third", seed=6) != first
+
+
+def test_validation_scores_follow_the_pairs_and_not_the_batches(load_tiny: LoadTiny) -> None:
+    backbone = load_tiny("llama")
+    backbone.add_role("reward", LORA, scored=True)
+    pairs = [*toy_pairs(backbone)[:7], encode_pair(RECORD, 1, ChatEncoder(backbone.tokenizer, 16, 16))]
+    whole = score_validation(backbone, "reward", pairs, batch_size=8)
+    for batch_size in (1, 3):
+        parts = score_validation(backbone, "reward", pairs, batch_size)
+        torch.testing.assert_close(parts.high, whole.high, atol=1e-5, rtol=0)
+        torch.testing.assert_close(parts.low, whole.low, atol=1e-5, rtol=0)
+    assert whole.high_sign.tolist() == [1.0] * 7 + [-1.0]
+    assert whole.low_sign.tolist() == [-1.0] * 7 + [1.0]
+    with backbone.role("reward"):
+        alone = collate([pairs[3].low], backbone.eos_token_id, backbone.device)
+        assert answer_scores(backbone, "reward", alone).item() == pytest.approx(whole.low[3].item(), abs=1e-5)

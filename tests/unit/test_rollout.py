@@ -1,0 +1,184 @@
+"""The transformers rollout engine against a loop with no cache, no batch and no padding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+
+from components.foundation.backbone import REFERENCE, Backbone
+from components.foundation.base_model import TINY_ARCHITECTURES
+from components.foundation.rollout import Sampling
+from components.foundation.rollout.transformers_engine import TransformersEngine, draw
+from components.foundation.settings import LoraSettings
+
+LoadTiny = Callable[[str], Backbone]
+MakeTiny = Callable[[str], Path]
+LoadPlain = Callable[[Path], Any]
+EOS = 257
+PROMPTS: list[tuple[int, ...]] = [
+    (256, 72, 105, 256),
+    (256, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 256),
+    (9,),
+    (256, 200, 199, 256),
+    (256, 72, 105, 33, 33, 33, 256),
+    (256, 72, 105, 256),
+]
+GREEDY = Sampling(temperature=0.0, max_new_tokens=12, seed=0)
+SAMPLED = Sampling(temperature=1.0, max_new_tokens=40, seed=3)
+
+every_architecture = pytest.mark.parametrize("architecture", TINY_ARCHITECTURES)
+
+
+def with_actor(backbone: Backbone) -> Backbone:
+    """An actor whose adapter differs strongly from the base, so that its greedy answers have some variety."""
+    backbone.add_role("actor", LoraSettings(rank=4, alpha=8), scored=False)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in backbone.trainable_parameters("actor"):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return backbone
+
+
+def naive_greedy(model: Any, prompt: Sequence[int], limit: int) -> tuple[int, ...]:
+    ids = list(prompt)
+    for _ in range(limit):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids], device=model.device)).logits[0, -1].argmax()))
+        if ids[-1] == EOS:
+            break
+    return tuple(ids[len(prompt) :])
+
+
+@every_architecture
+def test_greedy_equals_a_naive_loop(
+    load_tiny: LoadTiny, tiny_folder: MakeTiny, load_plain: LoadPlain, architecture: str, tmp_path: Path
+) -> None:
+    """As the reference against the plain base model; as the actor against its merged and exported weights."""
+    backbone = with_actor(load_tiny(architecture))
+    answers = {role: TransformersEngine(backbone, role).generate(PROMPTS, GREEDY) for role in (REFERENCE, "actor")}
+    assert len(set(answers["actor"])) > 2
+    backbone.merge_role("actor")
+    backbone.export(tmp_path)
+    for role, folder in ((REFERENCE, tiny_folder(architecture)), ("actor", tmp_path)):
+        plain = load_plain(folder)
+        assert answers[role] == [naive_greedy(plain, prompt, GREEDY.max_new_tokens) for prompt in PROMPTS]
+
+
+@every_architecture
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_order_is_kept_though_batches_are_sorted_by_length(
+    load_tiny: LoadTiny, architecture: str, batch_size: int
+) -> None:
+    backbone = with_actor(load_tiny(architecture))
+    together = TransformersEngine(backbone, "actor", batch_size).generate(PROMPTS, GREEDY)
+    assert together == [TransformersEngine(backbone, "actor").generate([p], GREEDY)[0] for p in PROMPTS]
+    assert together[0] == together[5]
+
+
+@every_architecture
+def test_sampled_answers_stop_at_eos_or_at_the_limit(load_tiny: LoadTiny, architecture: str) -> None:
+    backbone = load_tiny(architecture)
+    answers = TransformersEngine(backbone, REFERENCE).generate(PROMPTS * 20, SAMPLED)
+    assert len(answers) == len(PROMPTS) * 20
+    ended = [answer for answer in answers if answer[-1] == EOS]
+    assert 0 < len(ended) < len(answers)
+    assert all(EOS not in answer[:-1] for answer in answers)
+    assert all(len(answer) == SAMPLED.max_new_tokens for answer in answers if answer[-1] != EOS)
+    assert len({len(answer) for answer in ended}) > 3
+
+
+def test_the_same_seed_gives_the_same_answers(load_tiny: LoadTiny) -> None:
+    backbone = load_tiny("llama")
+    engine = TransformersEngine(backbone, REFERENCE, batch_size=4)
+    first = engine.generate(PROMPTS, SAMPLED)
+    torch.rand(3)  # whatever else was drawn in the process
+    assert engine.generate(PROMPTS, SAMPLED) == first
+    other = Sampling(SAMPLED.temperature, SAMPLED.max_new_tokens, seed=4)
+    assert engine.generate(PROMPTS, other) != first
+    assert first[0] != first[5]  # the same prompt twice, drawn independently
+
+
+def test_a_low_temperature_comes_to_the_greedy_answer(load_tiny: LoadTiny) -> None:
+    backbone = with_actor(load_tiny("llama"))
+    engine = TransformersEngine(backbone, "actor")
+    assert engine.generate(PROMPTS, Sampling(1e-6, GREEDY.max_new_tokens, seed=1)) == engine.generate(PROMPTS, GREEDY)
+
+
+def test_generating_leaves_training_possible(load_tiny: LoadTiny) -> None:
+    backbone = with_actor(load_tiny("llama"))
+    TransformersEngine(backbone, "actor").generate(PROMPTS, SAMPLED)
+    ids = torch.tensor([PROMPTS[0]], device=backbone.device)
+    with backbone.role("actor", train=True):
+        backbone.answer_logits(ids, torch.ones_like(ids), 2).var().backward()
+    assert all(p.grad is not None for p in backbone.trainable_parameters("actor"))
+
+
+def test_no_prompts_give_no_answers(load_tiny: LoadTiny) -> None:
+    assert TransformersEngine(load_tiny("llama"), REFERENCE).generate([], GREEDY) == []
+
+
+def test_an_answer_does_not_depend_on_when_its_neighbours_end(load_tiny: LoadTiny) -> None:
+    """Answers of a batch that is stopped early are the beginnings of those of one that goes on."""
+    backbone = load_tiny("llama")
+    engine = TransformersEngine(backbone, REFERENCE)
+    long = engine.generate(PROMPTS * 10, SAMPLED)
+    short = engine.generate(PROMPTS * 10, Sampling(SAMPLED.temperature, 9, SAMPLED.seed))
+    assert short == [answer[:9] for answer in long]
+
+
+def uniform(n: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(n, 1, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_draws_follow_the_softmax(temperature: float) -> None:
+    """Chi-square at a fixed seed; the token of weight zero is never drawn."""
+    logits = torch.tensor([1.0, -1.0, 0.3, -math.inf, 2.0, 0.0, -2.0])
+    n = 20_000
+    drawn = draw(logits.expand(n, -1), temperature, uniform(n))
+    counts = torch.bincount(drawn, minlength=len(logits))
+    expected = torch.softmax(logits.double() / temperature, dim=-1) * n
+    possible = expected > 0
+    assert counts[~possible].sum() == 0
+    assert chisquare(counts[possible].numpy(), expected[possible].numpy()).pvalue > 0.01
+
+
+@pytest.mark.golden
+def test_draws_by_hand() -> None:
+    """Weights 0.25, 0.5, 0.25: the uniform number falls into one of three intervals, each closed on the left."""
+    logits = torch.tensor([0.25, 0.5, 0.25]).log()
+    numbers = torch.tensor([[0.0], [0.2], [0.3], [0.7], [0.8], [0.999]])
+    assert draw(logits.expand(6, -1), 1.0, numbers).tolist() == [0, 0, 1, 1, 2, 2]
+
+
+@given(
+    rows=st.lists(st.lists(st.integers(-50, 50), min_size=4, max_size=4, unique=True), min_size=1, max_size=5),
+    temperature=st.sampled_from([0.0, 1e-4, 1e-2]),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=50)
+def test_no_temperature_takes_the_most_likely(rows: list[list[int]], temperature: float, seed: int) -> None:
+    logits = torch.tensor(rows, dtype=torch.float32)
+    assert draw(logits, temperature, uniform(len(rows), seed)).tolist() == [row.index(max(row)) for row in rows]
+
+
+@given(seed=st.integers(0, 10_000), size=st.integers(2, 200), impossible=st.sampled_from(["first", "last", "both"]))
+@settings(deadline=None, max_examples=100)
+def test_an_impossible_token_is_never_drawn(seed: int, size: int, impossible: str) -> None:
+    """Even by the smallest and the largest number that can be drawn: the ends of a sum are where rounding bites."""
+    logits = torch.randn(size + 2, generator=torch.Generator().manual_seed(seed))
+    if impossible in ("first", "both"):
+        logits[0] = -math.inf
+    if impossible in ("last", "both"):
+        logits[-1] = -math.inf
+    numbers = torch.tensor([[0.0], [1.0 - 2.0**-24]])
+    for token in draw(logits.expand(2, -1), 1.0, numbers).tolist():
+        assert logits[token] > -math.inf

@@ -1,0 +1,209 @@
+"""Settings: what is accepted, what is refused, and what the digest stands for."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from components.foundation.errors import SettingsError
+from components.foundation.settings import PROFILES, Settings, resolve_settings
+
+CHOICES = {
+    "dtype": "float32",
+    "collect.history": "replace",
+    "annotate.annotator": "judge",
+    "store.uri": "s3://another-bucket/elsewhere",
+}
+
+
+def leaves(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in node.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def another(key: str, value: Any) -> str:
+    """A valid value of a setting that differs from the one it has."""
+    if key in CHOICES:
+        return CHOICES[key]
+    if isinstance(value, bool):
+        return str(not value).lower()
+    if isinstance(value, int):
+        return str(value + 1)
+    if isinstance(value, float):
+        return str(value * 0.9)
+    return "0.5" if value is None else "another"
+
+
+@pytest.mark.parametrize("profile", sorted(PROFILES))
+def test_profiles_resolve(profile: str) -> None:
+    resolved = resolve_settings(profile, seed=7)
+    assert (resolved.profile, resolved.seed) == (profile, 7)
+    for key, value in leaves(PROFILES[profile]).items():
+        assert leaves(resolved.model_dump())[key] == value
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "expected"),
+    [
+        ("sft.learning_rate=1e-3", "sft.learning_rate", 0.001),
+        ("sft.learning_rate=2.5E-4", "sft.learning_rate", 0.00025),
+        ("ppo.steps=2e1", "ppo.steps", 20),
+        ("ppo.whiten_advantages=false", "ppo.whiten_advantages", False),
+        ("ppo.whiten_advantages=true", "ppo.whiten_advantages", True),
+        ("ppo.threshold=null", "ppo.threshold", None),
+        ("ppo.threshold=", "ppo.threshold", None),
+        ("ppo.threshold=-3", "ppo.threshold", -3.0),
+        (" ppo.steps = 20 ", "ppo.steps", 20),
+        ("base_model=./folder with spaces", "base_model", "./folder with spaces"),
+        ("annotate.judge_url=http://127.0.0.1:8000/v1?a=b", "annotate.judge_url", "http://127.0.0.1:8000/v1?a=b"),
+        ('annotate.judge_url=""', "annotate.judge_url", ""),
+        ("ppo={steps: 3, epochs: 2}", "ppo.epochs", 2),
+        ("seed=11", "seed", 11),
+    ],
+)
+def test_values_are_read_as_yaml(override: str, key: str, expected: object) -> None:
+    value = leaves(resolve_settings("smol", overrides=[override]).model_dump())[key]
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+def test_an_override_changes_its_key_alone() -> None:
+    before = leaves(resolve_settings("tiny").model_dump())
+    after = leaves(resolve_settings("tiny", overrides=["ppo.steps=5", "reward_model.epochs=3"]).model_dump())
+    assert {key: value for key, value in after.items() if before[key] != value} == {
+        "ppo.steps": 5,
+        "reward_model.epochs": 3,
+    }
+    assert leaves(resolve_settings("tiny").model_dump()) == before  # and the profile itself is left alone
+
+
+def test_the_last_override_wins() -> None:
+    assert resolve_settings("smol", overrides=["rounds=1", "rounds=2"]).rounds == 2
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("ppo.stepz=3", ["ppo.stepz", "unknown"]),
+        ("nonsense=3", ["nonsense", "unknown"]),
+        ("ppo.steps.deeper=3", ["ppo.steps"]),
+        ("base_model.x=3", ["base_model", "x"]),
+        ("ppo.steps", ["ppo.steps", "key=value"]),
+        ("=3", ["=3", "key=value"]),
+        ("ppo.steps=0", ["ppo.steps", "0"]),
+        ("ppo.steps=2.5", ["ppo.steps", "2.5"]),
+        ("ppo.steps=[3]", ["ppo.steps", "[3]"]),
+        ("ppo.steps=many", ["ppo.steps", "many"]),
+        ("ppo=3", ["ppo", "3"]),
+        ("rounds=21", ["rounds", "21"]),
+        ("seed=-1", ["seed", "-1"]),
+        ("ppo.gamma=1.01", ["ppo.gamma", "1.01"]),
+        ("ppo.clip_ratio=1", ["ppo.clip_ratio", "1"]),
+        ("ppo.lambda_max=0.01", ["lambda_max", "0.01", "lambda_min", "0.05"]),
+        ("ppo.lambda_min=30", ["lambda_min", "30"]),
+        ("data.validation_share=0", ["data.validation_share", "0"]),
+        ("data.validation_share=1", ["data.validation_share", "1"]),
+        ("evaluate.confidence=0.5", ["evaluate.confidence", "0.5"]),
+        ("gate.max_unsafe_rate=-0.1", ["gate.max_unsafe_rate", "-0.1"]),
+        ("collect.answers_per_prompt=1", ["collect.answers_per_prompt", "1"]),
+        ("dtype=float16", ["dtype", "float16"]),
+        ("store.uri=file:///tmp", ["store.uri", "file:///tmp"]),
+        ("base_model=", ["base_model"]),
+    ],
+)
+def test_bad_overrides_are_refused_by_name_and_value(override: str, words: list[str]) -> None:
+    with pytest.raises(SettingsError) as caught:
+        resolve_settings("smol", overrides=[override])
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("text", ["[1", "{", "@home", "!!python/object:os.system x", '"open', "a: b: c"])
+def test_malformed_yaml_is_a_settings_error(text: str) -> None:
+    with pytest.raises(SettingsError, match="base_model"):
+        resolve_settings("smol", overrides=[f"base_model={text}"])
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("value", [".inf", ".nan", "-inf", "1e400"])
+@pytest.mark.parametrize("key", ["sft.learning_rate", "ppo.threshold"])
+def test_numbers_that_are_not_finite_are_refused(key: str, value: str) -> None:
+    """JSON has no infinity: run.json would hold null, and the later stages would read other settings or none."""
+    with pytest.raises(SettingsError, match=key):
+        resolve_settings("smol", overrides=[f"{key}={value}"])
+
+
+@pytest.mark.fault
+def test_every_bad_setting_is_named_at_once() -> None:
+    with pytest.raises(SettingsError, match=r"ppo\.steps.*sft\.epochs|sft\.epochs.*ppo\.steps"):
+        resolve_settings("smol", overrides=["ppo.steps=0", "sft.epochs=0"])
+
+
+@pytest.mark.fault
+def test_unknown_profiles_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(SettingsError, match=r"'large'.*smol, tiny"):
+        resolve_settings("large")
+
+
+def test_settings_are_frozen() -> None:
+    resolved = resolve_settings("smol")
+    with pytest.raises(ValidationError):
+        resolved.rounds = 1  # type: ignore[misc]
+    with pytest.raises(ValidationError):
+        resolved.ppo.steps = 1  # type: ignore[misc]
+
+
+def test_every_setting_enters_the_digest() -> None:
+    before = resolve_settings("smol")
+    digests = {"": before.digest()}
+    for key, value in leaves(before.model_dump()).items():
+        if key != "profile":
+            digests[key] = resolve_settings("smol", overrides=[f"{key}={another(key, value)}"]).digest()
+    digests["profile"] = resolve_settings("tiny").digest()
+    assert len(set(digests.values())) == len(digests) == len(before.flat()) + 1
+
+
+def test_digest_is_the_same_in_every_process_and_order() -> None:
+    overrides = ["ppo.steps=5", "rounds=2", "ppo.threshold=0.5"]
+    digest = resolve_settings("tiny", 3, overrides).digest()
+    assert len(digest) == 64
+    assert resolve_settings("tiny", 3, overrides[::-1]).digest() == digest
+    program = (
+        "import sys; from components.foundation.settings import resolve_settings as r;"
+        "print(r('tiny', 3, sys.argv[1:]).digest())"
+    )
+    other = subprocess.run([sys.executable, "-c", program, *overrides], capture_output=True, text=True, check=True)
+    assert other.stdout.strip() == digest
+
+
+@given(
+    profile=st.sampled_from(sorted(PROFILES)),
+    rate=st.floats(1e-6, 1.0),
+    threshold=st.none() | st.floats(-50, 50),
+    steps=st.integers(1, 10**6),
+)
+@settings(deadline=None, max_examples=30)
+def test_json_and_flat_forms_give_the_settings_back(
+    profile: str, rate: float, threshold: float | None, steps: int
+) -> None:
+    """Empty values stand for what is unset, so they are left out of the flat form before it is read back."""
+    overrides = [f"sft.learning_rate={rate}", f"ppo.steps={steps}"]
+    overrides += [] if threshold is None else [f"ppo.threshold={threshold}"]
+    resolved = resolve_settings(profile, 1, overrides)
+    assert resolved.sft.learning_rate == rate
+    again = Settings.model_validate(json.loads(resolved.model_dump_json()))
+    assert (again, again.digest()) == (resolved, resolved.digest())
+    flat = resolved.flat()
+    assert set(flat) == set(leaves(resolved.model_dump()))
+    assert resolve_settings("smol", 0, [f"{key}={value}" for key, value in flat.items() if value]) == resolved
