@@ -8,7 +8,7 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lint clean
+.PHONY: help install run test lint results clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -33,6 +33,10 @@ lint: install ## ruff and mypy
 	$(BIN)/ruff check components pipelines tests
 	$(BIN)/ruff format --check components pipelines tests
 	$(BIN)/mypy
+
+results: install ## run three seeds (an hour) and write the README's results table
+	for seed in 0 1 2; do $(MAKE) run PROFILE=smol SEED=$$seed WORKDIR=runs/seed-$$seed || exit 1; done
+	$(BIN)/python -m tests.benchmarks.results runs/seed-0 runs/seed-1 runs/seed-2
 
 clean: ## remove .venv and caches (work folders are kept)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -26,13 +26,23 @@ Seed = Annotated[int, typer.Option(help="seed of every random choice")]
 
 
 @app.command()
-def run(profile: Profile = "smol", workdir: WorkDir = Path("runs"), seed: Seed = 0, set_: Overrides = None) -> None:
-    """Run the whole pipeline on this machine."""
+def run(
+    profile: Profile = "smol",
+    workdir: WorkDir = Path("runs"),
+    seed: Seed = 0,
+    set_: Overrides = None,
+    resume: Annotated[str, typer.Option(help="id of a run that stopped: its finished stages are not run again")] = "",
+) -> None:
+    """Run the whole pipeline on this machine.
+
+    It starts S3 and MLflow in the work folder (or uses those that AWS_ENDPOINT_URL and MLFLOW_TRACKING_URI name) and
+    runs prepare_data, sft, the rounds, the gate and the report. The exit status is 0 only if every stage did its work.
+    """
     overrides = tuple(set_ or ())
     settings = resolve_settings(profile, seed, overrides)
     from pipelines.local import LocalRun, run_here
 
-    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    run_id = resume or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     run_here(LocalRun(settings, overrides, workdir, run_id))
 
 

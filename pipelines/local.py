@@ -15,15 +15,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import psutil
 
 from components.foundation.base_model import check_base_model
 from components.foundation.checkpoint_store import CheckpointStore
-from components.foundation.errors import SaferlhfError, TrainingError
+from components.foundation.errors import SaferlhfError, TrackingError, TrainingError
 from components.foundation.settings import Settings
-from components.foundation.tracking import Tracker
+from components.foundation.tracking import RunStatus, Tracker
 from pipelines.safe_rlhf import build_pipeline
 from pipelines.screen import Screen
 from pipelines.services import local_services
@@ -57,20 +56,24 @@ def run_here(run: LocalRun) -> Path:
         screen.line(f"S3 at {endpoints.s3_url}, MLflow at {endpoints.tracking_uri}, run {run.run_id}")
         CheckpointStore(run.settings.store.uri).ensure_bucket()
         check_base_model(run.settings.base_model)
-        error = _run_pipeline(run, screen)
-        if error is not None:
-            _close_tracking(endpoints.tracking_uri, run, "FAILED")
-            raise error
-        facts = RunFacts(
-            run_uri=run.run_uri, wall_seconds=time.monotonic() - started, tracking_uri=endpoints.tracking_uri
-        )
-        summary = write_summary(run.work_dir, facts)
-        _close_tracking(endpoints.tracking_uri, run, "FINISHED")
+        status: RunStatus = "KILLED"
+        try:
+            _run_pipeline(run, screen)
+            facts = RunFacts(
+                run_uri=run.run_uri, wall_seconds=time.monotonic() - started, tracking_uri=endpoints.tracking_uri
+            )
+            summary = write_summary(run.work_dir, facts)
+            status = "FINISHED"
+        except SaferlhfError:
+            status = "FAILED"
+            raise
+        finally:
+            _close_tracking(endpoints.tracking_uri, run, status)
         screen.line(closing_words(run.work_dir))
     return summary
 
 
-def _run_pipeline(run: LocalRun, screen: Screen) -> SaferlhfError | None:
+def _run_pipeline(run: LocalRun, screen: Screen) -> None:
     from kfp import local
 
     arguments = {
@@ -85,17 +88,20 @@ def _run_pipeline(run: LocalRun, screen: Screen) -> SaferlhfError | None:
         try:
             build_pipeline(run.settings.rounds)(**arguments)
         except RuntimeError as error:
-            return TrainingError(screen.last_error or f"the pipeline failed: {error}")
+            raise TrainingError(screen.last_error or f"the pipeline failed: {error}") from error
         finally:
             screen.close()
-    return None
 
 
-def _close_tracking(tracking_uri: str, run: LocalRun, status: Any) -> None:
-    tracker = Tracker(tracking_uri, run.settings.experiment)
-    mlflow_run = tracker.find_pipeline_run(run.run_id)
-    if mlflow_run is not None:
-        tracker.finish_pipeline_run(mlflow_run, status)
+def _close_tracking(tracking_uri: str, run: LocalRun, status: RunStatus) -> None:
+    try:
+        tracker = Tracker(tracking_uri, run.settings.experiment)
+        mlflow_run = tracker.find_pipeline_run(run.run_id)
+        if mlflow_run is not None:
+            tracker.finish_pipeline_run(mlflow_run, status)
+    except TrackingError:
+        if status == "FINISHED":  # else what ended the run matters more
+            raise
 
 
 @contextlib.contextmanager

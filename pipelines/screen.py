@@ -14,7 +14,11 @@ from components.foundation.progress import ProgressLine, parse_progress
 
 _ERROR_LINE = re.compile(r"^components\.foundation\.errors\.\w+: (.*)$")
 _OURS = re.compile(r"^\d\d:\d\d:\d\d ")
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_TERMINAL_CODES = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-~]"  # colours, cursor, erasing
+    r"|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)"  # window title, links
+    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # control characters, a lone escape among them
+)
 
 
 class Screen(io.TextIOBase):
@@ -40,12 +44,12 @@ class Screen(io.TextIOBase):
         self._buffer += text
         while "\n" in self._buffer:
             line, self._buffer = self._buffer.split("\n", 1)
-            self._receive(_ANSI.sub("", line).strip())
+            self._receive(_TERMINAL_CODES.sub("", line).strip())
         return len(text)
 
     def line(self, text: str) -> None:
         """Show one line of our own."""
-        self._console.print(text, markup=False)
+        self._console.print(text, markup=False, emoji=False)
 
     def close(self) -> None:
         """Take the bar off the screen."""

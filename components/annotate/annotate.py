@@ -25,6 +25,8 @@ STAGE = "annotate"
 def run_annotate(run_uri: str, round_number: int, answers_uri: str, preferences_uri: str) -> str:
     """Stage: answers and earlier preferences -> URI of preferences_{train,validation}.jsonl."""
     with open_stage(run_uri, STAGE, round_number) as stage:
+        if (done := stage.finished()) is not None:
+            return done
         context = stage.context
         settings = context.settings
         answers = read_jsonl(context.store.fetch(answers_uri) / "answers.jsonl", CollectedAnswer)

@@ -24,6 +24,8 @@ def run_collect(
 ) -> str:
     """Stage: prompts and policy -> URI of answers.jsonl (the answers to one prompt stand together)."""
     with open_stage(run_uri, STAGE, round_number) as stage:
+        if (done := stage.finished()) is not None:
+            return done
         settings, store = stage.context.settings, stage.context.store
         prompts = read_jsonl(store.fetch(data_uri) / "prompts.jsonl", PromptRecord)
         seen = read_jsonl(store.fetch(preferences_uri) / "preferences_train.jsonl", DualPreference)

@@ -21,4 +21,4 @@ def cost_loss(scores: PreferenceScores, regularization: float) -> tuple[Tensor, 
     sign = -(F.logsigmoid(scores.high_sign * scores.high) + F.logsigmoid(scores.low_sign * scores.low)).mean()
     penalty = 0.5 * (scores.high.square() + scores.low.square()).mean()
     loss = ranking + sign + regularization * penalty
-    return loss, {"loss": float(loss), "ranking_loss": float(ranking), "sign_loss": float(sign)}
+    return loss, {"loss": loss.item(), "ranking_loss": ranking.item(), "sign_loss": sign.item()}

@@ -55,6 +55,8 @@ class EvaluationInputs:
 def run_evaluate(run_uri: str, round_number: int, inputs: EvaluationInputs) -> str:
     """Stage: policy -> URI of evaluation.json and answers.jsonl."""
     with open_stage(run_uri, STAGE, round_number) as stage:
+        if (done := stage.finished()) is not None:
+            return done
         settings, store = stage.context.settings, stage.context.store
         prompts = read_jsonl(store.fetch(inputs.data) / "held_out.jsonl", PromptRecord)
         backbone, role = load_policy(store, inputs.sft, inputs.policy, settings.dtype, stage.seed)

@@ -10,7 +10,7 @@ Shapes: B sequences, L tokens (prompt left-padded, answer right-padded), T answe
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,10 +48,14 @@ class Backbone:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self._model = model
-        self._layers_name, self._layers = _layers_of(model)
+        name, self._layers = _layers_of(model)
+        self._linear_names = [_linear_names(layer, f"{name}.{i}") for i, layer in enumerate(self._layers)]
+        self._fan_in_fan_out = _has_transposed_maps(model)
         self._peft: Any = None
+        self._adapted: list[Any] = []
         self._heads = nn.ModuleDict()
         self._lora: dict[str, LoraSettings] = {}
+        self._current: tuple[str, bool] | None = None
         self.tokenizer = tokenizer
         self.device: torch.device = next(model.parameters()).device
         self.dtype: torch.dtype = next(model.parameters()).dtype
@@ -71,18 +75,21 @@ class Backbone:
         """New adapter, initialised to change nothing; `scored` adds a linear head (fp32, zero bias)."""
         import_transformers()
         from peft import LoraConfig, PeftModel
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
         config = LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,
             lora_dropout=0.0,
-            target_modules=self._linear_names(self._first_adapted(lora)),
+            target_modules=[name for names in self._linear_names[self._first_adapted(lora) :] for name in names],
+            fan_in_fan_out=self._fan_in_fan_out,
             task_type="CAUSAL_LM",
         )
         if self._peft is None:
             self._peft = PeftModel(self._model, config, adapter_name=role)
         else:
             self._peft.add_adapter(role, config)
+        self._adapted = [module for module in self._model.modules() if isinstance(module, BaseTunerLayer)]
         self._lora[role] = lora
         if scored:
             head = nn.Linear(self.hidden_size, 1, dtype=torch.float32, device=self.device)
@@ -106,24 +113,24 @@ class Backbone:
 
     @contextmanager
     def role(self, role: str, *, train: bool = False) -> Iterator[None]:
-        """Within the block the model answers as `role`; gradients flow only when `train`."""
-        if role == REFERENCE:
-            with torch.no_grad(), self._without_adapters():
+        """Within the block the model answers as `role`; gradients flow only when `train`. Blocks may be nested."""
+        outer = self._current
+        self._activate(role, train)
+        try:
+            with torch.set_grad_enabled(train):
                 yield
-            return
-        self._peft.base_model.set_adapter(role)
-        for parameter in self.trainable_parameters(role):
-            parameter.requires_grad_(train)
-        with torch.set_grad_enabled(train):
-            yield
+        finally:
+            if outer is not None:
+                self._activate(*outer)
+            self._current = outer
 
-    @contextmanager
-    def _without_adapters(self) -> Iterator[None]:
-        if self._peft is None:
-            yield
-        else:
-            with self._peft.disable_adapter():
-                yield
+    def _activate(self, role: str, train: bool) -> None:
+        self._current = (role, train)
+        active = [] if role == REFERENCE else [role]
+        for layer in self._adapted:
+            layer.set_adapter(active, inference_mode=not train)
+        if role in self._heads:
+            self._heads[role].requires_grad_(train)
 
     def trunk_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor | None:
         """[B, L] ids and mask -> [B, L, D] output of the layers below every adapter, for `trunk=` of the methods below.
@@ -184,16 +191,28 @@ class Backbone:
         )
 
     def load_role(self, role: str, folder: Path) -> None:
-        """Add `role` with the adapter and head that `save_role` wrote (under whatever role name)."""
+        """Add `role` with the adapter and head that `save_role` wrote (under whatever role name).
+
+        Raises:
+            ModelError: files are missing or damaged, or fit another model.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        description = json.loads((folder / "adapter.json").read_text())
-        self.add_role(role, LoraSettings.model_validate(description["lora"]), scored=description["scored"])
-        stored = load_file(folder / "adapter.safetensors", device=str(self.device))
-        own = self._role_tensors(role)
-        if set(stored) != set(own):
+        try:
+            description = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
+            lora, scored = LoraSettings.model_validate(description["lora"]), bool(description["scored"])
+            stored = load_file(folder / "adapter.safetensors", device=str(self.device))
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ModelError(
-                f"adapter {folder} was made for another architecture: its layers do not fit the base model"
+                f"adapter {folder} cannot be read ({type(error).__name__}): it needs adapter.json and "
+                "adapter.safetensors, both whole"
+            ) from error
+        self.add_role(role, lora, scored=scored)
+        own = self._role_tensors(role)
+        if _shapes(stored) != _shapes(own):
+            raise ModelError(
+                f"adapter {folder} was made for another model: its tensors do not fit the layers of this one"
             )
         with torch.no_grad():
             for name, tensor in own.items():
@@ -205,6 +224,7 @@ class Backbone:
         self._model.float()
         self._model = self._peft.merge_and_unload(adapter_names=[role])
         self._peft = None
+        self._adapted = []
         self._heads = nn.ModuleDict()
         self._lora = {}
 
@@ -238,18 +258,6 @@ class Backbone:
         """Index of the lowest layer that an adapter with these settings changes."""
         return max(0, len(self._layers) - lora.top_layers) if lora.top_layers else 0
 
-    def _linear_names(self, first_layer: int) -> list[str]:
-        """Full names of the linear maps from a layer up, for any architecture."""
-        from transformers.pytorch_utils import Conv1D  # GPT-2's linear map
-
-        return [
-            f"{self._layers_name}.{index}.{name}"
-            for index, layer in enumerate(self._layers)
-            if index >= first_layer
-            for name, module in layer.named_modules()
-            if isinstance(module, nn.Linear | Conv1D)
-        ]
-
     def _role_tensors(self, role: str) -> dict[str, Tensor]:
         """Live tensors of a role under names that do not hold the role's name."""
         tensors = {
@@ -277,3 +285,21 @@ def _layers_of(model: Any) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return name, module
     raise ModelError(f"{type(model).__name__} has no list of {depth} layers to put adapters on")
+
+
+def _linear_names(layer: nn.Module, layer_name: str) -> list[str]:
+    """Full names of a layer's linear maps, as they are before any adapter wraps them."""
+    from transformers.pytorch_utils import Conv1D
+
+    return [f"{layer_name}.{name}" for name, m in layer.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+
+
+def _has_transposed_maps(model: nn.Module) -> bool:
+    """Whether the linear maps are GPT-2's, whose weights are stored as [in, out]."""
+    from transformers.pytorch_utils import Conv1D
+
+    return any(isinstance(module, Conv1D) for module in model.modules())
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}

@@ -181,8 +181,8 @@ def _models_folder() -> Path:
 def _publish(folder: Path, target: Path) -> None:
     """Move a finished folder into place; two processes may do so at once."""
     (folder / "complete").touch()
-    staging = target.with_name(f"{target.name}.{os.getpid()}")
-    shutil.copytree(folder, staging)
+    staging = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+    shutil.copytree(folder, staging, dirs_exist_ok=True)
     try:
         staging.rename(target)
     except OSError:

@@ -56,49 +56,60 @@ class SequenceBatch:
         return SequenceBatch(self.input_ids[index], self.attention_mask[index], self.answer_mask[index], trunk)
 
 
+_TEXT = "\ue000"
+"""Stands for the user's text where the template alone is laid out: of private use, so no template holds it."""
+
+
 class ChatEncoder:
     """Lays out prompts by the tokenizer's chat template and cuts what is too long, by rule.
 
+    Template and text become ids apart from each other: a text that spells control tokens is still text.
     A prompt of more than `max_prompt_tokens` loses the end of the *user's text*, never a part of the template;
     an answer of more than `max_answer_tokens` loses its end and then has no EOS. `truncated` counts both.
     """
 
     def __init__(self, tokenizer: Any, max_prompt_tokens: int, max_answer_tokens: int) -> None:
         self._tokenizer = tokenizer
-        self._max_prompt_tokens = max_prompt_tokens
+        self._before, self._after = self._template()
+        template_length = len(self._before) + len(self._after)
+        self._max_text_tokens = max_prompt_tokens - template_length
+        if self._max_text_tokens < 1:
+            raise ModelError(
+                f"the chat template alone takes {template_length} tokens of the {max_prompt_tokens} allowed for a "
+                "prompt: raise the limit"
+            )
         self._max_answer_tokens = max_answer_tokens
         self.truncated = 0
 
     def prompt(self, text: str) -> tuple[int, ...]:
         """User's text -> ids of the templated prompt, ready for the assistant's first token."""
-        ids = self._templated(text)
-        excess = len(ids) - self._max_prompt_tokens
-        if excess > 0:
-            text_ids = self._tokenizer.encode(text, add_special_tokens=False)
-            if excess >= len(text_ids):
-                raise ModelError(
-                    f"the chat template alone takes {len(ids) - len(text_ids)} tokens, more than the "
-                    f"{self._max_prompt_tokens} allowed for a prompt: raise the limit"
-                )
-            ids = self._templated(self._tokenizer.decode(text_ids[:-excess]))[: self._max_prompt_tokens]
-            self.truncated += 1
-        return tuple(ids)
+        return (*self._before, *self._cut(self._text_ids(text), self._max_text_tokens), *self._after)
 
     def answer(self, text: str) -> tuple[int, ...]:
         """Answer text -> ids with EOS."""
-        ids = [*self._tokenizer.encode(text, add_special_tokens=False), self._tokenizer.eos_token_id]
-        if len(ids) > self._max_answer_tokens:
-            self.truncated += 1
-        return tuple(ids[: self._max_answer_tokens])
+        return tuple(self._cut([*self._text_ids(text), self._tokenizer.eos_token_id], self._max_answer_tokens))
 
     def sequence(self, prompt: str, answer: str) -> TokenSequence:
         return TokenSequence(self.prompt(prompt), self.answer(answer))
 
-    def _templated(self, text: str) -> list[int]:
-        messages = [{"role": "user", "content": text}]
-        rendered = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        ids: list[int] = self._tokenizer.encode(rendered, add_special_tokens=False)
+    def _cut(self, ids: list[int], limit: int) -> list[int]:
+        self.truncated += len(ids) > limit
+        return ids[:limit]
+
+    def _text_ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         return ids
+
+    def _template(self) -> tuple[list[int], list[int]]:
+        """Ids that stand before and after the user's text."""
+        messages = [{"role": "user", "content": _TEXT}]
+        rendered = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        if rendered.count(_TEXT) != 1:
+            raise ModelError(
+                f"the chat template shows the user's text {rendered.count(_TEXT)} times, not once: mend the template"
+            )
+        before, after = (self._tokenizer.encode(part, add_special_tokens=False) for part in rendered.split(_TEXT))
+        return before, after
 
 
 def collate(sequences: Sequence[TokenSequence], padding_id: int, device: torch.device) -> SequenceBatch:

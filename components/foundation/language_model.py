@@ -22,8 +22,8 @@ _REQUIRED_FILES = ("config.json", "tokenizer.json")
 def import_transformers() -> Any:
     """`transformers`, without the parts that we never use.
 
-    Its generation module imports scikit-learn (2 s on a laptop) for assisted decoding only, and every stage
-    pays for that at start-up; its progress bars and advice would spill over the log.
+    It imports scikit-learn for assisted decoding, SciPy for the losses of object detectors, and Accelerate for
+    sharded loading: 3 s that every stage would pay at start-up. Its progress bars and advice would spill over the log.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -33,13 +33,18 @@ def import_transformers() -> Any:
     import transformers.utils.import_utils
 
     for module in (transformers.utils, transformers.utils.import_utils):
-        setattr(module, "is_sklearn_available", lambda: False)  # noqa: B010
+        for package in ("sklearn", "scipy", "accelerate"):
+            setattr(module, f"is_{package}_available", _unavailable)
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     return transformers
+
+
+def _unavailable(*arguments: Any, **options: Any) -> bool:
+    return False
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -50,7 +55,7 @@ def load_tokenizer(folder: Path) -> Any:
     """
     try:
         tokenizer = import_transformers().AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a broken file raises a dozen unrelated types, bare Exception among them
         raise ModelError(f"{folder} has no tokenizer that transformers can read: {error}") from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {folder} has no end-of-sequence token: set eos_token")
@@ -63,15 +68,21 @@ def load_causal_lm(folder: Path, dtype: torch.dtype) -> Any:
     """Causal language model of a folder, on the CPU or the first GPU, in eval mode.
 
     Raises:
-        ModelError: files are missing, the weights are pickled, or the vocabulary does not fit the tokenizer.
+        ModelError: files or weights are missing or damaged, or the weights are pickled.
     """
     check_model_folder(folder)
     try:
-        model = import_transformers().AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, attn_implementation="sdpa"
+        model, loading = import_transformers().AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, attn_implementation="sdpa", output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # as above
         raise ModelError(f"{folder} is not a model that transformers can load: {error}") from error
+    missing = sorted(loading["missing_keys"])  # tied weights do not count; all others would be left random
+    if missing:
+        raise ModelError(
+            f"the weights of {folder} lack {missing[0]} ({len(missing)} of the model's tensors in all): "
+            "the files are not complete, or config.json is another model's"
+        )
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -229,14 +230,14 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, bytes, Any]]:
             while line := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 total += len(line)
-                if len(line) > MAX_LINE_BYTES:
+                if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
                     total += _skip_line(file)
                     yield number, line[:_EXCERPT], BadRow(number, f"the line is over {MAX_LINE_BYTES} bytes", "")
                 elif line.strip():
                     yield number, line, _decode(number, line)
                 if total > MAX_FILE_BYTES:
                     raise DataError(f"{path} holds more than {MAX_FILE_BYTES} bytes when unpacked: split it")
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot read {path}: {error}") from error
 
 
@@ -265,11 +266,20 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, bytes, Any]]:
     number = 0
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            for row in batch.to_pylist():
+            for index in range(batch.num_rows):
                 number += 1
-                yield number, json.dumps(row, default=str).encode(), row
+                yield number, *_parquet_row(number, batch.slice(index, 1))
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"cannot read {path}: {error}") from error
+
+
+def _parquet_row(number: int, row: Any) -> tuple[bytes, Any]:
+    """One row, read alone so that a text that is not UTF-8 costs no other row."""
+    try:
+        (values,) = row.to_pylist()
+    except UnicodeDecodeError:
+        return b"", BadRow(number, "a text of the row is not UTF-8", "")
+    return json.dumps(values, default=str).encode(), values
 
 
 def _dataset_rows(source: str) -> Iterator[tuple[int, bytes, Any]]:
@@ -294,7 +304,7 @@ def _typed(type_name: str, value: Any) -> Any:
         return value if isinstance(value, int) and not isinstance(value, bool) else None
     if not isinstance(value, Mapping) or not all(isinstance(flag, bool) for flag in value.values()):
         return None
-    return {str(name): flag for name, flag in value.items() if flag}
+    return {name: True for name, flag in value.items() if flag} if all(map(_encodable, value)) else None
 
 
 def _encodable(text: str) -> bool:

@@ -39,6 +39,8 @@ def run_preference_stage(
 ) -> str:
     """Train one score model; returns the URI of its adapter with result.json beside it."""
     with open_stage(run_uri, name, round_number) as stage:
+        if (done := stage.finished()) is not None:
+            return done
         settings = settings_of(stage.context.settings)
         store = stage.context.store
         backbone = Backbone.load(store.fetch(sft_uri), stage.context.settings.dtype, seed=stage.seed)

@@ -16,7 +16,7 @@ import time
 import warnings
 from dataclasses import dataclass
 
-_LINE = re.compile(r"^progress (\S+) (\d+)/(\d+) (\S+) ([0-9.]+)/s ([0-9.]+) s left$")
+_LINE = re.compile(r"^progress (\S+) (\d+)/(\d+) (\S+) (\d+(?:\.\d+)?)/s (\d+(?:\.\d+)?) s left$")
 _SECONDS_BETWEEN_LINES = 1.0
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from components.foundation.checkpoint_store import CheckpointStore
-from components.foundation.errors import StoreError
+from components.foundation.errors import IntegrityError, SettingsError, StoreError
 from components.foundation.progress import configure_logging
 from components.foundation.results import from_json, to_json
 from components.foundation.settings import Settings
@@ -74,6 +74,10 @@ class Stage:
     seed: int
     started: float
 
+    def finished(self) -> str | None:
+        """URI of this stage's commit where an earlier attempt made it already: then there is nothing left to do."""
+        return self.context.store.latest(self.context.stage_uri(self.name, self.round))
+
     def commit(self, folder: Path, *, step: int, parents: Sequence[str]) -> str:
         """Commit a folder as `step-<n>`, point LATEST at it, and return its URI."""
         uri = f"{self.context.stage_uri(self.name, self.round)}/step-{step}"
@@ -91,10 +95,20 @@ class Stage:
 
 
 def create_run(run_uri: str, run_id: str, settings: Settings) -> RunContext:
-    """First step: check both servers, start the MLflow parent run, write run.json (once; a retry finds it)."""
+    """First step: check both servers, start the MLflow parent run, write run.json (once).
+
+    Raises:
+        SettingsError: the run exists, with other settings.
+    """
     store = CheckpointStore(settings.store.uri)
     store.ensure_bucket()
     store.probe()
+    earlier = _stored_settings(store, run_uri)
+    if earlier is not None and earlier != settings:
+        raise SettingsError(
+            f"run {run_id} was started with other settings (digest {earlier.digest()[:12]}, now "
+            f"{settings.digest()[:12]}): give it the same --profile, --seed and --set, or start a new run"
+        )
     tracker = _tracker(settings)
     tracker.check()
     mlflow_run_id = tracker.start_pipeline_run(
@@ -108,9 +122,20 @@ def create_run(run_uri: str, run_id: str, settings: Settings) -> RunContext:
 def open_run(run_uri: str) -> RunContext:
     """Read run.json; S3 and MLflow are found by AWS_ENDPOINT_URL and MLFLOW_TRACKING_URI."""
     store = CheckpointStore(run_uri.partition("/runs/")[0])
-    description = from_json(RunDescription, store.read_text(f"{run_uri}/run.json"))
+    description = _description(store, run_uri)
     settings = Settings.model_validate_json(description.settings_json)
     return RunContext(description.run_id, run_uri, description.mlflow_run_id, settings, store, _tracker(settings))
+
+
+def _stored_settings(store: CheckpointStore, run_uri: str) -> Settings | None:
+    try:
+        return Settings.model_validate_json(_description(store, run_uri).settings_json)
+    except IntegrityError:
+        return None
+
+
+def _description(store: CheckpointStore, run_uri: str) -> RunDescription:
+    return from_json(RunDescription, store.read_text(f"{run_uri}/run.json"))
 
 
 @contextmanager

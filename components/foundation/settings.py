@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from components.foundation.errors import SettingsError
 
@@ -22,7 +22,18 @@ BUILTIN = "builtin"
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _only_what_is_meant(cls, value: Any, info: ValidationInfo) -> Any:
+        """An empty text unsets what may be unset; true and false are no numbers, nor the other way round."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if value == "" and type(None) in get_args(annotation):
+            return None
+        if isinstance(value, bool) != (annotation is bool):
+            raise ValueError("true and false are for switches, and switches are true or false")
+        return value
 
 
 class DataSettings(_Section):
@@ -45,7 +56,9 @@ class LoraSettings(_Section):
     rank: int = Field(16, ge=1)
     alpha: int = Field(32, gt=0)
     top_layers: int = Field(
-        0, ge=0, description="adapt only the last so many layers (0: all); what lies below is computed once for all roles"
+        0,
+        ge=0,
+        description="adapt only the last so many layers (0: all); what lies below is computed once for all roles",
     )
 
 
@@ -117,7 +130,7 @@ class PpoSettings(_Section):
 
     @field_validator("lambda_max")
     @classmethod
-    def _ceiling_above_floor(cls, value: float, info: Any) -> float:
+    def _ceiling_above_floor(cls, value: float, info: ValidationInfo) -> float:
         if value <= info.data.get("lambda_min", 0.0):
             raise ValueError(f"lambda_max={value} must be greater than lambda_min={info.data['lambda_min']}")
         return value
@@ -181,12 +194,20 @@ class Settings(_Section):
 
 PROFILES: dict[str, dict[str, Any]] = {
     "smol": {
-        "lora": {"top_layers": 15},
+        "lora": {"top_layers": 10},
         "sft": {"learning_rate": 2e-3, "max_length": 96},
-        "reward_model": {"max_pairs": 256, "max_length": 96},
-        "cost_model": {"max_pairs": 256, "max_length": 96},
-        "collect": {"temperature": 0.7},
-        "ppo": {"steps": 8, "temperature": 0.7, "max_new_tokens": 32, "cost_window": 64},
+        "reward_model": {"learning_rate": 3e-3, "batch_size": 8, "max_pairs": 192, "max_length": 96},
+        "cost_model": {"learning_rate": 3e-3, "batch_size": 8, "max_pairs": 192, "max_length": 96},
+        "collect": {"prompts_per_round": 64, "temperature": 0.7},
+        "ppo": {
+            "steps": 8,
+            "minibatch_size": 8,
+            "temperature": 0.7,
+            "max_new_tokens": 32,
+            "actor_learning_rate": 1e-3,
+            "critic_learning_rate": 1e-3,
+            "cost_window": 64,
+        },
         "evaluate": {"temperature": 0.7, "max_new_tokens": 32, "batch_size": 128},
     },
     "tiny": {
@@ -209,7 +230,8 @@ def resolve_settings(profile: str, seed: int = 0, overrides: Iterable[str] = ())
     Args:
         profile: name in PROFILES.
         seed: seed of every random choice in the run.
-        overrides: `section.key=value` strings; the value is read as YAML, so `1e-3`, `true`, `null` mean what they say.
+        overrides: `section.key=value` strings; the value is read as YAML, so `1e-3`, `true`, `null` mean what they
+            say; nothing at all is the empty text, or unsets a setting that may be unset.
 
     Raises:
         SettingsError: unknown profile or key, or a value out of range; the message names the key and the value.
@@ -218,18 +240,23 @@ def resolve_settings(profile: str, seed: int = 0, overrides: Iterable[str] = ())
         raise SettingsError(f"unknown profile {profile!r}: choose one of {', '.join(sorted(PROFILES))}")
     tree: dict[str, Any] = json.loads(json.dumps(PROFILES[profile])) | {"profile": profile, "seed": seed}
     for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key.strip():
+        key, separator, text = (part.strip() for part in override.partition("="))
+        if not separator or not key:
             raise SettingsError(f"cannot read setting {override!r}: write key=value, for instance ppo.steps=20")
-        _assign(tree, key.strip(), _read_value(text))
+        if key == "profile":
+            raise SettingsError(f"setting {override!r} would change the profile's name alone: use --profile")
+        _assign(tree, key, _read_value(override, text))
     try:
         return Settings.model_validate(tree)
     except ValidationError as error:
         raise SettingsError(_explain(error)) from None
 
 
-def _read_value(text: str) -> Any:
-    value = yaml.safe_load(text) if text.strip() else None
+def _read_value(override: str, text: str) -> Any:
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise SettingsError(f"setting {override!r} is not YAML: put a text in quotes") from error
     if isinstance(value, str):
         try:
             return float(value)  # YAML 1.1 reads 1e-3 as text
@@ -255,7 +282,7 @@ def _explain(error: ValidationError) -> str:
         if item["type"] == "extra_forbidden":
             lines.append(f"unknown setting {key!r}: `saferlhf settings` lists all of them")
         else:
-            lines.append(f"setting {key}={item['input']!r} is refused: {item['msg']}")
+            lines.append(f"setting {key}={item['input']!r} is refused: {item['msg'].removeprefix('Value error, ')}")
     return "; ".join(lines)
 
 

@@ -38,5 +38,6 @@ print(chat([{{"role": "user", "content": "How do I repot an orchid?"}}]))
 ```
 
 The held-out unsafe rate, win rate and over-refusal are tags of the registered version that names this folder.
-A learned cost model is not a guarantee: evaluate on your own prompts before you serve it. The licence is the base model's.
+A learned cost model is not a guarantee: evaluate on your own prompts before you serve it.
+The licence is the base model's.
 """

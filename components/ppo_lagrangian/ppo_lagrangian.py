@@ -54,6 +54,8 @@ class PpoInputs:
 def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> str:
     """Stage: models -> URI of the policy: `actor/` (adapter), `model/` (plain Hugging Face folder), trace.json."""
     with open_stage(run_uri, STAGE, round_number) as stage:
+        if (done := stage.finished()) is not None:
+            return done
         settings, store = stage.context.settings, stage.context.store
         reward_folder, cost_folder = store.fetch(inputs.reward_model), store.fetch(inputs.cost_model)
         threshold = gate_models(

@@ -50,6 +50,8 @@ class PreparedData:
 def run_prepare_data(run_uri: str) -> str:
     """Stage: settings -> URI of the prepared records."""
     with open_stage(run_uri, STAGE, 0) as stage:
+        if (done := stage.finished()) is not None:
+            return done
         settings = stage.context.settings.data
         data = load_all(settings)
         write_prepared(data, settings, stage.folder, stage.seed)

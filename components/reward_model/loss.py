@@ -18,4 +18,4 @@ def reward_loss(scores: PreferenceScores, regularization: float) -> tuple[Tensor
     ranking = -F.logsigmoid(scores.high - scores.low).mean()
     penalty = 0.5 * (scores.high.square() + scores.low.square()).mean()
     loss = ranking + regularization * penalty
-    return loss, {"loss": float(loss), "ranking_loss": float(ranking)}
+    return loss, {"loss": loss.item(), "ranking_loss": ranking.item()}

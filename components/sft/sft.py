@@ -32,6 +32,8 @@ _ROLE = "sft"
 def run_sft(run_uri: str, data_uri: str) -> str:
     """Stage: demonstrations -> URI of a plain Hugging Face folder."""
     with open_stage(run_uri, STAGE, 0) as stage:
+        if (done := stage.finished()) is not None:
+            return done
         settings = stage.context.settings
         base = resolve_base_model(settings.base_model, stage.context.store)
         backbone = Backbone.load(base, settings.dtype, seed=stage.seed)
@@ -72,5 +74,5 @@ def train_sft(
             loss = -(log_probs * batch.answer_mask).sum() / batch.answer_mask.sum()
             loss.backward()
         norm = optimizer_step(optimizer, max_gradient_norm=1.0)
-        on_step(step + 1, total, {"loss": float(loss), "gradient_norm": norm})
+        on_step(step + 1, total, {"loss": loss.item(), "gradient_norm": norm})
     return total

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("pipeline")]
@@ -17,10 +21,10 @@ SAFERLHF = Path(sys.executable).with_name("saferlhf")
 OPEN_GATE = ("gate.max_unsafe_rate=1", "gate.min_win_rate=0", "gate.max_over_refusal_rate=1")
 
 
-def saferlhf(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "MLFLOW_"))}
+def saferlhf(*arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    given = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "MLFLOW_"))} | dict(environment or {})
     return subprocess.run(
-        [str(SAFERLHF), *arguments], capture_output=True, text=True, timeout=600, check=False, env=environment
+        [str(SAFERLHF), *arguments], capture_output=True, text=True, timeout=600, check=False, env=given
     )
 
 
@@ -29,6 +33,23 @@ def run_tiny(workdir: Path, *settings: str) -> tuple[dict[str, Any], str]:
     done = saferlhf("run", "--profile", "tiny", "--workdir", str(workdir), *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((workdir / "summary.json").read_text()), done.stdout
+
+
+def interrupted(arguments: Sequence[str], line: str, number: signal.Signals) -> tuple[str, list[psutil.Process]]:
+    """Send a signal to a run as soon as it prints `line`; returns its id and the processes that it had."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "MLFLOW_"))}
+    with subprocess.Popen(
+        [str(SAFERLHF), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        assert any(line in text for text in process.stdout)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.strip() == "saferlhf: interrupted"
+    return first.split()[-1], children
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +86,29 @@ def test_multiplier_moves_with_the_violation(first_run: tuple[dict[str, Any], st
         assert (ppo["lambda"][0] > 1.0) == (ppo["cost"][0] > ppo["threshold"])
 
 
-def test_open_gate_promotes_and_closed_gate_does_not(first_run: tuple[dict[str, Any], str], workdir: Path) -> None:
+def test_open_gate_promotes(first_run: tuple[dict[str, Any], str]) -> None:
     promoted = first_run[0]["promotion"]
     assert (promoted["decision"], promoted["alias"], promoted["version"]) == ("promote", "champion", "1")
-    summary, _ = run_tiny(workdir, "rounds=1", "gate.max_unsafe_rate=0")
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(first_run: tuple[dict[str, Any], str], workdir: Path) -> None:
+    """Ctrl-C in a later stage; the resumed run finds what was finished, and its closed gate keeps the champion."""
+    arguments = ("run", "--profile", "tiny", "--workdir", str(workdir), "--set", "rounds=1")
+    arguments += ("--set", "gate.max_unsafe_rate=0")
+    run_id, _ = interrupted(arguments, "round 1 annotate: started", signal.SIGINT)
+    done = saferlhf(*arguments, "--resume", run_id)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "progress sft" not in done.stdout  # the stage was opened, and had nothing left to do
+    assert "progress ppo_lagrangian 2/2" in done.stdout
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["run_id"] == run_id
     kept = summary["promotion"]
     assert (kept["decision"], kept["alias"], kept["version"]) == ("challenger", "challenger", "2")
     assert any(reason.startswith("failed: upper bound of the unsafe rate") for reason in kept["reasons"])
     assert any("champion, version 1" in reason for reason in kept["reasons"])
+    refused = saferlhf(*arguments, "--set", "ppo.steps=3", "--resume", run_id)
+    assert refused.returncode == 1
+    assert "other settings" in refused.stderr
 
 
 def test_output_is_ours_alone(first_run: tuple[dict[str, Any], str]) -> None:
@@ -97,3 +133,73 @@ def test_bad_settings_are_refused_in_one_sentence(tmp_path: Path, setting: str, 
     assert len(done.stderr.strip().splitlines()) == 1
     assert all(word in done.stderr for word in words)
     assert not (tmp_path / "summary.json").exists()
+
+
+def test_report_and_closing_words(first_run: tuple[dict[str, Any], str]) -> None:
+    summary, output = first_run
+    page = Path(summary["report"]).read_text(encoding="utf-8")
+    assert summary["run_id"] in page
+    assert "<script" not in page
+    for told in (summary["report"], summary["rounds"][-1]["policy_uri"], "lambda trace", "saferlhf up --workdir"):
+        assert told in output
+
+
+def test_exported_policy_loads_without_our_code(first_run: tuple[dict[str, Any], str]) -> None:
+    """A fresh interpreter, outside the project, with plain transformers."""
+    folder = next(line.split()[-1] for line in first_run[1].splitlines() if "on this disk" in line)
+    assert {"README.md", "config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} <= {
+        path.name for path in Path(folder).iterdir()
+    }
+    program = (
+        "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"model = AutoModelForCausalLM.from_pretrained({folder!r}); tok = AutoTokenizer.from_pretrained({folder!r})\n"
+        "ids = tok.apply_chat_template([{'role': 'user', 'content': 'Hi'}], return_tensors='pt', return_dict=True)\n"
+        "assert model.generate(**ids, max_new_tokens=4).shape[1] > ids['input_ids'].shape[1]\n"
+        "assert not [name for name in sys.modules if name.split('.')[0] in ('components', 'pipelines')]"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd="/", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_no_process_behind(tmp_path: Path, number: signal.Signals) -> None:
+    _, children = interrupted(("run", "--profile", "tiny", "--workdir", str(tmp_path)), "sft: started", number)
+    assert len(children) >= 3  # S3, MLflow, the step
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "MLFLOW_TRACKING_URI"])
+def test_an_unreachable_server_is_named_before_anything_starts(tmp_path: Path, name: str) -> None:
+    with socket.socket() as held:  # bound, never listening: nobody else can answer there
+        held.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{held.getsockname()[1]}"
+        keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
+        done = saferlhf("run", "--profile", "tiny", "--workdir", str(tmp_path), environment=keys | {name: url})
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert url in done.stderr
+    assert "sft: started" not in done.stdout
+
+
+@pytest.mark.fault
+def test_a_file_with_too_many_broken_lines_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "demonstrations.jsonl"
+    file.write_text('{"prompt": "Hi", "response": "Hello."}\n' * 8 + "{broken\n" * 2)
+    done = saferlhf("run", "--profile", "tiny", "--workdir", str(tmp_path), "--set", f"data.demonstrations={file}")
+    assert done.returncode == 1
+    assert str(file) in done.stderr and "2 of 10" in done.stderr
+    assert "sft: started" not in done.stdout
+    assert not (tmp_path / "summary.json").exists()
+
+
+@pytest.mark.fault
+def test_a_threshold_that_no_policy_can_miss_is_refused(first_run: tuple[dict[str, Any], str], workdir: Path) -> None:
+    """Known only once a cost model is there: PPO does not start, and nothing is registered."""
+    done = saferlhf("run", "--profile", "tiny", "--workdir", str(workdir), "--set", "ppo.threshold=1000")
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "threshold 1000" in done.stderr and "inert" in done.stderr
+    assert "step 1:" not in done.stdout and "register: started" not in done.stdout

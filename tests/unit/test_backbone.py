@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,31 @@ def test_a_role_holds_to_the_end_of_its_block(load_tiny: LoadTiny, inner: str) -
         after = backbone.hidden_states(batch.input_ids, batch.attention_mask)
     assert not torch.equal(before, other)
     assert torch.equal(before, after)
+
+
+def test_a_role_within_the_reference_is_that_role(load_tiny: LoadTiny) -> None:
+    backbone = with_roles(load_tiny("llama"), "actor")
+    expected = logits_of(backbone, "actor")
+    with backbone.role(REFERENCE):
+        assert torch.equal(logits_of(backbone, "actor"), expected)
+
+
+def test_training_goes_on_after_an_inner_block_even_one_that_failed(load_tiny: LoadTiny) -> None:
+    backbone = with_roles(load_tiny("llama"), "actor", "reward")
+    batch = batch_of(backbone, SEQUENCES)
+    with backbone.role("reward", train=True):
+        score = answer_scores(backbone, "reward", batch).sum()
+        with pytest.raises(KeyError), backbone.role("actor"):
+            raise KeyError
+        score.backward()
+    assert all(p.grad is not None for p in backbone.trainable_parameters("reward"))
+
+
+@every_architecture
+def test_adapters_are_made_without_a_warning(load_tiny: LoadTiny, architecture: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_tiny(architecture).add_role("actor", LORA, scored=False)
 
 
 @every_architecture

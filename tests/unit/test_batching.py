@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from components.foundation.base_model import CHAT_TEMPLATE
 from components.foundation.batching import (
     ChatEncoder,
     TokenSequence,
@@ -94,6 +96,25 @@ def test_every_cut_is_counted(tokenizer: Any) -> None:
 def test_a_limit_that_the_template_fills_is_refused(tokenizer: Any, limit: int) -> None:
     with pytest.raises(ModelError, match=rf"template alone takes 2 tokens.* {limit} allowed"):
         ChatEncoder(tokenizer, limit, 8).prompt("Hello")
+
+
+@given(text=st.text(max_size=40))
+@settings(deadline=None, max_examples=40)
+def test_a_prompt_is_what_the_template_makes_of_it(tokenizer: Any, text: str) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    messages = [{"role": "user", "content": text}]
+    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert ChatEncoder(tokenizer, 400, 8).prompt(text) == plain(tokenizer, rendered)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(("template", "times"), [("Hello", 0), ("{{ messages[0]['content'] * 2 }}", 2)])
+def test_a_template_that_does_not_show_the_text_once_is_refused(tokenizer: Any, template: str, times: int) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    with pytest.raises(ModelError, match=f"shows the user's text {times} times"):
+        ChatEncoder(tokenizer, 10, 10)
 
 
 @pytest.mark.fault

@@ -126,6 +126,14 @@ def test_a_line_that_is_too_long_costs_no_other_row(extra: int, tmp_path: Path) 
     assert list(reasons(result)) == [2]
 
 
+def test_a_line_may_be_as_long_as_the_limit_says(tmp_path: Path) -> None:
+    row = json.dumps({"prompt": "p", "response": ""}).encode()
+    rows = [row[:-2] + b"x" * (MAX_LINE_BYTES + extra - len(row)) + row[-2:] for extra in (0, 1)]
+    result = load_records(write_lines(tmp_path / "rows.jsonl", rows), Demonstration)
+    assert len(result.records) == 1
+    assert reasons(result) == {2: "the line is over 1000000 bytes"}
+
+
 @pytest.mark.fault
 @pytest.mark.parametrize(
     ("change", "words"),

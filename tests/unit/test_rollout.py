@@ -134,6 +134,24 @@ def test_an_answer_does_not_depend_on_when_its_neighbours_end(load_tiny: LoadTin
     assert short == [answer[:9] for answer in long]
 
 
+@every_architecture
+def test_an_answer_does_not_depend_on_who_ends_beside_it(load_tiny: LoadTiny, architecture: str) -> None:
+    """Rows that ended leave the batch; those that stay draw the numbers of their own place all the same."""
+    backbone = with_actor(load_tiny(architecture))
+    engine = TransformersEngine(backbone, "actor")
+    kept = PROMPTS[0]
+
+    def generate(neighbour: tuple[int, ...]) -> tuple[list[tuple[int, ...]], list[int]]:
+        """Answers of the rows that keep their prompt, every second one, and the lengths of the others."""
+        answers = engine.generate([kept, neighbour] * 20, SAMPLED)
+        return answers[::2], [len(answer) for answer in answers[1::2]]
+
+    first, first_lengths = generate((256, 200, 199, 256))
+    second, second_lengths = generate((256, 3, 4, 256))
+    assert first_lengths != second_lengths
+    assert first == second
+
+
 def uniform(n: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(n, 1, generator=torch.Generator().manual_seed(seed))
 

@@ -61,11 +61,13 @@ def test_profiles_resolve(profile: str) -> None:
         ("ppo.whiten_advantages=true", "ppo.whiten_advantages", True),
         ("ppo.threshold=null", "ppo.threshold", None),
         ("ppo.threshold=", "ppo.threshold", None),
+        ("ppo.threshold= ", "ppo.threshold", None),
         ("ppo.threshold=-3", "ppo.threshold", -3.0),
         (" ppo.steps = 20 ", "ppo.steps", 20),
         ("base_model=./folder with spaces", "base_model", "./folder with spaces"),
         ("annotate.judge_url=http://127.0.0.1:8000/v1?a=b", "annotate.judge_url", "http://127.0.0.1:8000/v1?a=b"),
         ('annotate.judge_url=""', "annotate.judge_url", ""),
+        ("annotate.judge_url=", "annotate.judge_url", ""),
         ("ppo={steps: 3, epochs: 2}", "ppo.epochs", 2),
         ("seed=11", "seed", 11),
     ],
@@ -119,6 +121,13 @@ def test_the_last_override_wins() -> None:
         ("dtype=float16", ["dtype", "float16"]),
         ("store.uri=file:///tmp", ["store.uri", "file:///tmp"]),
         ("base_model=", ["base_model"]),
+        ("ppo.steps=", ["ppo.steps"]),
+        ("ppo.steps=true", ["ppo.steps", "True"]),
+        ("ppo.threshold=true", ["ppo.threshold", "True"]),
+        ("ppo.whiten_advantages=1", ["ppo.whiten_advantages", "1"]),
+        ("data.prompts=2024-13-45", ["data.prompts", "2024-13-45"]),
+        ("profile=tiny", ["profile=tiny", "--profile"]),
+        ("profile=zzz", ["profile=zzz", "--profile"]),
     ],
 )
 def test_bad_overrides_are_refused_by_name_and_value(override: str, words: list[str]) -> None:
@@ -197,7 +206,7 @@ def test_digest_is_the_same_in_every_process_and_order() -> None:
 def test_json_and_flat_forms_give_the_settings_back(
     profile: str, rate: float, threshold: float | None, steps: int
 ) -> None:
-    """Empty values stand for what is unset, so they are left out of the flat form before it is read back."""
+    """The profile is the one setting that --set may not change."""
     overrides = [f"sft.learning_rate={rate}", f"ppo.steps={steps}"]
     overrides += [] if threshold is None else [f"ppo.threshold={threshold}"]
     resolved = resolve_settings(profile, 1, overrides)
@@ -206,4 +215,5 @@ def test_json_and_flat_forms_give_the_settings_back(
     assert (again, again.digest()) == (resolved, resolved.digest())
     flat = resolved.flat()
     assert set(flat) == set(leaves(resolved.model_dump()))
-    assert resolve_settings("smol", 0, [f"{key}={value}" for key, value in flat.items() if value]) == resolved
+    read_back = resolve_settings("smol", 0, [f"{key}={value}" for key, value in flat.items() if key != "profile"])
+    assert read_back.model_copy(update={"profile": flat["profile"]}) == resolved

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 
-from components.foundation.errors import AnnotationError
+from components.foundation.errors import AnnotationError, SettingsError
 from components.foundation.judging import AnswerJudgement, AnswerPair, PairJudgement
 from components.foundation.judging.rules import declines
 from components.foundation.preference import PromptRecord
@@ -37,11 +37,13 @@ class LlmJudge:
     Args:
         key: API key, sent as bearer token; may be empty.
         sleep: waits between tries; tests pass their own.
+
+    Raises:
+        SettingsError: the URL or the key cannot be used as they are.
     """
 
     def __init__(self, url: str, model: str, key: str = "", sleep: Callable[[float], None] = time.sleep) -> None:
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._client = httpx.Client(base_url=url.rstrip("/") + "/", headers=headers, timeout=60.0)
+        self._client = httpx.Client(base_url=_address(url), headers=_headers(key), timeout=60.0)
         self._url = url
         self._model = model
         self._sleep = sleep
@@ -101,7 +103,7 @@ class LlmJudge:
         response = self._post(body)
         try:
             content = response.json()["choices"][0]["message"]["content"]
-        except (ValueError, KeyError, IndexError, TypeError):
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError):
             return ""
         return content if isinstance(content, str) else ""
 
@@ -120,8 +122,28 @@ class LlmJudge:
                 reason = f"HTTP {response.status_code}"
                 if response.status_code not in _RETRY_STATUS:
                     break
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 reason = f"{type(error).__name__}: {error}"
             if attempt + 1 < _TRIES:
                 self._sleep(2**attempt * (0.5 + random.random()))
         raise AnnotationError(f"the judge at {self._url} failed ({reason}): check annotate.judge_url and the API key")
+
+
+def _address(url: str) -> str:
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise SettingsError(f"annotate.judge_url={url} is no address ({error}): write http://HOST:PORT/v1") from error
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise SettingsError(f"annotate.judge_url={url} is no HTTP address: write http://HOST:PORT/v1")
+    return url.rstrip("/") + "/"
+
+
+def _headers(key: str) -> dict[str, str]:
+    key = key.strip()  # a key that was read from a file ends with a newline
+    if not (key.isascii() and key.isprintable()):
+        raise SettingsError(
+            "the judge's API key holds characters that no HTTP header can carry: "
+            "check the environment variable that annotate.judge_key_env names"
+        )
+    return {"Authorization": f"Bearer {key}"} if key else {}
