@@ -1,4 +1,4 @@
-"""Safe RLHF as a pipeline: prepare -> SFT -> rounds -> register -> gate -> promote -> report, as in the paper's figure 1.
+"""Safe RLHF as a pipeline: prepare -> SFT -> rounds -> register -> gate -> promote -> report, as the paper's figure.
 
 The same object runs on a laptop (`pipelines/local.py`) and compiles to the YAML that a cluster runs.
 """

@@ -169,13 +169,16 @@ class Backbone:
 
     def decode_step(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
         """[B, L'] new tokens with a key-value cache -> [B, V] logits for the next token."""
+        # an index, not a count: a slice of the hidden states is not contiguous, and the product with the vocabulary
+        # would then copy its matrix once a row
+        last = torch.tensor([input_ids.shape[1] - 1], device=input_ids.device)
         output = self._model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=last,
         )
         logits: Tensor = output.logits[:, -1]
         return logits

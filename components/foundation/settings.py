@@ -167,7 +167,7 @@ class Settings(_Section):
         description="smollm2-135m-instruct, tiny[-llama|-gpt2|-qwen2|-gemma], a folder, s3://..., or a Hugging Face id",
     )
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
-        "auto", description="of weights and activations; auto: bfloat16 on a GPU, float32 on a CPU"
+        "auto", description="of weights and activations; auto: bfloat16 where the hardware has it, else float32"
     )
     experiment: str = Field("safe-rlhf", min_length=1, description="MLflow experiment")
     data: DataSettings = DataSettings()
@@ -201,7 +201,8 @@ PROFILES: dict[str, dict[str, Any]] = {
         "collect": {"prompts_per_round": 64, "temperature": 0.7},
         "ppo": {
             "steps": 8,
-            "minibatch_size": 8,
+            "episodes_per_step": 24,
+            "minibatch_size": 12,
             "temperature": 0.7,
             "max_new_tokens": 32,
             "actor_learning_rate": 1e-3,

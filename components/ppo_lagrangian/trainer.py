@@ -184,7 +184,7 @@ class PpoLagrangian:
             )
             loss.backward()
         optimizer_step(self._optimizers[ACTOR], self._settings.max_gradient_norm)
-        return {ACTOR: float(loss), "clipped": clipped_before + float(clipped)}
+        return {ACTOR: loss.item(), "clipped": clipped_before + clipped.item()}
 
     def _update_critic(
         self, role: str, all_rows: SequenceBatch, old_values: Tensor, returns: Tensor, rows: Tensor
@@ -201,7 +201,7 @@ class PpoLagrangian:
             )
             loss.backward()
         optimizer_step(self._optimizers[role], self._settings.max_gradient_norm)
-        return float(loss)
+        return loss.item()
 
 
 def score_episode(backbone: Backbone, sequences: Sequence[TokenSequence], settings: PpoSettings) -> Episode:
