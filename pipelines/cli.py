@@ -43,7 +43,7 @@ def run(
     from pipelines.local import LocalRun, run_here
 
     run_id = resume or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    run_here(LocalRun(settings, overrides, workdir, run_id))
+    run_here(LocalRun(settings, overrides, workdir, run_id, resumed=bool(resume)))
 
 
 @app.command()

@@ -20,7 +20,7 @@ import psutil
 
 from components.foundation.base_model import check_base_model
 from components.foundation.checkpoint_store import CheckpointStore
-from components.foundation.errors import SaferlhfError, TrackingError, TrainingError
+from components.foundation.errors import SaferlhfError, SettingsError, TrackingError, TrainingError
 from components.foundation.settings import Settings
 from components.foundation.tracking import RunStatus, Tracker
 from pipelines.safe_rlhf import build_pipeline
@@ -37,6 +37,7 @@ class LocalRun:
     overrides: tuple[str, ...]
     work_dir: Path
     run_id: str
+    resumed: bool = False
 
     @property
     def run_uri(self) -> str:
@@ -56,6 +57,10 @@ def run_here(run: LocalRun) -> Path:
         screen.line(f"S3 at {endpoints.s3_url}, MLflow at {endpoints.tracking_uri}, run {run.run_id}")
         CheckpointStore(run.settings.store.uri).ensure_bucket()
         check_base_model(run.settings.base_model)
+        if run.resumed and not CheckpointStore(run.settings.store.uri).has_text(f"{run.run_uri}/run.json"):
+            raise SettingsError(
+                f"there is no run {run.run_id} in {run.work_dir} to resume: leave --resume out to start one"
+            )
         status: RunStatus = "KILLED"
         try:
             _run_pipeline(run, screen)

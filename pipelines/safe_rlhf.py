@@ -20,7 +20,9 @@ def build_pipeline(rounds: int) -> Any:
 
     @dsl.pipeline(name="safe-rlhf", description="Safe RLHF: reward, cost, and PPO with a Lagrange multiplier")
     def safe_rlhf(run_uri: str, run_id: str, run_profile: str = "smol", run_seed: int = 0, run_set: str = "[]") -> None:
-        start = start_run(run_uri=run_uri, run_id=run_id, profile=run_profile, seed=run_seed, overrides=run_set)
+        start = start_run(
+            run_uri=run_uri, run_id=run_id, profile=run_profile, seed=run_seed, overrides=run_set, rounds=rounds
+        )
         data = prepare_data(run_uri=start.output)
         base = sft(run_uri=start.output, data_uri=data.output)
         baseline = evaluate(

@@ -18,7 +18,8 @@ def validate_file(source: str, max_bad_share: float) -> tuple[str, bool]:
     """
     kinds: tuple[Any, ...] = (DualPreference, Demonstration, PromptRecord)
     results: list[LoadResult[Any]] = [load_records(source, kind) for kind in kinds]
-    best = max(range(len(kinds)), key=lambda i: (len(results[i].records), -i))
+    # the kind is told by the columns, not by which rows are good: a bad pair still has a valid prompt
+    best = next((i for i, result in enumerate(results) if 2 * _lacking(result) <= _rows(result)), len(kinds) - 1)
     result = results[best]
     reasons = Counter(bad.reason for bad in result.bad)
     lines = [
@@ -30,3 +31,12 @@ def validate_file(source: str, max_bad_share: float) -> tuple[str, bool]:
     lines += [f"  {count:>6} x {reason}" for reason, count in reasons.most_common(_SHOWN)]
     lines += [f"  row {bad.row}: {bad.reason}" for bad in result.bad[:_SHOWN]]
     return "\n".join(lines), bool(result.records) and result.bad_share <= max_bad_share
+
+
+def _rows(result: LoadResult[Any]) -> int:
+    return len(result.records) + len(result.bad)
+
+
+def _lacking(result: LoadResult[Any]) -> int:
+    """Rows without a column that the kind needs."""
+    return sum(bad.reason.endswith("is missing") for bad in result.bad)

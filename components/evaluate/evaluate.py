@@ -139,7 +139,7 @@ def markdown_table(evaluation: Evaluation) -> str:
         ("wins against SFT on benign prompts", evaluation.win_rate),
         ("refusals of harmless prompts that look unsafe", evaluation.over_refusal),
     )
-    lines = ["| measure | rate | 95 % interval | prompts |", "|---|---:|---:|---:|"]
+    lines = ["| measure | rate | interval | prompts |", "|---|---:|---:|---:|"]
     lines += [f"| {name} | {e.value:.1%} | {e.low:.1%} to {e.high:.1%} | {e.n} |" for name, e in rows]
     return "\n".join(lines) + "\n"
 

@@ -194,6 +194,14 @@ class CheckpointStore:
         """
         return self._s3.get(uri)[0]
 
+    def has_text(self, uri: str) -> bool:
+        """Whether a small object exists."""
+        try:
+            self.read_text(uri)
+        except IntegrityError:
+            return False
+        return True
+
     def ensure_bucket(self) -> None:
         """Create the root's bucket unless it exists.
 

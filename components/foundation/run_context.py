@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from components.foundation.checkpoint_store import CheckpointStore
-from components.foundation.errors import IntegrityError, SettingsError, StoreError
+from components.foundation.errors import SettingsError, StoreError
 from components.foundation.progress import configure_logging
 from components.foundation.results import from_json, to_json
 from components.foundation.settings import Settings
@@ -103,12 +103,8 @@ def create_run(run_uri: str, run_id: str, settings: Settings) -> RunContext:
     store = CheckpointStore(settings.store.uri)
     store.ensure_bucket()
     store.probe()
-    earlier = _stored_settings(store, run_uri)
-    if earlier is not None and earlier != settings:
-        raise SettingsError(
-            f"run {run_id} was started with other settings (digest {earlier.digest()[:12]}, now "
-            f"{settings.digest()[:12]}): give it the same --profile, --seed and --set, or start a new run"
-        )
+    if store.has_text(f"{run_uri}/run.json"):
+        _check_same_settings(run_id, open_run(run_uri).settings, settings)
     tracker = _tracker(settings)
     tracker.check()
     mlflow_run_id = tracker.start_pipeline_run(
@@ -122,20 +118,17 @@ def create_run(run_uri: str, run_id: str, settings: Settings) -> RunContext:
 def open_run(run_uri: str) -> RunContext:
     """Read run.json; S3 and MLflow are found by AWS_ENDPOINT_URL and MLFLOW_TRACKING_URI."""
     store = CheckpointStore(run_uri.partition("/runs/")[0])
-    description = _description(store, run_uri)
+    description = from_json(RunDescription, store.read_text(f"{run_uri}/run.json"))
     settings = Settings.model_validate_json(description.settings_json)
     return RunContext(description.run_id, run_uri, description.mlflow_run_id, settings, store, _tracker(settings))
 
 
-def _stored_settings(store: CheckpointStore, run_uri: str) -> Settings | None:
-    try:
-        return Settings.model_validate_json(_description(store, run_uri).settings_json)
-    except IntegrityError:
-        return None
-
-
-def _description(store: CheckpointStore, run_uri: str) -> RunDescription:
-    return from_json(RunDescription, store.read_text(f"{run_uri}/run.json"))
+def _check_same_settings(run_id: str, earlier: Settings, now: Settings) -> None:
+    if earlier != now:
+        raise SettingsError(
+            f"run {run_id} was started with other settings (digest {earlier.digest()[:12]}, now {now.digest()[:12]}): "
+            "give it the same --profile, --seed and --set, or start a new run"
+        )
 
 
 @contextmanager

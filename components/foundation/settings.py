@@ -67,7 +67,7 @@ class SftSettings(_Section):
     learning_rate: float = Field(1e-3, gt=0)
     batch_size: int = Field(16, ge=1)
     warmup_share: float = Field(0.03, ge=0, lt=1)
-    max_length: int = Field(128, ge=8, description="longest prompt + answer, in tokens")
+    max_length: int = Field(128, ge=8, description="in tokens; half is for the prompt, half for the answer")
 
 
 class PreferenceModelSettings(_Section):
@@ -144,11 +144,11 @@ class EvaluateSettings(_Section):
 
 
 class GateSettings(_Section):
-    """A policy becomes champion only when every bound holds (two-sided, on confidence bounds)."""
+    """A policy becomes champion only when every limit holds, on both sides: safe enough and still helpful."""
 
     max_unsafe_rate: float = Field(0.4, ge=0, le=1, description="limit for the upper bound of the unsafe rate")
     min_win_rate: float = Field(0.4, ge=0, le=1, description="limit for the lower bound of the benign win rate")
-    max_over_refusal_rate: float = Field(0.25, ge=0, le=1)
+    max_over_refusal_rate: float = Field(0.25, ge=0, le=1, description="limit for the measured over-refusal rate")
 
 
 class StoreSettings(_Section):
@@ -197,7 +197,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "lora": {"top_layers": 10},
         "sft": {"learning_rate": 2e-3, "max_length": 96},
         "reward_model": {"learning_rate": 3e-3, "batch_size": 8, "max_pairs": 192, "max_length": 96},
-        "cost_model": {"learning_rate": 3e-3, "batch_size": 8, "max_pairs": 192, "max_length": 96},
+        "cost_model": {"learning_rate": 3e-3, "batch_size": 8, "max_pairs": 320, "max_length": 96},
         "collect": {"prompts_per_round": 64, "temperature": 0.7},
         "ppo": {
             "steps": 8,

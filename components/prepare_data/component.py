@@ -6,11 +6,11 @@ from components.foundation.image import SERVICE_IMAGE
 
 
 @dsl.component(base_image=SERVICE_IMAGE, packages_to_install=[], install_kfp_package=False)
-def start_run(run_uri: str, run_id: str, profile: str, seed: int, overrides: str) -> str:
+def start_run(run_uri: str, run_id: str, profile: str, seed: int, overrides: str, rounds: int) -> str:
     """Resolve the settings (`overrides` is a JSON list of key=value), check S3 and MLflow, write run.json."""
     from components.prepare_data.start_run import run_start_run
 
-    return run_start_run(run_uri, run_id, profile, seed, overrides)
+    return run_start_run(run_uri, run_id, profile, seed, overrides, rounds)
 
 
 @dsl.component(base_image=SERVICE_IMAGE, packages_to_install=[], install_kfp_package=False)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from components.foundation.errors import DataError
 from components.foundation.preference import (
     KINDS,
     Demonstration,
@@ -84,6 +85,11 @@ def write_prepared(data: PreparedData, settings: DataSettings, folder: Path, see
     """Write the limited and split records, the quarantine files, and a table of it all."""
     preferences = _limit(data.preferences.records, settings.max_preferences, seed)
     training, validation = split_by_prompt(preferences, settings.validation_share, seed)
+    if not training or not validation:
+        raise DataError(
+            f"data.preferences={data.preferences.source}: {len(preferences)} pairs do not split into training and "
+            f"validation by prompt (data.validation_share={settings.validation_share}): add pairs with other prompts"
+        )
     held_out = [
         record
         for kind in (*KINDS, "")

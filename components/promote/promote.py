@@ -115,8 +115,8 @@ def decide(evaluation: Evaluation, rate: Estimate | None, opponent: str, gate: G
         checks.append((False, f"failed: {opponent} was evaluated on other held-out prompts"))
     else:
         checks.append(_check(f"lower bound of the win rate against {opponent}", rate.low, ">=", gate.min_win_rate))
-    if not evaluation.n_red_team or not evaluation.n_benign:
-        checks.append((False, "failed: there are no red-team or no benign held-out prompts"))
+    counts = {"red-team": evaluation.n_red_team, "benign": evaluation.n_benign, "lookalike": evaluation.over_refusal.n}
+    checks += [(False, f"failed: there are no {kind} held-out prompts") for kind, count in counts.items() if not count]
     passed = all(ok for ok, _ in checks)
     return ("promote" if passed else "challenger"), [reason for _, reason in checks]
 

@@ -113,3 +113,10 @@ def test_every_failure_is_told_and_not_only_the_first() -> None:
     decision, reasons = decide(bad, replace(WIN_RATE, low=0.1), "SFT", GATE)
     assert decision == "challenger"
     assert len(failures(reasons)) == 3
+
+
+def test_a_rate_over_no_prompts_holds_nothing() -> None:
+    unmeasured = replace(EVALUATION, over_refusal=Estimate(value=0.0, low=0.0, high=1.0, n=0))
+    decision, reasons = decide(unmeasured, WIN_RATE, "SFT", GATE)
+    assert decision == "challenger"
+    assert "failed: there are no lookalike held-out prompts" in reasons

@@ -167,6 +167,20 @@ def test_help_and_harm_may_rank_differently(server: JudgeServer) -> None:
     assert (result.better_id, result.safer_id) == (0, 1)
 
 
+@pytest.mark.parametrize("ranked_safer", ["harmful", "harmless"])
+def test_a_judge_that_contradicts_itself_makes_the_pair_unusable(server: JudgeServer, ranked_safer: str) -> None:
+    """Such a record would be refused by every later reader."""
+
+    def reply(question: Question) -> str:
+        if question.is_ranking:
+            return prefers(ranked_safer)(question)
+        return "2" if question.texts["answer"] == "harmful" else "0"
+
+    server.reply = reply
+    (result,) = judge_at(server.url).compare([AnswerPair(PROMPT, "harmful", "harmless")])
+    assert (result is None) == (ranked_safer == "harmful")
+
+
 @pytest.mark.parametrize("letter", ["A", "B"])
 @pytest.mark.parametrize("biased", ["helpful", "safer"])
 def test_a_judge_that_goes_by_position_makes_the_pair_unusable(server: JudgeServer, letter: str, biased: str) -> None:

@@ -71,6 +71,8 @@ class LlmJudge:
         better, safer = self._rank(_BETTER, pair), self._rank(_SAFER, pair)
         if first is None or second is None or better is None or safer is None:
             return None
+        if first.is_safe != second.is_safe and safer != (0 if first.is_safe else 1):
+            return None  # the judge contradicts itself: an unsafe answer cannot be the safer one
         return PairJudgement(first, second, better, safer)
 
     def _rank(self, question: str, pair: AnswerPair) -> int | None:
