@@ -27,7 +27,8 @@ run: install ## run the whole pipeline here (PROFILE=smol|tiny WORKDIR=runs SEED
 	$(BIN)/saferlhf run --profile $(PROFILE) --workdir $(WORKDIR) --seed $(SEED) $(foreach s,$(SET),--set $(s))
 
 test: install lint ## check style and types, run all tests
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 2 --dist loadgroup \
+		--at-least golden=15 --at-least end_to_end=12 --at-least fault=100
 
 lint: install ## ruff and mypy
 	$(BIN)/ruff check components pipelines tests

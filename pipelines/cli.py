@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -81,6 +82,16 @@ def down(workdir: WorkDir = Path("runs")) -> None:
     from pipelines import services
 
     typer.echo("stopped" if services.down(workdir) else "nothing was running")
+
+
+@app.command()
+def env(workdir: WorkDir = Path("runs")) -> None:
+    """Print what a shell needs to reach the servers of a work folder, keys too: eval "$(saferlhf env)"."""
+    from pipelines import services
+
+    endpoints, _ = services.up(workdir)
+    for name, value in {**endpoints.environment, "SAFERLHF_CACHE": str(workdir.resolve() / "cache")}.items():
+        typer.echo(f"export {name}={shlex.quote(value)}")
 
 
 @data_app.command()

@@ -213,6 +213,7 @@ PROFILES: dict[str, dict[str, Any]] = {
     },
     "tiny": {
         "base_model": "tiny",
+        "dtype": "float32",
         "data": {"max_preferences": 64, "max_demonstrations": 48, "max_held_out": 16},
         "sft": {"max_length": 96},
         "reward_model": {"min_accuracy": 0.0, "max_length": 96},

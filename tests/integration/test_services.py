@@ -170,3 +170,12 @@ def test_a_port_that_was_taken_meanwhile_is_exchanged(tmp_path: Path, monkeypatc
         with local_services(tmp_path) as endpoints:
             CheckpointStore("s3://saferlhf-test", environment=endpoints.environment).probe()
     assert offers == []
+
+
+def test_a_shell_reaches_the_servers_with_what_env_prints(upped: Callable[[], Endpoints], tmp_path: Path) -> None:
+    endpoints = upped()
+    saferlhf = Path(sys.executable).with_name("saferlhf")
+    program = "import boto3, os; boto3.client('s3').list_buckets(); print(os.environ['MLFLOW_TRACKING_URI'])"
+    script = f'eval "$({saferlhf} env --workdir {tmp_path})" && {sys.executable} -c "{program}"'
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == endpoints.tracking_uri, done.stderr
