@@ -47,7 +47,8 @@ def run_sft(run_uri: str, data_uri: str) -> str:
             stage.mlflow.log_metrics({f"sft/{key}": value for key, value in metrics.items()}, step)
             progress.update(step)
 
-        backbone.add_role(_ROLE, settings.lora, scored=False)
+        # every layer: the adapter is merged, so no later role shares a trunk with it
+        backbone.add_role(_ROLE, settings.lora.model_copy(update={"top_layers": 0}), scored=False)
         steps = train_sft(backbone, _ROLE, examples, settings.sft, stage.seed, on_step)
         backbone.merge_role(_ROLE)
         backbone.export(stage.folder / "model")
