@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -19,6 +20,8 @@ data_app = typer.Typer(help="Look at data files.", no_args_is_help=True)
 models_app = typer.Typer(help="Base models.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(models_app, name="models")
+
+_INTERRUPTED = 128 + signal.SIGINT
 
 Profile = Annotated[str, typer.Option(help="smol: a real 135M language model; tiny: random weights, for tests")]
 WorkDir = Annotated[Path, typer.Option(help="folder of the servers' data and of the run's results")]
@@ -44,7 +47,11 @@ def run(
     from pipelines.local import LocalRun, run_here
 
     run_id = resume or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    run_here(LocalRun(settings, overrides, workdir, run_id, resumed=bool(resume)))
+    try:
+        run_here(LocalRun(settings, overrides, workdir, run_id, resumed=bool(resume)))
+    except KeyboardInterrupt:
+        typer.echo(f"saferlhf: interrupted; the same command with --resume {run_id} goes on", err=True)
+        raise typer.Exit(_INTERRUPTED) from None
 
 
 @app.command()
@@ -114,13 +121,10 @@ def pull() -> None:
 
 
 def main() -> NoReturn:
-    """Entry point: an error that we explain is one sentence and status 1, an interruption is status 130."""
+    """Entry point: an error that we explain is one sentence and status 1."""
     try:
         app(standalone_mode=True)
     except SaferlhfError as error:
         typer.echo(f"saferlhf: {error}", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("saferlhf: interrupted", err=True)
-        sys.exit(130)
     sys.exit(0)

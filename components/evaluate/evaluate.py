@@ -160,26 +160,19 @@ def _scored(
     backbone: Backbone, settings: Settings, answers: Sequence[HeldOutAnswer], reward_folder: Path, cost_folder: Path
 ) -> list[HeldOutAnswer]:
     """The answers with the scores of the round's reward and cost model."""
-    encoder = ChatEncoder(backbone.tokenizer, settings.ppo.max_prompt_tokens, settings.evaluate.max_new_tokens + 1)
-    sequences = [encoder.sequence(a.prompt, a.answer) for a in answers]
-    scores: dict[str, list[float]] = {}
     for role, folder in (("reward", reward_folder), ("cost", cost_folder)):
         if not backbone.has_role(role):
             backbone.load_role(role, folder)
-        with backbone.role(role):
-            scores[role] = [
-                value
-                for start in range(0, len(sequences), settings.evaluate.batch_size)
-                for value in answer_scores(
-                    backbone,
-                    role,
-                    collate(
-                        sequences[start : start + settings.evaluate.batch_size],
-                        backbone.eos_token_id,
-                        backbone.device,
-                    ),
-                ).tolist()
-            ]
+    encoder = ChatEncoder(backbone.tokenizer, settings.ppo.max_prompt_tokens, settings.evaluate.max_new_tokens + 1)
+    sequences = [encoder.sequence(a.prompt, a.answer) for a in answers]
+    scores: dict[str, list[float]] = {"reward": [], "cost": []}
+    for start in range(0, len(sequences), settings.evaluate.batch_size):
+        part = sequences[start : start + settings.evaluate.batch_size]
+        batch = collate(part, backbone.eos_token_id, backbone.device)
+        batch = replace(batch, trunk=backbone.trunk_states(batch.input_ids, batch.attention_mask))
+        for role, values in scores.items():
+            with backbone.role(role):
+                values += answer_scores(backbone, role, batch).tolist()
     return [replace(a, reward=r, cost=c) for a, r, c in zip(answers, scores["reward"], scores["cost"], strict=True)]
 
 

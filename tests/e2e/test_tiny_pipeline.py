@@ -48,8 +48,9 @@ def interrupted(arguments: Sequence[str], line: str, number: signal.Signals) -> 
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.strip() == "saferlhf: interrupted"
-    return first.split()[-1], children
+    run_id = first.split()[-1]
+    assert errors.strip() == f"saferlhf: interrupted; the same command with --resume {run_id} goes on"
+    return run_id, children
 
 
 @pytest.fixture(scope="module")
