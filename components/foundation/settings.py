@@ -215,6 +215,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "evaluate": {"temperature": 0.7, "max_new_tokens": 32, "batch_size": 128},
     },
     "tiny": {
+        "rounds": 2,
         "base_model": "tiny",
         "dtype": "float32",
         "data": {"max_preferences": 64, "max_demonstrations": 48, "max_held_out": 16},

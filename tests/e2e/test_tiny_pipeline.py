@@ -61,7 +61,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def first_run(workdir: Path) -> tuple[dict[str, Any], str]:
     """Two rounds, with a gate that lets everything pass."""
-    return run_tiny(workdir, "rounds=2", *OPEN_GATE)
+    return run_tiny(workdir, *OPEN_GATE)
 
 
 def test_every_stage_ran(first_run: tuple[dict[str, Any], str]) -> None:
