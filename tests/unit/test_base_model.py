@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 
 from components.foundation.backbone import Backbone
 from components.foundation.base_model import (
-    CHAT_TEMPLATE,
     TINY_ARCHITECTURES,
     check_base_model,
     make_tiny,
@@ -27,6 +26,7 @@ from components.foundation.base_model import (
 )
 from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import ModelError
+from components.foundation.gguf_conversion import CHAT_TEMPLATE, convert_gguf
 from components.foundation.language_model import check_model_folder, load_causal_lm, load_tokenizer, save_causal_lm
 
 MakeTiny = Callable[[str], Path]
@@ -252,3 +252,12 @@ def test_the_default_chat_template_is_chatml_without_a_system_message() -> None:
     assert template.render(messages=messages[:1], add_generation_prompt=True) == (
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+@pytest.mark.fault
+def test_a_file_that_is_no_gguf_is_refused_in_one_line(tmp_path: Path) -> None:
+    broken = tmp_path / "model.gguf"
+    broken.write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises(ModelError, match=r"model\.gguf cannot be converted") as error:
+        convert_gguf(broken, tmp_path / "out")
+    assert len(str(error.value).splitlines()) == 1

@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from components.foundation.base_model import CHAT_TEMPLATE
 from components.foundation.batching import (
     ChatEncoder,
     TokenSequence,
@@ -21,6 +20,7 @@ from components.foundation.batching import (
     token_log_probs,
 )
 from components.foundation.errors import ModelError
+from components.foundation.gguf_conversion import CHAT_TEMPLATE
 from components.foundation.language_model import load_tokenizer
 
 START, EOS = 256, 257
