@@ -23,6 +23,7 @@ from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import SaferlhfError, SettingsError, TrackingError, TrainingError
 from components.foundation.settings import Settings
 from components.foundation.tracking import RunStatus, Tracker
+from pipelines.memory import PeakMemory
 from pipelines.safe_rlhf import build_pipeline
 from pipelines.screen import Screen
 from pipelines.services import local_services
@@ -52,7 +53,12 @@ def run_here(run: LocalRun) -> Path:
     """
     started = time.monotonic()
     run.work_dir.mkdir(parents=True, exist_ok=True)
-    with _stop_steps_on_signals(), local_services(run.work_dir) as endpoints, _environment(endpoints.environment, run):
+    with (
+        PeakMemory() as memory,
+        _stop_steps_on_signals(),
+        local_services(run.work_dir) as endpoints,
+        _environment(endpoints.environment, run),
+    ):
         screen = Screen()
         screen.line(f"S3 at {endpoints.s3_url}, MLflow at {endpoints.tracking_uri}, run {run.run_id}")
         CheckpointStore(run.settings.store.uri).ensure_bucket()
@@ -65,7 +71,10 @@ def run_here(run: LocalRun) -> Path:
         try:
             _run_pipeline(run, screen)
             facts = RunFacts(
-                run_uri=run.run_uri, wall_seconds=time.monotonic() - started, tracking_uri=endpoints.tracking_uri
+                run_uri=run.run_uri,
+                wall_seconds=time.monotonic() - started,
+                peak_memory_bytes=memory.bytes,
+                tracking_uri=endpoints.tracking_uri,
             )
             summary = write_summary(run.work_dir, facts)
             status = "FINISHED"

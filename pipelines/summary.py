@@ -25,10 +25,11 @@ _ROUND_STAGES = ("collect", "annotate", "reward_model", "cost_model", "ppo_lagra
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What only the runner knows. Seconds are wall time."""
+    """What only the runner knows. Seconds are wall time; memory is that of all processes together."""
 
     run_uri: str
     wall_seconds: float
+    peak_memory_bytes: int
     tracking_uri: str
 
 
@@ -46,6 +47,7 @@ def write_summary(work_dir: Path, facts: RunFacts) -> Path:
         "wall_seconds": facts.wall_seconds,
         "stage_seconds": seconds,
         "overhead_seconds": facts.wall_seconds - sum(seconds.values()),
+        "peak_memory_bytes": facts.peak_memory_bytes,
         "sft": {"eval": evaluation_entry(_evaluation(context, 0))},
         "rounds": [_round_entry(context, number) for number in range(1, context.settings.rounds + 1)],
         "promotion": asdict(promotion),
@@ -65,7 +67,7 @@ def closing_words(work_dir: Path) -> str:
     policy_uri = summary["rounds"][-1]["policy_uri"]
     rows = {
         "outcome": f"{promotion['model']} version {promotion['version']} is {promotion['alias']}, "
-        f"after {summary['wall_seconds']:.0f} s",
+        f"after {summary['wall_seconds']:.0f} s, with {summary['peak_memory_bytes'] / 1e9:.1f} GB of memory at most",
         "unsafe rate": f"{before['unsafe_rate']:.1%} (SFT) -> {after['unsafe_rate']:.1%}, "
         f"benign win rate {after['win_rate']:.1%}, over-refusal {after['over_refusal_rate']:.1%}",
         "policy": f"{policy_uri}/model",

@@ -43,14 +43,19 @@ def cost_result(scores: PreferenceScores, training_pairs: int) -> PreferenceMode
     """Ranking over pairs that differ in safety is what counts, but all held-out pairs are counted, as in the paper."""
     costs = torch.cat([scores.high, scores.low])
     unsafe = torch.cat([scores.high_sign, scores.low_sign]) > 0
-    mean_safe = float(costs[~unsafe].mean()) if bool((~unsafe).any()) else 0.0
-    mean_unsafe = float(costs[unsafe].mean()) if bool(unsafe.any()) else 0.0
+    safe_costs, unsafe_costs = costs[~unsafe], costs[unsafe]
     return PreferenceModelResult(
         accuracy=ranking_accuracy(scores),
         training_pairs=training_pairs,
         validation_pairs=len(scores.high),
         sign_accuracy=float(((costs > 0) == unsafe).double().mean()),
-        auc=roc_auc(costs[unsafe], costs[~unsafe]),
-        mean_safe=mean_safe,
-        mean_unsafe=mean_unsafe,
+        auc=roc_auc(unsafe_costs, safe_costs),
+        mean_safe=_mean(safe_costs),
+        mean_unsafe=_mean(unsafe_costs),
+        rectified_mean_safe=_mean(safe_costs.clamp(min=0)),
+        rectified_mean_unsafe=_mean(unsafe_costs.clamp(min=0)),
     )
+
+
+def _mean(values: torch.Tensor) -> float:
+    return float(values.mean()) if len(values) else 0.0

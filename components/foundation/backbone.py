@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,8 @@ class Backbone:
         else:
             self._peft.add_adapter(role, config)
         self._adapted = [module for module in self._model.modules() if isinstance(module, BaseTunerLayer)]
+        for module in self._adapted:
+            module.cast_input_dtype_enabled = False  # `_mixed_precision` does it, the other way round
         self._lora[role] = lora
         if scored:
             head = nn.Linear(self.hidden_size, 1, dtype=torch.float32, device=self.device)
@@ -172,14 +174,15 @@ class Backbone:
         # an index, not a count: a slice of the hidden states is not contiguous, and the product with the vocabulary
         # would then copy its matrix once a row
         last = torch.tensor([input_ids.shape[1] - 1], device=input_ids.device)
-        output = self._model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=last,
-        )
+        with self._mixed_precision():
+            output = self._model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=last,
+            )
         logits: Tensor = output.logits[:, -1]
         return logits
 
@@ -236,13 +239,19 @@ class Backbone:
         save_causal_lm(self._model, self.tokenizer, folder, self.dtype)
 
     def _forward(self, module: Any, input_ids: Tensor, attention_mask: Tensor, **more: Any) -> Any:
-        return module(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids(attention_mask),
-            use_cache=False,
-            **more,
-        )
+        with self._mixed_precision():
+            return module(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids(attention_mask),
+                use_cache=False,
+                **more,
+            )
+
+    def _mixed_precision(self) -> AbstractContextManager[None]:
+        """Adapters are kept in fp32, for their optimiser; within a bfloat16 model they multiply in bfloat16."""
+        half = self.dtype == torch.bfloat16
+        return torch.autocast(self.device.type, dtype=torch.bfloat16) if half else nullcontext()
 
     def _trunk(self) -> FrozenTrunk | None:
         depth = min((self._first_adapted(lora) for lora in self._lora.values()), default=0)

@@ -36,7 +36,8 @@ class PreferenceModelResult:
 
     `accuracy` is the share of pairs ranked as labelled. The other fields are for cost models only:
     `sign_accuracy` is the share of answers whose score's sign equals the label (positive = unsafe),
-    `auc` is the ROC-AUC of unsafe against safe, `mean_safe` and `mean_unsafe` are mean scores.
+    `auc` is the ROC-AUC of unsafe against safe, `mean_safe` and `mean_unsafe` are mean scores, and
+    `rectified_mean_safe` and `rectified_mean_unsafe` those of max(score, 0).
     """
 
     accuracy: float
@@ -46,6 +47,8 @@ class PreferenceModelResult:
     auc: float | None = None
     mean_safe: float | None = None
     mean_unsafe: float | None = None
+    rectified_mean_safe: float | None = None
+    rectified_mean_unsafe: float | None = None
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,9 @@ class PpoSettings(_Section):
     whiten_advantages: bool = True
     missing_eos_penalty: float = Field(1.0, ge=0, description="taken from the reward of an answer cut off at the limit")
     max_gradient_norm: float = Field(1.0, gt=0)
+    cost_aggregation: Literal["mean", "rectified"] = Field(
+        "mean", description="rectified: an answer's cost counts from 0 up, so safe answers cannot pay for unsafe ones"
+    )
     threshold: float | None = Field(None, description="cost threshold d; empty: calibrated from the cost model")
     threshold_target: float = Field(0.1, gt=0, lt=1, description="share of unsafe answers that a calibrated d allows")
     lambda_init: float = Field(1.0, gt=0)

@@ -5,8 +5,19 @@ Shapes: B episodes, T answer tokens. `mask` is [B, T], True for answer tokens; m
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+
+def aggregate_cost(scores: Tensor, aggregation: Literal["mean", "rectified"]) -> Tensor:
+    """[B] cost scores -> [B] costs whose mean is constrained.
+
+    `mean` takes them as they are (paper equation 9). `rectified` takes max(C, 0) (RePO, arXiv 2410.19933): an answer
+    that is safe already earns nothing by being safer, and cannot pay for an unsafe one.
+    """
+    return scores.clamp(min=0) if aggregation == "rectified" else scores
 
 
 def shape_rewards(

@@ -110,16 +110,19 @@ def gate_models(reward: PreferenceModelResult, cost: PreferenceModelResult, sett
             f"the cost model ranks {cost.accuracy:.3f} of held-out pairs as labelled, below "
             f"cost_model.min_accuracy={settings.cost_model.min_accuracy}: PPO would chase noise"
         )
-    if cost.auc is None or cost.mean_safe is None or cost.mean_unsafe is None:
-        raise GateError("the cost model was stored without its held-out AUC: train it again")
+    mean_safe, mean_unsafe = cost.mean_safe, cost.mean_unsafe
+    if settings.ppo.cost_aggregation == "rectified":
+        mean_safe, mean_unsafe = cost.rectified_mean_safe, cost.rectified_mean_unsafe
+    if cost.auc is None or mean_safe is None or mean_unsafe is None:
+        raise GateError("the cost model was stored without its held-out AUC and means: train it again")
     if cost.auc < settings.cost_model.min_auc:
         raise GateError(
             f"the cost model's held-out AUC is {cost.auc:.3f}, below cost_model.min_auc={settings.cost_model.min_auc}: "
             "it cannot tell unsafe answers (below 0.5 its sign is inverted)"
         )
-    if settings.cost_model.min_auc == 0 and settings.ppo.threshold is None and cost.mean_safe >= cost.mean_unsafe:
+    if settings.cost_model.min_auc == 0 and settings.ppo.threshold is None and mean_safe >= mean_unsafe:
         return 0.0  # the check is switched off (profile tiny): the loss's own zero stands in for a calibrated threshold
-    return choose_threshold(settings.ppo.threshold, cost.mean_safe, cost.mean_unsafe, settings.ppo.threshold_target)
+    return choose_threshold(settings.ppo.threshold, mean_safe, mean_unsafe, settings.ppo.threshold_target)
 
 
 def place_roles(
@@ -140,15 +143,19 @@ def place_roles(
 
 
 def draw_prompts(prompts: Sequence[PromptRecord], settings: Settings, seed: int) -> list[PromptRecord]:
-    """One rollout batch: the set share of red-team prompts where kinds are declared, else a plain draw."""
+    """One rollout batch: the set share of red-team prompts, the others evenly over the kinds that there are.
+
+    Where no kinds are declared, a plain draw. Lookalikes are rare in data and count most: they teach to tell harm from
+    its looks.
+    """
     rng = random.Random(seed)
     count = settings.ppo.episodes_per_step
-    attacks = [p for p in prompts if p.kind == "red_team"]
-    others = [p for p in prompts if p.kind != "red_team"]
+    kinds = [[p for p in prompts if p.kind == kind] for kind in ("red_team", "benign", "lookalike", "")]
+    attacks, others = kinds[0], [group for group in kinds[1:] if group]
     if not attacks or not others:
         return rng.choices(prompts, k=count)
     n_attacks = round(settings.ppo.red_team_share * count)
-    return rng.choices(attacks, k=n_attacks) + rng.choices(others, k=count - n_attacks)
+    return rng.choices(attacks, k=n_attacks) + [rng.choice(others[i % len(others)]) for i in range(count - n_attacks)]
 
 
 def record_step(trace: PpoTrace, metrics: StepMetrics) -> None:

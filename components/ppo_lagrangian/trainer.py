@@ -29,6 +29,7 @@ from components.foundation.settings import PpoSettings
 from components.ppo_lagrangian.multiplier import MultiplierState, update_multiplier
 from components.ppo_lagrangian.objective import (
     actor_loss,
+    aggregate_cost,
     combine_advantages,
     critic_loss,
     generalized_advantages,
@@ -51,7 +52,7 @@ class Episode:
         batch: prompts and sampled answers.
         log_probs, reference_log_probs: [B, T].
         reward_values, cost_values: [B, T] critics' values *before* each answer token.
-        reward, cost: [B] scores of the whole answers; `reward` holds the missing-EOS penalty.
+        reward, cost: [B] scores of the whole answers; `reward` holds the missing-EOS penalty, `cost` is aggregated.
     """
 
     batch: SequenceBatch
@@ -217,7 +218,7 @@ def score_episode(backbone: Backbone, sequences: Sequence[TokenSequence], settin
         reward_values=_values(backbone, REWARD_CRITIC, batch),
         cost_values=_values(backbone, COST_CRITIC, batch),
         reward=reward - settings.missing_eos_penalty * (~ended).float(),
-        cost=_answer_scores(backbone, COST, batch),
+        cost=aggregate_cost(_answer_scores(backbone, COST, batch), settings.cost_aggregation),
     )
 
 

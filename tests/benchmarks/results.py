@@ -46,10 +46,12 @@ def section(summaries: list[dict[str, Any]]) -> str:
     minutes = ", ".join(f"{summary['wall_seconds'] / 60:.1f}" for summary in summaries)
     decisions = ", ".join(summary["promotion"]["decision"] for summary in summaries)
     overhead = ", ".join(f"{summary['overhead_seconds']:.0f}" for summary in summaries)
+    memory = max(summary["peak_memory_bytes"] for summary in summaries) / 1e9
     return (
         f"{table(summaries)}\n\n"
         f"{first['n_red_team']} red-team and {first['n_benign']} benign held-out prompts; the gate's decisions: "
-        f"{decisions}. Wall time {minutes} minutes, of which start-up of steps and servers {overhead} s, on "
+        f"{decisions}. Wall time {minutes} minutes, of which start-up of steps and servers {overhead} s; "
+        f"peak memory of all processes together {memory:.1f} GB; on "
         f"{os.cpu_count()} cores ({platform.machine()}, no GPU).\n"
     )
 

@@ -366,3 +366,26 @@ def test_an_adapter_for_another_width_is_refused(load_tiny: LoadTiny, tmp_path: 
     assert json.loads((tmp_path / "adapter" / "adapter.json").read_text())["scored"] is False
     with pytest.raises(ModelError, match="adapter"):
         Backbone.load(tmp_path / "wide", "float32", seed=0).load_role("actor", tmp_path / "adapter")
+
+
+@every_architecture
+def test_a_bfloat16_backbone_keeps_its_adapters_in_float32_and_agrees_with_the_float32_one(
+    tiny_folder: MakeTiny, architecture: str
+) -> None:
+    """Mixed precision: same scores and same gradients but for rounding, and full-precision weights for Adam."""
+    exact, mixed = (
+        with_roles(Backbone.load(tiny_folder(architecture), dtype, seed=0), "reward")
+        for dtype in ("float32", "bfloat16")
+    )
+    gradients = []
+    scores = []
+    for backbone in (exact, mixed):
+        batch = batch_of(backbone, SEQUENCES)
+        with backbone.role("reward", train=True):
+            score = backbone.scores("reward", batch.input_ids, batch.attention_mask)[:, -1]
+            score.square().sum().backward()
+        assert {p.dtype for p in backbone.trainable_parameters("reward")} == {torch.float32}
+        scores.append(score.detach())
+        gradients.append(torch.cat([p.grad.flatten() for p in backbone.trainable_parameters("reward")]))  # type: ignore[union-attr]
+    torch.testing.assert_close(scores[0], scores[1], atol=0.05, rtol=0.05)
+    assert torch.cosine_similarity(gradients[0], gradients[1], dim=0) > 0.98

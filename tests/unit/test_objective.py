@@ -13,6 +13,7 @@ from components.foundation.errors import ConstraintError
 from components.ppo_lagrangian.multiplier import MultiplierState, choose_threshold, update_multiplier
 from components.ppo_lagrangian.objective import (
     actor_loss,
+    aggregate_cost,
     combine_advantages,
     critic_loss,
     generalized_advantages,
@@ -168,3 +169,12 @@ def test_threshold_is_calibrated_between_the_means() -> None:
 def test_useless_thresholds_are_refused(requested: float | None, safe: float, unsafe: float, word: str) -> None:
     with pytest.raises(ConstraintError, match=word):
         choose_threshold(requested, safe, unsafe, target=0.1)
+
+
+@pytest.mark.golden
+def test_rectified_costs_count_from_zero_up() -> None:
+    scores = torch.tensor([-3.0, 0.0, 2.0])
+    assert aggregate_cost(scores, "mean").tolist() == [-3.0, 0.0, 2.0]
+    assert aggregate_cost(scores, "rectified").tolist() == [0.0, 0.0, 2.0]
+    # the safe answer pays for the unsafe one in the first mean only
+    assert aggregate_cost(scores, "mean").mean() < 0 < aggregate_cost(scores, "rectified").mean()

@@ -1,0 +1,98 @@
+"""What the PPO stage decides before it trains: whom it trusts, its threshold, and its prompts."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from components.foundation.errors import ConstraintError, GateError
+from components.foundation.preference import PromptRecord
+from components.foundation.results import PreferenceModelResult, from_json
+from components.foundation.settings import Settings, resolve_settings
+from components.ppo_lagrangian.ppo_lagrangian import draw_prompts, gate_models
+
+PROMPTS = (
+    [PromptRecord(f"attack {i}", "red_team", "theft") for i in range(9)]
+    + [PromptRecord(f"harmless {i}", "benign") for i in range(9)]
+    + [PromptRecord(f"looks bad {i}", "lookalike") for i in range(2)]
+)
+REWARD = PreferenceModelResult(accuracy=0.9, training_pairs=10, validation_pairs=10)
+COST = PreferenceModelResult(
+    accuracy=0.9,
+    training_pairs=10,
+    validation_pairs=10,
+    sign_accuracy=0.9,
+    auc=0.95,
+    mean_safe=-2.0,
+    mean_unsafe=3.0,
+    rectified_mean_safe=0.1,
+    rectified_mean_unsafe=3.1,
+)
+
+
+def smol(*overrides: str) -> Settings:
+    return resolve_settings("smol", overrides=overrides)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize(("aggregation", "expected"), [("mean", -1.0), ("rectified", 0.7)])
+def test_the_threshold_is_calibrated_on_the_costs_that_are_constrained(aggregation: str, expected: float) -> None:
+    """A fifth of the way from safe to unsafe: -2 + 0.2 * 5, and 0.1 + 0.2 * 3 where costs count from 0 up."""
+    given_settings = smol(f"ppo.cost_aggregation={aggregation}", "ppo.threshold_target=0.2")
+    assert gate_models(REWARD, COST, given_settings) == pytest.approx(expected)
+
+
+@pytest.mark.fault
+def test_a_threshold_for_the_other_aggregation_is_refused() -> None:
+    """-1 lies between the plain means, but every rectified cost is above it."""
+    assert gate_models(REWARD, COST, smol("ppo.cost_aggregation=mean", "ppo.threshold=-1")) == -1.0
+    with pytest.raises(ConstraintError, match="impossible"):
+        gate_models(REWARD, COST, smol("ppo.cost_aggregation=rectified", "ppo.threshold=-1"))
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("reward", "cost", "words"),
+    [
+        (replace(REWARD, accuracy=0.4), COST, "the reward model ranks 0.400"),
+        (REWARD, replace(COST, accuracy=0.4), "the cost model ranks 0.400"),
+        (REWARD, replace(COST, auc=0.2), "held-out AUC is 0.200"),
+        (REWARD, replace(COST, auc=None), "without its held-out AUC"),
+        (REWARD, replace(COST, rectified_mean_safe=None), "without its held-out AUC and means"),
+    ],
+)
+def test_a_model_that_is_not_good_enough_blocks_ppo(
+    reward: PreferenceModelResult, cost: PreferenceModelResult, words: str
+) -> None:
+    with pytest.raises(GateError, match=words):
+        gate_models(reward, cost, smol("ppo.cost_aggregation=rectified"))
+
+
+@given(seed=st.integers(0, 1000), count=st.integers(4, 30), share=st.floats(0, 1))
+@settings(deadline=None, max_examples=50)
+def test_a_batch_holds_its_share_of_attacks_and_the_other_kinds_evenly(seed: int, count: int, share: float) -> None:
+    batch = draw_prompts(PROMPTS, smol(f"ppo.episodes_per_step={count}", f"ppo.red_team_share={share}"), seed)
+    kinds = Counter(prompt.kind for prompt in batch)
+    assert len(batch) == count
+    assert kinds["red_team"] == round(share * count)
+    assert abs(kinds["benign"] - kinds["lookalike"]) <= 1
+    assert batch == draw_prompts(PROMPTS, smol(f"ppo.episodes_per_step={count}", f"ppo.red_team_share={share}"), seed)
+
+
+def test_prompts_without_kinds_are_drawn_plainly() -> None:
+    unnamed = [PromptRecord(f"prompt {i}") for i in range(5)]
+    batch = draw_prompts(unnamed, smol(), seed=0)
+    assert len(batch) == smol().ppo.episodes_per_step
+    assert set(batch) <= set(unnamed)
+
+
+@pytest.mark.fault
+def test_a_result_of_an_older_run_still_reads_and_names_what_it_lacks() -> None:
+    older = json.dumps({"accuracy": 0.9, "training_pairs": 1, "validation_pairs": 1, "auc": 0.9, "mean_safe": -1.0})
+    with pytest.raises(GateError, match="train it again"):
+        gate_models(REWARD, from_json(PreferenceModelResult, older), smol("ppo.cost_aggregation=mean"))
