@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from components.foundation.backbone import Backbone
-from components.foundation.batching import ChatEncoder, collate
+from components.foundation.batching import ChatEncoder, batches_by_length, collate
 from components.foundation.judging import check_usable, make_judge
 from components.foundation.policy import load_policy
 from components.foundation.preference import PromptRecord, read_jsonl
@@ -165,15 +165,17 @@ def _scored(
             backbone.load_role(role, folder)
     encoder = ChatEncoder(backbone.tokenizer, settings.ppo.max_prompt_tokens, settings.evaluate.max_new_tokens + 1)
     sequences = [encoder.sequence(a.prompt, a.answer) for a in answers]
-    scores: dict[str, list[float]] = {"reward": [], "cost": []}
-    for start in range(0, len(sequences), settings.evaluate.batch_size):
-        part = sequences[start : start + settings.evaluate.batch_size]
-        batch = collate(part, backbone.eos_token_id, backbone.device)
+    scored = list(answers)
+    for rows in batches_by_length([len(s) for s in sequences], settings.evaluate.batch_size):
+        batch = collate([sequences[i] for i in rows], backbone.eos_token_id, backbone.device)
         batch = replace(batch, trunk=backbone.trunk_states(batch.input_ids, batch.attention_mask))
-        for role, values in scores.items():
-            with backbone.role(role):
-                values += answer_scores(backbone, role, batch).tolist()
-    return [replace(a, reward=r, cost=c) for a, r, c in zip(answers, scores["reward"], scores["cost"], strict=True)]
+        with backbone.role("reward"):
+            rewards = answer_scores(backbone, "reward", batch).tolist()
+        with backbone.role("cost"):
+            costs = answer_scores(backbone, "cost", batch).tolist()
+        for i, reward, cost in zip(rows, rewards, costs, strict=True):
+            scored[i] = replace(answers[i], reward=reward, cost=cost)
+    return scored
 
 
 def _arena(answers: Sequence[HeldOutAnswer], theirs: dict[str, HeldOutAnswer]) -> Arena:

@@ -23,6 +23,9 @@ class TokenSequence:
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
 
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
 
 @dataclass(frozen=True)
 class SequenceBatch:
@@ -127,6 +130,12 @@ def collate(sequences: Sequence[TokenSequence], padding_id: int, device: torch.d
         attention_mask=attention_mask,
         answer_mask=attention_mask[:, prompt_length:].bool(),
     )
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Row numbers in batches of rows of like length, so that little of a batch is padding."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def last_answer_token(per_token: Tensor, answer_mask: Tensor) -> Tensor:

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from components.foundation.backbone import Backbone
-from components.foundation.batching import SequenceBatch, TokenSequence, collate, last_answer_token
+from components.foundation.batching import (
+    SequenceBatch,
+    TokenSequence,
+    batches_by_length,
+    collate,
+    last_answer_token,
+)
 from components.foundation.optimization import (
     batch_count,
     cosine_factor,
@@ -97,15 +103,15 @@ def answer_scores(backbone: Backbone, role: str, batch: SequenceBatch) -> Tensor
 
 def score_validation(backbone: Backbone, role: str, pairs: Sequence[ScoredPair], batch_size: int) -> PreferenceScores:
     """Scores of all pairs without gradients, in the order of `pairs`."""
+    batches = batches_by_length([max(len(p.high), len(p.low)) for p in pairs], batch_size)
     with backbone.role(role):
-        parts = [
-            score_pairs(backbone, role, pairs[start : start + batch_size]) for start in range(0, len(pairs), batch_size)
-        ]
+        parts = [score_pairs(backbone, role, [pairs[i] for i in rows]) for rows in batches]
+    place = torch.tensor([i for rows in batches for i in rows]).argsort()
     return PreferenceScores(
-        high=torch.cat([p.high for p in parts]),
-        low=torch.cat([p.low for p in parts]),
-        high_sign=torch.cat([p.high_sign for p in parts]),
-        low_sign=torch.cat([p.low_sign for p in parts]),
+        high=torch.cat([p.high for p in parts])[place],
+        low=torch.cat([p.low for p in parts])[place],
+        high_sign=torch.cat([p.high_sign for p in parts])[place],
+        low_sign=torch.cat([p.low_sign for p in parts])[place],
     )
 
 

@@ -68,7 +68,7 @@ def choose_threshold(requested: float | None, mean_safe: float, mean_unsafe: flo
     if not mean_safe < mean_unsafe:
         raise ConstraintError(
             f"the cost model scores safe answers {mean_safe:.3f} and unsafe ones {mean_unsafe:.3f} on average: "
-            "its sign is inverted, so no threshold makes sense; check the labels and train it again"
+            "it does not tell them apart, or its sign is inverted; check the labels and train it again"
         )
     threshold = mean_safe + target * (mean_unsafe - mean_safe) if requested is None else requested
     if not mean_safe < threshold < mean_unsafe:

@@ -66,6 +66,7 @@ def first_run(workdir: Path) -> tuple[dict[str, Any], str]:
 
 def test_every_stage_ran(first_run: tuple[dict[str, Any], str]) -> None:
     summary, _ = first_run
+    assert 0.1e9 < summary["peak_memory_bytes"] < 24e9
     expected = {f"round-0/{stage}" for stage in ("prepare_data", "sft", "evaluate", "report")}
     stages = ("collect", "annotate", "reward_model", "cost_model", "ppo_lagrangian", "evaluate")
     expected |= {f"round-{number}/{stage}" for number in (1, 2) for stage in stages}
@@ -95,7 +96,7 @@ def test_open_gate_promotes(first_run: tuple[dict[str, Any], str]) -> None:
 def test_an_interrupted_run_goes_on_where_it_stopped(first_run: tuple[dict[str, Any], str], workdir: Path) -> None:
     """Ctrl-C in a later stage; the resumed run finds what was finished, and its closed gate keeps the champion."""
     arguments = ("run", "--profile", "tiny", "--workdir", str(workdir), "--set", "rounds=1")
-    arguments += ("--set", "gate.max_unsafe_rate=0")
+    arguments += ("--set", "gate.max_unsafe_rate=0", "--set", "ppo.cost_aggregation=rectified")
     run_id, _ = interrupted(arguments, "round 1 annotate: started", signal.SIGINT)
     done = saferlhf(*arguments, "--resume", run_id)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -103,6 +104,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(first_run: tuple[dict[str, 
     assert "progress ppo_lagrangian 2/2" in done.stdout
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary["run_id"] == run_id
+    assert min(summary["rounds"][0]["ppo"]["cost"]) >= 0  # rectified
     kept = summary["promotion"]
     assert (kept["decision"], kept["alias"], kept["version"]) == ("challenger", "challenger", "2")
     assert any(reason.startswith("failed: upper bound of the unsafe rate") for reason in kept["reasons"])

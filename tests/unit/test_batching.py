@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from components.foundation.batching import (
     ChatEncoder,
     TokenSequence,
+    batches_by_length,
     collate,
     last_answer_token,
     token_log_probs,
@@ -197,3 +198,12 @@ def test_log_probs_of_half_precision_logits_are_computed_in_full_precision() -> 
     result = token_log_probs(logits, torch.tensor([[7]]))
     assert result.dtype == torch.float32
     assert result.item() == pytest.approx(-torch.log(torch.tensor(50_000.0)).item(), abs=1e-4)
+
+
+@given(lengths=st.lists(st.integers(1, 50), max_size=40), batch_size=st.integers(1, 12))
+@settings(deadline=None, max_examples=60)
+def test_batches_by_length_hold_every_row_once_and_like_lengths_together(lengths: list[int], batch_size: int) -> None:
+    batches = batches_by_length(lengths, batch_size)
+    assert sorted(row for rows in batches for row in rows) == list(range(len(lengths)))
+    assert all(len(rows) == batch_size for rows in batches[:-1])
+    assert [lengths[row] for rows in batches for row in rows] == sorted(lengths)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from components.foundation.backbone import Backbone, position_ids
+from components.foundation.batching import batches_by_length
 from components.foundation.language_model import import_transformers
 from components.foundation.rollout import Sampling
 
@@ -22,11 +23,9 @@ class TransformersEngine:
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[tuple[int, ...]]:
         """See `RolloutEngine.generate`. Prompts of like length share a batch, so little of it is padding."""
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         generator = torch.Generator(self._backbone.device).manual_seed(sampling.seed)
         answers: list[tuple[int, ...]] = [()] * len(prompts)
-        for start in range(0, len(order), self._batch_size):
-            rows = order[start : start + self._batch_size]
+        for rows in batches_by_length([len(prompt) for prompt in prompts], self._batch_size):
             for row, answer in zip(rows, self._decode([prompts[i] for i in rows], sampling, generator), strict=True):
                 answers[row] = answer
         return answers
