@@ -19,6 +19,7 @@ CHOICES = {
     "dtype": "float32",
     "collect.history": "replace",
     "annotate.annotator": "judge",
+    "ppo.cost_aggregation": "mean",
     "store.uri": "s3://another-bucket/elsewhere",
 }
 
