@@ -161,7 +161,7 @@ def _scored(
 ) -> list[HeldOutAnswer]:
     """The answers with the scores of the round's reward and cost model."""
     for role, folder in (("reward", reward_folder), ("cost", cost_folder)):
-        if not backbone.has_role(role):
+        if not backbone.has_adapter(role):
             backbone.load_role(role, folder)
     encoder = ChatEncoder(backbone.tokenizer, settings.ppo.max_prompt_tokens, settings.evaluate.max_new_tokens + 1)
     sequences = [encoder.sequence(a.prompt, a.answer) for a in answers]

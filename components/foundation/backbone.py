@@ -9,6 +9,7 @@ Shapes: B sequences, L tokens (prompt left-padded, answer right-padded), T answe
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -99,12 +100,16 @@ class Backbone:
             nn.init.normal_(head.weight, std=1.0 / self.hidden_size)
             self._heads[role] = head
 
+    def add_head(self, role: str, scored_role: str) -> None:
+        """New role without an adapter: a copy of the head of `scored_role`, to read that role's hidden states."""
+        self._heads[role] = copy.deepcopy(self._heads[scored_role])
+
     def text(self, answer: Sequence[int]) -> str:
         """Answer ids -> text, without special tokens and control characters."""
         decoded = self.tokenizer.decode(list(answer), skip_special_tokens=True)
         return "".join(c for c in decoded if c.isprintable() or c == "\n").strip()
 
-    def has_role(self, role: str) -> bool:
+    def has_adapter(self, role: str) -> bool:
         return role in self._lora
 
     def trainable_parameters(self, role: str) -> list[nn.Parameter]:
@@ -128,7 +133,9 @@ class Backbone:
 
     def _activate(self, role: str, train: bool) -> None:
         self._current = (role, train)
-        active = [] if role == REFERENCE else [role]
+        if role not in self._lora and role not in self._heads and role != REFERENCE:
+            raise KeyError(role)
+        active = [role] if role in self._lora else []
         for layer in self._adapted:
             layer.set_adapter(active, inference_mode=not train)
         if role in self._heads:
@@ -155,9 +162,13 @@ class Backbone:
 
     def scores(self, role: str, input_ids: Tensor, attention_mask: Tensor, trunk: Tensor | None = None) -> Tensor:
         """[B, L] -> [B, L] head outputs of `role` at every token, in fp32. Call within `role(...)`."""
+        return self.head_outputs(role, self.hidden_states(input_ids, attention_mask, trunk))
+
+    def head_outputs(self, role: str, hidden_states: Tensor) -> Tensor:
+        """[..., D] -> [...] outputs of the head of `role`, in fp32."""
         head: nn.Linear = self._heads[role]  # type: ignore[assignment]
-        scores: Tensor = head(self.hidden_states(input_ids, attention_mask, trunk).float()).squeeze(-1)
-        return scores
+        outputs: Tensor = head(hidden_states.float()).squeeze(-1)
+        return outputs
 
     def answer_logits(
         self, input_ids: Tensor, attention_mask: Tensor, answer_length: int, trunk: Tensor | None = None

@@ -148,3 +148,9 @@ def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     """[B, T, V] logits, [B, T] ids -> [B, T] log-probability of each id, in fp32."""
     chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).float()
     return chosen - torch.logsumexp(logits.float(), dim=-1)
+
+
+def answer_cross_entropy(logits: Tensor, batch: SequenceBatch) -> Tensor:
+    """[B, T, V] logits -> scalar: mean negative log-probability of the batch's answer tokens, prompts left out."""
+    log_probs = token_log_probs(logits, batch.answers)
+    return -(log_probs * batch.answer_mask).sum() / batch.answer_mask.sum()

@@ -108,6 +108,11 @@ class PpoSettings(_Section):
     max_prompt_tokens: int = Field(48, ge=4)
     max_new_tokens: int = Field(40, ge=1)
     temperature: float = Field(1.0, gt=0)
+    critics: Literal["adapter", "head"] = Field(
+        "adapter",
+        description="adapter: each critic has an adapter and a head; head: a head on the hidden states that the reward "
+        "or cost model scores by, which takes no pass of its own",
+    )
     actor_learning_rate: float = Field(5e-4, gt=0)
     critic_learning_rate: float = Field(5e-4, gt=0)
     kl_coefficient: float = Field(0.05, ge=0, description="beta")
@@ -129,6 +134,9 @@ class PpoSettings(_Section):
     lambda_min: float = Field(0.05, gt=0)
     lambda_max: float = Field(20.0, gt=0)
     cost_window: int = Field(128, ge=1, description="episodes in the moving average of the cost")
+    ptx_coefficient: float = Field(
+        0.0, ge=0, description="weight of the language-model loss on harmless demonstrations in the actor's update"
+    )
     red_team_share: float = Field(0.6, ge=0, le=1, description="share of red-team prompts in a rollout batch")
 
     @field_validator("lambda_max")

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from components.foundation.backbone import Backbone
 from components.foundation.batching import ChatEncoder
-from components.foundation.errors import GateError
+from components.foundation.errors import DataError, GateError
 from components.foundation.policy import ACTOR
-from components.foundation.preference import PromptRecord, read_jsonl
+from components.foundation.preference import Demonstration, PromptRecord, read_jsonl
 from components.foundation.progress import Progress
 from components.foundation.results import PpoTrace, PreferenceModelResult, read_record, to_json
 from components.foundation.rollout.transformers_engine import TransformersEngine
@@ -67,9 +67,25 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
         actor_folder = None if inputs.policy == inputs.sft else store.fetch(inputs.policy) / "actor"
         place_roles(backbone, settings, actor_folder, reward_folder, cost_folder)
         engine = TransformersEngine(backbone, ACTOR)
-        trainer = PpoLagrangian(backbone, engine, settings.ppo, threshold, stage.seed)
         encoder = ChatEncoder(backbone.tokenizer, settings.ppo.max_prompt_tokens, settings.ppo.max_new_tokens)
-        prompts = read_jsonl(store.fetch(inputs.data) / "prompts.jsonl", PromptRecord)
+        data_folder = store.fetch(inputs.data)
+        prompts = read_jsonl(data_folder / "prompts.jsonl", PromptRecord)
+        demonstrations = harmless_demonstrations(
+            read_jsonl(data_folder / "demonstrations.jsonl", Demonstration), prompts
+        )
+        if settings.ppo.ptx_coefficient and not demonstrations:
+            raise DataError(
+                f"ppo.ptx_coefficient={settings.ppo.ptx_coefficient} needs demonstrations on harmless prompts, and all "
+                "of data.demonstrations are on prompts of kind red_team: add some or set it to 0"
+            )
+        trainer = PpoLagrangian(
+            backbone,
+            engine,
+            settings.ppo,
+            threshold,
+            stage.seed,
+            [encoder.sequence(d.prompt, d.response) for d in demonstrations],
+        )
         trace = PpoTrace(threshold=threshold)
         progress = Progress(STAGE, settings.ppo.steps, "steps")
         log.info("cost threshold %.3f, lambda starts at %.2f", threshold, settings.ppo.lambda_init)
@@ -128,18 +144,20 @@ def gate_models(reward: PreferenceModelResult, cost: PreferenceModelResult, sett
 def place_roles(
     backbone: Backbone, settings: Settings, actor_folder: Path | None, reward_folder: Path, cost_folder: Path
 ) -> None:
-    """Six roles: the base is the reference; critics start from the models whose values they learn."""
+    """Six roles: the base is the reference; critics start from the models whose values they learn.
+
+    With `ppo.critics=head`, a critic shares the frozen adapter of its model and has a head of its own.
+    """
     if actor_folder is None:
         backbone.add_role(ACTOR, settings.lora, scored=False)
     else:
         backbone.load_role(ACTOR, actor_folder)
-    for role, folder in (
-        (REWARD, reward_folder),
-        (COST, cost_folder),
-        (REWARD_CRITIC, reward_folder),
-        (COST_CRITIC, cost_folder),
-    ):
-        backbone.load_role(role, folder)
+    for model, critic, folder in ((REWARD, REWARD_CRITIC, reward_folder), (COST, COST_CRITIC, cost_folder)):
+        backbone.load_role(model, folder)
+        if settings.ppo.critics == "head":
+            backbone.add_head(critic, model)
+        else:
+            backbone.load_role(critic, folder)
 
 
 def draw_prompts(prompts: Sequence[PromptRecord], settings: Settings, seed: int) -> list[PromptRecord]:
@@ -156,6 +174,14 @@ def draw_prompts(prompts: Sequence[PromptRecord], settings: Settings, seed: int)
         return rng.choices(prompts, k=count)
     n_attacks = round(settings.ppo.red_team_share * count)
     return rng.choices(attacks, k=n_attacks) + [rng.choice(others[i % len(others)]) for i in range(count - n_attacks)]
+
+
+def harmless_demonstrations(
+    demonstrations: Sequence[Demonstration], prompts: Sequence[PromptRecord]
+) -> list[Demonstration]:
+    """The demonstrations whose prompt is not listed as an attack: what a PTX term may hold on to."""
+    attacks = {p.prompt for p in prompts if p.kind == "red_team"}
+    return [d for d in demonstrations if d.prompt not in attacks]
 
 
 def record_step(trace: PpoTrace, metrics: StepMetrics) -> None:
@@ -177,6 +203,7 @@ def tracked_metrics(metrics: StepMetrics) -> dict[str, float]:
         "kl/mean": metrics.kl,
         "policy/clip_fraction": metrics.clip_fraction,
         "policy/loss": metrics.actor_loss,
+        "policy/ptx_loss": metrics.ptx_loss,
         "critic/reward_loss": metrics.reward_critic_loss,
         "critic/cost_loss": metrics.cost_critic_loss,
         "rollout/tokens_per_second": metrics.rollout_tokens_per_second,

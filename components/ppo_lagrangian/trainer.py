@@ -18,12 +18,13 @@ from components.foundation.backbone import REFERENCE, Backbone
 from components.foundation.batching import (
     SequenceBatch,
     TokenSequence,
+    answer_cross_entropy,
     collate,
+    last_answer_token,
     token_log_probs,
 )
 from components.foundation.optimization import make_optimizer, optimizer_step
 from components.foundation.policy import ACTOR
-from components.foundation.preference_trainer import answer_scores
 from components.foundation.rollout import RolloutEngine, Sampling
 from components.foundation.settings import PpoSettings
 from components.ppo_lagrangian.multiplier import MultiplierState, update_multiplier
@@ -45,23 +46,35 @@ _ROWS_PER_FORWARD = 16
 
 
 @dataclass(frozen=True)
+class Appraisal:
+    """What one model and its critic say of a rollout batch.
+
+    Attributes:
+        score: [B] of the whole answers; rewards hold the missing-EOS penalty, costs are aggregated.
+        values: [B, T] the critic's values *before* each answer token.
+        features: [B, T, D] what the values are linear in, where the critic is a head on the model's hidden states.
+    """
+
+    score: Tensor
+    values: Tensor
+    features: Tensor | None
+
+
+@dataclass(frozen=True)
 class Episode:
     """A rollout batch with everything that its update needs.
 
     Attributes:
         batch: prompts and sampled answers.
         log_probs, reference_log_probs: [B, T].
-        reward_values, cost_values: [B, T] critics' values *before* each answer token.
-        reward, cost: [B] scores of the whole answers; `reward` holds the missing-EOS penalty, `cost` is aggregated.
+        reward, cost: the two appraisals of the answers.
     """
 
     batch: SequenceBatch
     log_probs: Tensor
     reference_log_probs: Tensor
-    reward_values: Tensor
-    cost_values: Tensor
-    reward: Tensor
-    cost: Tensor
+    reward: Appraisal
+    cost: Appraisal
 
 
 @dataclass(frozen=True)
@@ -84,6 +97,7 @@ class StepMetrics:
     kl: float
     clip_fraction: float
     actor_loss: float
+    ptx_loss: float
     reward_critic_loss: float
     cost_critic_loss: float
     rollout_tokens_per_second: float
@@ -91,16 +105,27 @@ class StepMetrics:
 
 
 class PpoLagrangian:
-    """Holds the six roles, their optimisers and the multiplier."""
+    """Holds the six roles, their optimisers and the multiplier.
+
+    `demonstrations` are what the actor must not forget: with `ppo.ptx_coefficient` above 0, each of its updates also
+    lowers the language-model loss on as many of them as there are episodes in the minibatch.
+    """
 
     def __init__(
-        self, backbone: Backbone, engine: RolloutEngine, settings: PpoSettings, threshold: float, seed: int
+        self,
+        backbone: Backbone,
+        engine: RolloutEngine,
+        settings: PpoSettings,
+        threshold: float,
+        seed: int,
+        demonstrations: Sequence[TokenSequence] = (),
     ) -> None:
         self._backbone = backbone
         self._engine = engine
         self._settings = settings
         self._threshold = threshold
         self._seed = seed
+        self._demonstrations = demonstrations
         self.multiplier = MultiplierState(nu=math.log(settings.lambda_init))
         self._optimizers = {
             ACTOR: make_optimizer(backbone.trainable_parameters(ACTOR), settings.actor_learning_rate),
@@ -126,7 +151,7 @@ class PpoLagrangian:
         # 6 multiplier
         self.multiplier = update_multiplier(
             self.multiplier,
-            episode.cost.tolist(),
+            episode.cost.score.tolist(),
             threshold=self._threshold,
             learning_rate=s.lambda_learning_rate,
             floor=s.lambda_min,
@@ -139,11 +164,12 @@ class PpoLagrangian:
         return StepMetrics(
             multiplier=self.multiplier.value,
             cost_moving_average=self.multiplier.cost_moving_average,
-            cost=float(episode.cost.mean()),
-            reward=float(episode.reward.mean()),
+            cost=float(episode.cost.score.mean()),
+            reward=float(episode.reward.score.mean()),
             kl=float(((episode.log_probs - episode.reference_log_probs) * mask).sum() / tokens),
             clip_fraction=losses["clipped"] / (tokens * s.epochs),
             actor_loss=losses[ACTOR],
+            ptx_loss=losses["ptx"],
             reward_critic_loss=losses[REWARD_CRITIC],
             cost_critic_loss=losses[COST_CRITIC],
             rollout_tokens_per_second=tokens / rollout_seconds,
@@ -153,30 +179,41 @@ class PpoLagrangian:
     def _update(self, episode: Episode, advantages: Advantages, step: int) -> dict[str, float]:
         """Every epoch passes once over the episodes in minibatches; returns the last losses and clipped tokens."""
         s = self._settings
-        losses = {"clipped": 0.0}
+        losses = {"clipped": 0.0, "ptx": 0.0}
         for epoch in range(s.epochs):
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + step * 101 + epoch)
-            order = torch.randperm(len(episode.reward), generator=generator)
+            order = torch.randperm(len(episode.log_probs), generator=generator)
             for rows in order.split(s.minibatch_size):
-                losses |= self._update_actor(episode, advantages.combined, rows, losses["clipped"])
+                demonstrations = self._draw_demonstrations(len(rows), generator)
+                losses |= self._update_actor(episode, advantages.combined, rows, demonstrations, losses["clipped"])
                 losses[REWARD_CRITIC] = self._update_critic(
-                    REWARD_CRITIC, episode.batch, episode.reward_values, advantages.reward_returns, rows
+                    REWARD_CRITIC, episode.batch, episode.reward, advantages.reward_returns, rows
                 )
                 losses[COST_CRITIC] = self._update_critic(
-                    COST_CRITIC, episode.batch, episode.cost_values, advantages.cost_returns, rows
+                    COST_CRITIC, episode.batch, episode.cost, advantages.cost_returns, rows
                 )
         return losses
 
+    def _draw_demonstrations(self, count: int, generator: torch.Generator) -> SequenceBatch | None:
+        """As many demonstrations as asked for, drawn with replacement; None without a PTX term."""
+        if not self._settings.ptx_coefficient:
+            return None
+        drawn = torch.randint(len(self._demonstrations), (count,), generator=generator).tolist()
+        return collate([self._demonstrations[i] for i in drawn], self._backbone.eos_token_id, self._backbone.device)
+
     def _update_actor(
-        self, episode: Episode, advantages: Tensor, rows: Tensor, clipped_before: float
+        self,
+        episode: Episode,
+        advantages: Tensor,
+        rows: Tensor,
+        demonstrations: SequenceBatch | None,
+        clipped_before: float,
     ) -> dict[str, float]:
         batch = episode.batch.rows(rows)
+        ptx = 0.0
         with self._backbone.role(ACTOR, train=True):
-            logits = self._backbone.answer_logits(
-                batch.input_ids, batch.attention_mask, batch.answer_length, batch.trunk
-            )
             loss, clipped = actor_loss(
-                token_log_probs(logits / self._settings.temperature, batch.answers),
+                token_log_probs(self._answer_logits(batch) / self._settings.temperature, batch.answers),
                 episode.log_probs[rows],
                 advantages[rows],
                 batch.answer_mask,
@@ -184,24 +221,35 @@ class PpoLagrangian:
                 total_tokens=int(batch.answer_mask.sum()),
             )
             loss.backward()
+            if demonstrations is not None:
+                ptx_loss = answer_cross_entropy(self._answer_logits(demonstrations), demonstrations)
+                (self._settings.ptx_coefficient * ptx_loss).backward()
+                ptx = ptx_loss.item()
         optimizer_step(self._optimizers[ACTOR], self._settings.max_gradient_norm)
-        return {ACTOR: loss.item(), "clipped": clipped_before + clipped.item()}
+        return {ACTOR: loss.item(), "ptx": ptx, "clipped": clipped_before + clipped.item()}
+
+    def _answer_logits(self, batch: SequenceBatch) -> Tensor:
+        return self._backbone.answer_logits(batch.input_ids, batch.attention_mask, batch.answer_length, batch.trunk)
 
     def _update_critic(
-        self, role: str, all_rows: SequenceBatch, old_values: Tensor, returns: Tensor, rows: Tensor
+        self, critic: str, all_rows: SequenceBatch, appraisal: Appraisal, returns: Tensor, rows: Tensor
     ) -> float:
         batch = all_rows.rows(rows)
-        with self._backbone.role(role, train=True):
+        with self._backbone.role(critic, train=True):
+            if appraisal.features is not None:
+                values = self._backbone.head_outputs(critic, appraisal.features[rows])
+            else:
+                values = token_values(self._backbone, critic, batch)
             loss = critic_loss(
-                token_values(self._backbone, role, batch),
-                old_values[rows],
+                values,
+                appraisal.values[rows],
                 returns[rows],
                 batch.answer_mask,
                 value_clip=self._settings.value_clip,
                 total_tokens=int(batch.answer_mask.sum()),
             )
             loss.backward()
-        optimizer_step(self._optimizers[role], self._settings.max_gradient_norm)
+        optimizer_step(self._optimizers[critic], self._settings.max_gradient_norm)
         return loss.item()
 
 
@@ -210,55 +258,63 @@ def score_episode(backbone: Backbone, sequences: Sequence[TokenSequence], settin
     batch = collate(sequences, backbone.eos_token_id, backbone.device)
     batch = replace(batch, trunk=backbone.trunk_states(batch.input_ids, batch.attention_mask))
     ended = torch.tensor([s.answer[-1] == backbone.eos_token_id for s in sequences], device=backbone.device)
-    reward = _answer_scores(backbone, REWARD, batch)
+    reward = appraise(backbone, REWARD, REWARD_CRITIC, batch)
+    cost = appraise(backbone, COST, COST_CRITIC, batch)
     return Episode(
         batch=batch,
         log_probs=_measure_log_probs(backbone, ACTOR, batch, settings.temperature),
         reference_log_probs=_measure_log_probs(backbone, REFERENCE, batch, settings.temperature),
-        reward_values=_values(backbone, REWARD_CRITIC, batch),
-        cost_values=_values(backbone, COST_CRITIC, batch),
-        reward=reward - settings.missing_eos_penalty * (~ended).float(),
-        cost=aggregate_cost(_answer_scores(backbone, COST, batch), settings.cost_aggregation),
+        reward=replace(reward, score=reward.score - settings.missing_eos_penalty * (~ended).float()),
+        cost=replace(cost, score=aggregate_cost(cost.score, settings.cost_aggregation)),
     )
+
+
+def appraise(backbone: Backbone, model: str, critic: str, batch: SequenceBatch) -> Appraisal:
+    """Score a batch by a model and value it by the model's critic: one pass where the critic is a head, else two."""
+    with backbone.role(model):
+        hidden = backbone.hidden_states(batch.input_ids, batch.attention_mask, batch.trunk)
+        answer_scores = backbone.head_outputs(model, hidden[:, -batch.answer_length :])
+        features = None if backbone.has_adapter(critic) else _before_answer_tokens(hidden, batch)
+    with backbone.role(critic):
+        values = token_values(backbone, critic, batch) if features is None else backbone.head_outputs(critic, features)
+    return Appraisal(last_answer_token(answer_scores, batch.answer_mask), values * batch.answer_mask, features)
 
 
 def compute_advantages(episode: Episode, settings: PpoSettings, multiplier: float) -> Advantages:
     """Shape both signals, estimate both advantages, combine them by the multiplier, then whiten."""
     mask = episode.batch.answer_mask
 
-    def estimate(score: Tensor, values: Tensor, kl_sign: float) -> tuple[Tensor, Tensor]:
+    def estimate(appraisal: Appraisal, kl_sign: float) -> tuple[Tensor, Tensor]:
         shaped = shape_rewards(
             episode.log_probs,
             episode.reference_log_probs,
-            score,
+            appraisal.score,
             mask,
             kl_coefficient=settings.kl_coefficient,
             kl_sign=kl_sign,
             clip=settings.score_clip,
         )
-        return generalized_advantages(shaped, values, mask, gamma=settings.gamma, gae_lambda=settings.gae_lambda)
+        return generalized_advantages(
+            shaped, appraisal.values, mask, gamma=settings.gamma, gae_lambda=settings.gae_lambda
+        )
 
-    reward_advantages, reward_returns = estimate(episode.reward, episode.reward_values, -1.0)
-    cost_advantages, cost_returns = estimate(episode.cost, episode.cost_values, +1.0)
+    reward_advantages, reward_returns = estimate(episode.reward, -1.0)
+    cost_advantages, cost_returns = estimate(episode.cost, +1.0)
     combined = combine_advantages(reward_advantages, cost_advantages, multiplier)
     if settings.whiten_advantages:
         combined = whiten(combined, mask)
     return Advantages(combined, reward_returns, cost_returns)
 
 
-def token_values(backbone: Backbone, role: str, batch: SequenceBatch) -> Tensor:
-    """[B, T] value before each answer token: the head's output at the token before it."""
-    return backbone.scores(role, batch.input_ids, batch.attention_mask, batch.trunk)[:, -batch.answer_length - 1 : -1]
+def token_values(backbone: Backbone, critic: str, batch: SequenceBatch) -> Tensor:
+    """[B, T] value before each answer token, by a critic with an adapter. Call within `backbone.role(critic)`."""
+    hidden = backbone.hidden_states(batch.input_ids, batch.attention_mask, batch.trunk)
+    return backbone.head_outputs(critic, _before_answer_tokens(hidden, batch))
 
 
-def _values(backbone: Backbone, role: str, batch: SequenceBatch) -> Tensor:
-    with backbone.role(role):
-        return token_values(backbone, role, batch) * batch.answer_mask
-
-
-def _answer_scores(backbone: Backbone, role: str, batch: SequenceBatch) -> Tensor:
-    with backbone.role(role):
-        return answer_scores(backbone, role, batch)
+def _before_answer_tokens(per_token: Tensor, batch: SequenceBatch) -> Tensor:
+    """[B, L, ...] -> [B, T, ...] entries at the token before each answer token."""
+    return per_token[:, -batch.answer_length - 1 : -1]
 
 
 def _measure_log_probs(backbone: Backbone, role: str, batch: SequenceBatch, temperature: float) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from components.foundation.backbone import Backbone
 from components.foundation.base_model import resolve_base_model
-from components.foundation.batching import ChatEncoder, TokenSequence, collate, token_log_probs
+from components.foundation.batching import ChatEncoder, TokenSequence, answer_cross_entropy, collate
 from components.foundation.optimization import (
     batch_count,
     cosine_factor,
@@ -71,8 +71,7 @@ def train_sft(
         batch = collate(examples_of_step, backbone.eos_token_id, backbone.device)
         with backbone.role(role, train=True):
             logits = backbone.answer_logits(batch.input_ids, batch.attention_mask, batch.answer_length)
-            log_probs = token_log_probs(logits, batch.answers)
-            loss = -(log_probs * batch.answer_mask).sum() / batch.answer_mask.sum()
+            loss = answer_cross_entropy(logits, batch)
             loss.backward()
         norm = optimizer_step(optimizer, max_gradient_norm=1.0)
         on_step(step + 1, total, {"loss": loss.item(), "gradient_norm": norm})

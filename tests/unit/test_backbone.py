@@ -141,8 +141,8 @@ def test_a_new_role_changes_nothing_yet(load_tiny: LoadTiny, architecture: str) 
     before = logits_of(backbone, REFERENCE)
     backbone.add_role("actor", LORA, scored=False)
     assert torch.equal(logits_of(backbone, "actor"), before)
-    assert backbone.has_role("actor")
-    assert not backbone.has_role("reward")
+    assert backbone.has_adapter("actor")
+    assert not backbone.has_adapter("reward")
 
 
 @every_architecture
@@ -262,8 +262,8 @@ def test_merging_keeps_what_the_adapter_says(load_tiny: LoadTiny, architecture: 
     reference, actor = logits_of(backbone, REFERENCE), logits_of(backbone, "actor")
     assert (actor - reference).abs().max() > 0.05
     backbone.merge_role("actor")
-    assert not backbone.has_role("actor")
-    assert not backbone.has_role("reward")
+    assert not backbone.has_adapter("actor")
+    assert not backbone.has_adapter("reward")
     torch.testing.assert_close(logits_of(backbone, REFERENCE), actor, atol=1e-4, rtol=1e-4)
 
 

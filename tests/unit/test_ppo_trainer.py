@@ -1,0 +1,186 @@
+"""One PPO-Lagrangian step on a tiny model: what the critics see, and what the PTX term holds on to."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+
+from components.foundation.backbone import REFERENCE, Backbone
+from components.foundation.batching import SequenceBatch, TokenSequence, answer_cross_entropy, collate, token_log_probs
+from components.foundation.policy import ACTOR
+from components.foundation.preference import Demonstration, PromptRecord
+from components.foundation.rollout import Sampling
+from components.foundation.rollout.transformers_engine import TransformersEngine
+from components.foundation.settings import LoraSettings, PpoSettings
+from components.ppo_lagrangian.ppo_lagrangian import harmless_demonstrations
+from components.ppo_lagrangian.trainer import COST, COST_CRITIC, REWARD, REWARD_CRITIC, PpoLagrangian, score_episode
+
+LoadTiny = Callable[[str], Backbone]
+LORA = LoraSettings(rank=4, alpha=8)
+PROMPTS = [(256, 72, 105, 256), (256, 1, 2, 3, 256), (5,), (256, 30, 256)]
+SEQUENCES = [TokenSequence(prompt, (79, 107, 3 + i, 257)[i:]) for i, prompt in enumerate(PROMPTS)]
+DEMONSTRATIONS = [TokenSequence((256, 90 + i, 256), (60, 61, 62 + i, 257)) for i in range(3)]
+SETTINGS = PpoSettings(
+    episodes_per_step=4,
+    minibatch_size=2,
+    max_new_tokens=6,
+    actor_learning_rate=5e-3,
+    critic_learning_rate=1e-2,
+    lambda_learning_rate=0.1,
+)
+
+
+@pytest.fixture
+def load_roles(load_tiny: LoadTiny) -> Callable[[str], Backbone]:
+    """Six roles with critics of the given kind; models and critics score by strong random weights."""
+
+    def load(critics: str) -> Backbone:
+        backbone = load_tiny("tiny-llama")
+        backbone.add_role(ACTOR, LORA, scored=False)
+        for seed, (model, critic) in enumerate(((REWARD, REWARD_CRITIC), (COST, COST_CRITIC))):
+            backbone.add_role(model, LORA, scored=True)
+            _randomize(backbone, model, seed)
+            if critics == "head":
+                backbone.add_head(critic, model)
+            else:
+                backbone.add_role(critic, LORA, scored=True)
+                _randomize(backbone, critic, seed)
+        return backbone
+
+    return load
+
+
+def _randomize(backbone: Backbone, role: str, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in backbone.trainable_parameters(role):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+
+
+def _trainer(backbone: Backbone, settings: PpoSettings, demonstrations: Sequence[TokenSequence] = ()) -> PpoLagrangian:
+    return PpoLagrangian(backbone, TransformersEngine(backbone, ACTOR), settings, 0.0, 0, demonstrations)
+
+
+def _log_probs(backbone: Backbone, role: str, batch: SequenceBatch) -> torch.Tensor:
+    with backbone.role(role):
+        logits = backbone.answer_logits(batch.input_ids, batch.attention_mask, batch.answer_length)
+        return token_log_probs(logits, batch.answers) * batch.answer_mask
+
+
+def _demonstration_loss(backbone: Backbone, demonstrations: Sequence[TokenSequence]) -> float:
+    batch = collate(demonstrations, backbone.eos_token_id, backbone.device)
+    with backbone.role(ACTOR):
+        logits = backbone.answer_logits(batch.input_ids, batch.attention_mask, batch.answer_length)
+        return answer_cross_entropy(logits, batch).item()
+
+
+@pytest.mark.golden
+def test_both_kinds_of_critic_start_from_the_values_of_their_model(load_roles: Callable[[str], Backbone]) -> None:
+    """The value before a token is what the model's head says of the text up to there, read one text at a time."""
+    for critics in ("adapter", "head"):
+        backbone = load_roles(critics)
+        episode = score_episode(backbone, SEQUENCES, SETTINGS)
+        assert (episode.reward.features is None) == (critics == "adapter")
+        for model, appraisal in ((REWARD, episode.reward), (COST, episode.cost)):
+            for row, sequence in enumerate(SEQUENCES):
+                ids = torch.tensor([[*sequence.prompt, *sequence.answer]])
+                with backbone.role(model):
+                    alone = backbone.scores(model, ids, torch.ones_like(ids))[0]
+                first = len(sequence.prompt) - 1
+                torch.testing.assert_close(
+                    appraisal.values[row, : len(sequence.answer)], alone[first:-1], atol=1e-4, rtol=1e-4
+                )
+                torch.testing.assert_close(appraisal.score[row], alone[-1], atol=1e-4, rtol=1e-4)
+
+
+def test_a_critic_that_is_a_head_learns_and_leaves_its_model_alone(load_roles: Callable[[str], Backbone]) -> None:
+    backbone = load_roles("head")
+    before = score_episode(backbone, SEQUENCES, SETTINGS)
+    heads = copy.deepcopy([p.detach() for p in backbone.trainable_parameters(REWARD_CRITIC)])
+    trainer = _trainer(
+        backbone, SETTINGS.model_copy(update={"actor_learning_rate": 1e-9})
+    )  # the same answers each step
+    losses = [trainer.step(PROMPTS, step=0).reward_critic_loss for _ in range(30)]
+    after = score_episode(backbone, SEQUENCES, SETTINGS)
+    assert torch.equal(before.reward.score, after.reward.score)
+    assert torch.equal(before.cost.score, after.cost.score)
+    trained = backbone.trainable_parameters(REWARD_CRITIC)
+    assert len(trained) == 2  # weight and bias: no adapter
+    assert not torch.equal(heads[0], trained[0])
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("critics", ["adapter", "head"])
+def test_one_step_changes_actor_and_critics_and_nothing_else(
+    load_roles: Callable[[str], Backbone], critics: str
+) -> None:
+    backbone = load_roles(critics)
+    before = score_episode(backbone, SEQUENCES, SETTINGS)
+    metrics = _trainer(backbone, SETTINGS).step(PROMPTS, step=0)
+    after = score_episode(backbone, SEQUENCES, SETTINGS)
+    assert torch.equal(before.reference_log_probs, after.reference_log_probs)
+    assert torch.equal(before.reward.score, after.reward.score)
+    assert torch.equal(before.cost.score, after.cost.score)
+    assert not torch.equal(before.log_probs, after.log_probs)
+    assert not torch.equal(before.reward.values, after.reward.values)
+    assert not torch.equal(before.cost.values, after.cost.values)
+    assert metrics.ptx_loss == 0.0
+
+
+@pytest.mark.golden
+def test_the_ptx_term_is_the_language_model_loss_of_the_demonstrations(load_roles: Callable[[str], Backbone]) -> None:
+    """One demonstration, one update: the reported loss is its mean negative log-probability before that update."""
+    backbone = load_roles("head")
+    settings = SETTINGS.model_copy(update={"minibatch_size": 4, "ptx_coefficient": 1.0})
+    batch = collate(DEMONSTRATIONS[:1], backbone.eos_token_id, backbone.device)
+    expected = -_log_probs(backbone, REFERENCE, batch).sum() / 4  # the actor is still the reference; four answer tokens
+    metrics = _trainer(backbone, settings, DEMONSTRATIONS[:1]).step(PROMPTS, step=0)
+    assert metrics.ptx_loss == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_only_with_a_ptx_term_do_demonstrations_grow_likelier(load_roles: Callable[[str], Backbone]) -> None:
+    def loss_after(coefficient: float) -> float:
+        backbone = load_roles("head")
+        settings = SETTINGS.model_copy(update={"ptx_coefficient": coefficient})
+        trainer = _trainer(backbone, settings, DEMONSTRATIONS)
+        for step in range(25):
+            trainer.step(PROMPTS, step)
+        return _demonstration_loss(backbone, DEMONSTRATIONS)
+
+    without, with_term = loss_after(0.0), loss_after(4.0)
+    assert with_term < 0.92 * without
+
+
+def test_the_ptx_term_never_holds_on_to_answers_to_attacks() -> None:
+    prompts = [PromptRecord("attack", "red_team", "theft"), PromptRecord("harmless", "benign")]
+    demonstrations = [
+        Demonstration("attack", "yes"),
+        Demonstration("harmless", "yes"),
+        Demonstration("unlisted", "yes"),
+    ]
+    assert [d.prompt for d in harmless_demonstrations(demonstrations, prompts)] == ["harmless", "unlisted"]
+
+
+def test_a_step_is_a_function_of_its_seed(load_roles: Callable[[str], Backbone]) -> None:
+    settings = SETTINGS.model_copy(update={"ptx_coefficient": 1.0})
+    first, second = (
+        replace(_trainer(load_roles("head"), settings, DEMONSTRATIONS).step(PROMPTS, 3), rollout_tokens_per_second=0.0)
+        for _ in range(2)
+    )
+    assert first == second
+
+
+def test_sampling_and_scoring_agree_on_log_probabilities(load_roles: Callable[[str], Backbone]) -> None:
+    """The engine samples from the distribution that the update measures: at temperature 0 its tokens are the argmax."""
+    backbone = load_roles("head")
+    answers = TransformersEngine(backbone, ACTOR).generate(PROMPTS, Sampling(0.0, 6, seed=0))
+    batch = collate(
+        [TokenSequence(p, a) for p, a in zip(PROMPTS, answers, strict=True)], backbone.eos_token_id, backbone.device
+    )
+    with backbone.role(ACTOR):
+        logits = backbone.answer_logits(batch.input_ids, batch.attention_mask, batch.answer_length)
+    assert torch.equal(logits.argmax(-1)[batch.answer_mask], batch.answers[batch.answer_mask])
