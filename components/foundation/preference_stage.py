@@ -53,8 +53,7 @@ def run_preference_stage(
             [pair_of(record, encoder) for record in read_jsonl(data / f"preferences_{part}.jsonl", DualPreference)]
             for part in ("train", "validation")
         )
-        if 0 < settings.max_pairs < len(training):
-            training = random.Random(stage.seed).sample(training, settings.max_pairs)
+        training = draw_pairs(training, settings.max_pairs, settings.unsafe_share, random.Random(stage.seed))
         progress = Progress(name, batch_count(len(training), settings.batch_size, settings.epochs), "steps")
 
         def on_step(step: int, total: int, metrics: dict[str, float]) -> None:
@@ -69,6 +68,24 @@ def run_preference_stage(
         backbone.save_role(name, stage.folder / "out")
         (stage.folder / "out" / "result.json").write_text(to_json(result))
         return stage.commit(stage.folder / "out", step=len(training), parents=[sft_uri, preferences_uri])
+
+
+def draw_pairs(
+    pairs: list[ScoredPair], max_pairs: int, unsafe_share: float | None, rng: random.Random
+) -> list[ScoredPair]:
+    """At most `max_pairs` of the pairs (0: all of them).
+
+    With `unsafe_share`, so large a share of the drawn ones holds an unsafe answer, as far as there are as many: a cost
+    model that sees few unsafe answers puts its zero too high and lets most of them pass.
+    """
+    if not 0 < max_pairs < len(pairs):
+        return pairs
+    if unsafe_share is None:
+        return rng.sample(pairs, max_pairs)
+    unsafe = [pair for pair in pairs if max(pair.high_sign, pair.low_sign) > 0]
+    safe = [pair for pair in pairs if max(pair.high_sign, pair.low_sign) < 0]
+    n_unsafe = min(len(unsafe), max(round(unsafe_share * max_pairs), max_pairs - len(safe)))
+    return rng.sample(unsafe, n_unsafe) + rng.sample(safe, max_pairs - n_unsafe)
 
 
 def encode_pair(record: DualPreference, high_id: int, encoder: ChatEncoder) -> ScoredPair:

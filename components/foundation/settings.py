@@ -77,6 +77,9 @@ class PreferenceModelSettings(_Section):
     learning_rate: float = Field(5e-4, gt=0)
     batch_size: int = Field(16, ge=1, description="pairs per optimiser step")
     max_pairs: int = Field(0, ge=0, description="train on at most so many pairs, drawn anew each round (0: all)")
+    unsafe_share: float | None = Field(
+        None, ge=0, le=1, description="share of the drawn pairs that hold an unsafe answer; empty: as they come"
+    )
     regularization: float = Field(0.01, ge=0, description="eta: weight of the mean squared score")
     max_length: int = Field(128, ge=8)
     min_accuracy: float = Field(0.55, ge=0, le=1, description="held-out ranking accuracy below this blocks PPO")
@@ -208,7 +211,13 @@ PROFILES: dict[str, dict[str, Any]] = {
         "lora": {"top_layers": 16},
         "sft": {"learning_rate": 2e-3, "batch_size": 8, "max_length": 96},
         "reward_model": {"learning_rate": 3e-3, "batch_size": 8, "max_pairs": 192, "max_length": 96},
-        "cost_model": {"learning_rate": 3e-3, "batch_size": 8, "max_pairs": 320, "max_length": 96},
+        "cost_model": {
+            "learning_rate": 3e-3,
+            "batch_size": 8,
+            "max_pairs": 320,
+            "unsafe_share": 0.75,
+            "max_length": 96,
+        },
         "collect": {"prompts_per_round": 64, "temperature": 0.7},
         "ppo": {
             "steps": 12,
@@ -216,6 +225,7 @@ PROFILES: dict[str, dict[str, Any]] = {
             "minibatch_size": 6,
             "temperature": 0.7,
             "max_new_tokens": 32,
+            "critics": "head",
             "actor_learning_rate": 1.4e-3,
             "critic_learning_rate": 2e-3,
             "kl_coefficient": 0.1,

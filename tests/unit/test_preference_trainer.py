@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,10 +15,10 @@ from scipy.stats import mannwhitneyu
 
 from components.cost_model.loss import cost_loss
 from components.foundation.backbone import REFERENCE, Backbone
-from components.foundation.batching import ChatEncoder, collate
+from components.foundation.batching import ChatEncoder, TokenSequence, collate
 from components.foundation.optimization import batch_count, cosine_factor, shuffled_batches
 from components.foundation.preference import DualPreference
-from components.foundation.preference_stage import encode_pair
+from components.foundation.preference_stage import draw_pairs, encode_pair
 from components.foundation.preference_trainer import (
     PreferenceLoss,
     PreferenceScores,
@@ -278,3 +279,26 @@ def test_validation_scores_follow_the_pairs_and_not_the_batches(load_tiny: LoadT
     with backbone.role("reward"):
         alone = collate([pairs[3].low], backbone.eos_token_id, backbone.device)
         assert answer_scores(backbone, "reward", alone).item() == pytest.approx(whole.low[3].item(), abs=1e-5)
+
+
+@given(
+    signs=st.lists(st.tuples(st.sampled_from([-1, 1]), st.sampled_from([-1, 1])), min_size=1, max_size=40),
+    max_pairs=st.integers(0, 50),
+    share=st.one_of(st.none(), st.floats(0, 1)),
+    seed=st.integers(0, 5),
+)
+@settings(deadline=None, max_examples=200)
+def test_a_draw_holds_the_asked_share_of_unsafe_answers_where_there_are_enough(
+    signs: list[tuple[int, int]], max_pairs: int, share: float | None, seed: int
+) -> None:
+    answer = TokenSequence((1,), (2,))
+    pairs = [ScoredPair(TokenSequence((row,), (2,)), answer, *both) for row, both in enumerate(signs)]
+    drawn = draw_pairs(pairs, max_pairs, share, random.Random(seed))
+    assert drawn == draw_pairs(pairs, max_pairs, share, random.Random(seed))
+    assert len(drawn) == len({pair.high.prompt for pair in drawn}) == min(len(pairs), max_pairs or len(pairs))
+    assert all(pair in pairs for pair in drawn)
+    if share is not None and 0 < max_pairs < len(pairs):
+        unsafe, there = (sum(1 in (p.high_sign, p.low_sign) for p in group) for group in (drawn, pairs))
+        wanted = round(share * max_pairs)
+        enough = there >= wanted and len(pairs) - there >= max_pairs - wanted
+        assert unsafe == wanted if enough else unsafe in (there, max_pairs - (len(pairs) - there))

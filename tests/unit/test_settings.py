@@ -20,6 +20,7 @@ CHOICES = {
     "collect.history": "replace",
     "annotate.annotator": "judge",
     "ppo.cost_aggregation": "mean",
+    "ppo.critics": "adapter",
     "store.uri": "s3://another-bucket/elsewhere",
 }
 
