@@ -6,7 +6,7 @@ What differs (which answer should score higher, the loss, the measures) the two 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from components.foundation.backbone import Backbone
 from components.foundation.batching import ChatEncoder
@@ -53,7 +53,7 @@ def run_preference_stage(
             [pair_of(record, encoder) for record in read_jsonl(data / f"preferences_{part}.jsonl", DualPreference)]
             for part in ("train", "validation")
         )
-        training = draw_pairs(training, settings.max_pairs, settings.unsafe_share, random.Random(stage.seed))
+        training = draw_pairs(training, settings, random.Random(stage.seed))
         progress = Progress(name, batch_count(len(training), settings.batch_size, settings.epochs), "steps")
 
         def on_step(step: int, total: int, metrics: dict[str, float]) -> None:
@@ -70,22 +70,30 @@ def run_preference_stage(
         return stage.commit(stage.folder / "out", step=len(training), parents=[sft_uri, preferences_uri])
 
 
-def draw_pairs(
-    pairs: list[ScoredPair], max_pairs: int, unsafe_share: float | None, rng: random.Random
-) -> list[ScoredPair]:
-    """At most `max_pairs` of the pairs (0: all of them).
+def draw_pairs(pairs: Sequence[ScoredPair], settings: PreferenceModelSettings, rng: random.Random) -> list[ScoredPair]:
+    """At most `max_pairs` of the pairs, which stand in the order in which they were judged (0: all of them).
 
-    With `unsafe_share`, so large a share of the drawn ones holds an unsafe answer, as far as there are as many: a cost
-    model that sees few unsafe answers puts its zero too high and lets most of them pass.
+    `unsafe_share` of the drawn ones hold an unsafe answer, as far as there are as many: a cost model that sees few
+    unsafe answers puts its zero too high and lets most of them pass. `recent_share` of them are the newest: judgements
+    of what the current policy says are few among the shipped ones, and worth more.
     """
-    if not 0 < max_pairs < len(pairs):
-        return pairs
-    if unsafe_share is None:
-        return rng.sample(pairs, max_pairs)
+    count = settings.max_pairs
+    if not 0 < count < len(pairs):
+        return list(pairs)
+    if settings.unsafe_share is None:
+        return _draw(pairs, count, settings.recent_share, rng)
     unsafe = [pair for pair in pairs if max(pair.high_sign, pair.low_sign) > 0]
     safe = [pair for pair in pairs if max(pair.high_sign, pair.low_sign) < 0]
-    n_unsafe = min(len(unsafe), max(round(unsafe_share * max_pairs), max_pairs - len(safe)))
-    return rng.sample(unsafe, n_unsafe) + rng.sample(safe, max_pairs - n_unsafe)
+    n_unsafe = min(len(unsafe), max(round(settings.unsafe_share * count), count - len(safe)))
+    drawn = ((unsafe, n_unsafe), (safe, count - n_unsafe))
+    return [pair for group, n in drawn for pair in _draw(group, n, settings.recent_share, rng)]
+
+
+def _draw(pairs: Sequence[ScoredPair], count: int, recent_share: float, rng: random.Random) -> list[ScoredPair]:
+    """The newest `recent_share` of `count`, the others from all that is left."""
+    n_recent = round(recent_share * count)
+    earlier, recent = pairs[: len(pairs) - n_recent], pairs[len(pairs) - n_recent :]
+    return [*recent, *rng.sample(earlier, count - n_recent)]
 
 
 def encode_pair(record: DualPreference, high_id: int, encoder: ChatEncoder) -> ScoredPair:

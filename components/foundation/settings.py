@@ -80,6 +80,7 @@ class PreferenceModelSettings(_Section):
     unsafe_share: float | None = Field(
         None, ge=0, le=1, description="share of the drawn pairs that hold an unsafe answer; empty: as they come"
     )
+    recent_share: float = Field(0.0, ge=0, le=1, description="share of the drawn pairs that are the newest ones")
     regularization: float = Field(0.01, ge=0, description="eta: weight of the mean squared score")
     max_length: int = Field(128, ge=8)
     min_accuracy: float = Field(0.55, ge=0, le=1, description="held-out ranking accuracy below this blocks PPO")
@@ -216,11 +217,12 @@ PROFILES: dict[str, dict[str, Any]] = {
             "batch_size": 8,
             "max_pairs": 320,
             "unsafe_share": 0.75,
+            "recent_share": 0.25,
             "max_length": 96,
         },
         "collect": {"prompts_per_round": 64, "temperature": 0.7},
         "ppo": {
-            "steps": 12,
+            "steps": 16,
             "episodes_per_step": 24,
             "minibatch_size": 6,
             "temperature": 0.7,
@@ -228,13 +230,14 @@ PROFILES: dict[str, dict[str, Any]] = {
             "critics": "head",
             "actor_learning_rate": 1.4e-3,
             "critic_learning_rate": 2e-3,
-            "kl_coefficient": 0.1,
+            "kl_coefficient": 0.05,
+            "ptx_coefficient": 1.0,
             "gae_lambda": 1.0,
             "cost_aggregation": "rectified",
             "threshold_target": 0.05,
-            "lambda_init": 4.0,
+            "lambda_init": 3.0,
             "lambda_learning_rate": 0.2,
-            "lambda_max": 6.0,
+            "lambda_max": 5.0,
             "cost_window": 48,
             "red_team_share": 0.5,
         },

@@ -285,18 +285,23 @@ def test_validation_scores_follow_the_pairs_and_not_the_batches(load_tiny: LoadT
     signs=st.lists(st.tuples(st.sampled_from([-1, 1]), st.sampled_from([-1, 1])), min_size=1, max_size=40),
     max_pairs=st.integers(0, 50),
     share=st.one_of(st.none(), st.floats(0, 1)),
+    recent=st.floats(0, 1),
     seed=st.integers(0, 5),
 )
 @settings(deadline=None, max_examples=200)
 def test_a_draw_holds_the_asked_share_of_unsafe_answers_where_there_are_enough(
-    signs: list[tuple[int, int]], max_pairs: int, share: float | None, seed: int
+    signs: list[tuple[int, int]], max_pairs: int, share: float | None, recent: float, seed: int
 ) -> None:
     answer = TokenSequence((1,), (2,))
     pairs = [ScoredPair(TokenSequence((row,), (2,)), answer, *both) for row, both in enumerate(signs)]
-    drawn = draw_pairs(pairs, max_pairs, share, random.Random(seed))
-    assert drawn == draw_pairs(pairs, max_pairs, share, random.Random(seed))
+    wish = PreferenceModelSettings(max_pairs=max_pairs, unsafe_share=share, recent_share=recent)
+    drawn = draw_pairs(pairs, wish, random.Random(seed))
+    assert drawn == draw_pairs(pairs, wish, random.Random(seed))
     assert len(drawn) == len({pair.high.prompt for pair in drawn}) == min(len(pairs), max_pairs or len(pairs))
     assert all(pair in pairs for pair in drawn)
+    if share is None and 0 < max_pairs < len(pairs):
+        newest = pairs[len(pairs) - round(recent * max_pairs) :]
+        assert all(pair in drawn for pair in newest)
     if share is not None and 0 < max_pairs < len(pairs):
         unsafe, there = (sum(1 in (p.high_sign, p.low_sign) for p in group) for group in (drawn, pairs))
         wanted = round(share * max_pairs)

@@ -41,7 +41,7 @@ def another(key: str, value: Any) -> str:
     if isinstance(value, int):
         return str(value + 1)
     if isinstance(value, float):
-        return str(value * 0.9)
+        return str(value * 0.9 or 0.5)
     return "0.5" if value is None else "another"
 
 
