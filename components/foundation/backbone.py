@@ -118,6 +118,17 @@ class Backbone:
         adapter = [p for name, p in self._peft.named_parameters() if ".lora_" in name and marker in name + "."]
         return adapter + (list(self._heads[role].parameters()) if role in self._heads else [])
 
+    def role_tensors(self, role: str) -> dict[str, Tensor]:
+        """Live adapter and head parameters of a role, under names that do not hold the role's name."""
+        tensors = {
+            name.replace(f".{role}.", "."): parameter
+            for name, parameter in self._peft.named_parameters()
+            if ".lora_" in name and f".{role}." in name
+        }
+        if role in self._heads:
+            tensors |= {f"head.{name}": parameter for name, parameter in self._heads[role].named_parameters()}
+        return tensors
+
     @contextmanager
     def role(self, role: str, *, train: bool = False) -> Iterator[None]:
         """Within the block the model answers as `role`; gradients flow only when `train`. Blocks may be nested."""
@@ -226,7 +237,7 @@ class Backbone:
                 "adapter.safetensors, both whole"
             ) from error
         self.add_role(role, lora, scored=scored)
-        own = self._role_tensors(role)
+        own = self.role_tensors(role)
         if _shapes(stored) != _shapes(own):
             raise ModelError(
                 f"adapter {folder} was made for another model: its tensors do not fit the layers of this one"
@@ -281,19 +292,8 @@ class Backbone:
         """Index of the lowest layer that an adapter with these settings changes."""
         return max(0, len(self._layers) - lora.top_layers) if lora.top_layers else 0
 
-    def _role_tensors(self, role: str) -> dict[str, Tensor]:
-        """Live tensors of a role under names that do not hold the role's name."""
-        tensors = {
-            name.replace(f".{role}.", "."): parameter
-            for name, parameter in self._peft.named_parameters()
-            if ".lora_" in name and f".{role}." in name
-        }
-        if role in self._heads:
-            tensors |= {f"head.{name}": parameter for name, parameter in self._heads[role].named_parameters()}
-        return tensors
-
     def _role_state(self, role: str) -> dict[str, Tensor]:
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in self._role_tensors(role).items()}
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in self.role_tensors(role).items()}
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:

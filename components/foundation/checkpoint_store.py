@@ -178,6 +178,15 @@ class CheckpointStore:
             if self.latest(stage_uri) != step_uri:  # else our own request had arrived and was then repeated
                 raise
 
+    def prune(self, stage_uri: str, *, keep: str | None) -> None:
+        """Delete every step below a stage except `keep`, committed or not; without `keep`, LATEST too."""
+        stage_uri = stage_uri.rstrip("/")
+        kept = (f"{keep.rstrip('/')}/", f"{stage_uri}/{LATEST_NAME}") if keep else ()
+        doomed = [uri for uri in self._s3.list(f"{stage_uri}/") if not uri.startswith(kept)]
+        # pointer and manifests first: what is deleted in part is then no commit any more
+        for uri in sorted(doomed, key=lambda uri: not uri.endswith((f"/{LATEST_NAME}", f"/{MANIFEST_NAME}"))):
+            self._s3.delete(uri)
+
     def write_text(self, uri: str, text: str, *, overwrite: bool = False) -> None:
         """Store a small text object.
 

@@ -23,6 +23,7 @@ from components.foundation.progress import Progress
 from components.foundation.results import PreferenceModelResult, to_json
 from components.foundation.run_context import open_stage
 from components.foundation.settings import PreferenceModelSettings, Settings
+from components.foundation.training_checkpoints import TrainingCheckpoints
 
 _VALIDATION_PAIRS = 32
 """In one forward pass: without gradients, a larger batch than in training fits and is faster."""
@@ -61,13 +62,17 @@ def run_preference_stage(
             progress.update(step)
 
         backbone.add_role(name, stage.context.settings.lora, scored=True)
-        train_preference_model(backbone, name, training, settings, loss_of(settings), stage.seed, on_step)
+        parents = [sft_uri, preferences_uri]
+        with TrainingCheckpoints(stage, backbone, parents) as checkpoints:
+            train_preference_model(
+                backbone, name, training, settings, loss_of(settings), stage.seed, on_step, checkpoints
+            )
         result = result_of(score_validation(backbone, name, validation, _VALIDATION_PAIRS), len(training))
         measured = {"accuracy": result.accuracy, "sign_accuracy": result.sign_accuracy, "auc": result.auc}
         stage.mlflow.log_metrics({f"{name}/{k}": v for k, v in measured.items() if v is not None}, len(training))
         backbone.save_role(name, stage.folder / "out")
         (stage.folder / "out" / "result.json").write_text(to_json(result))
-        return stage.commit(stage.folder / "out", step=len(training), parents=[sft_uri, preferences_uri])
+        return stage.commit(stage.folder / "out", step=len(training), parents=parents)
 
 
 def draw_pairs(pairs: Sequence[ScoredPair], settings: PreferenceModelSettings, rng: random.Random) -> list[ScoredPair]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from components.foundation.optimization import (
     shuffled_batches,
 )
 from components.foundation.settings import PreferenceModelSettings
+from components.foundation.training_checkpoints import TrainingCheckpoints
 
 
 @dataclass(frozen=True)
@@ -69,17 +71,22 @@ def train_preference_model(
     loss: PreferenceLoss,
     seed: int,
     on_step: OnStep,
+    checkpoints: TrainingCheckpoints | None = None,
 ) -> None:
     """Train the adapter and head of `role` in place: score, loss, update."""
     optimizer = make_optimizer(backbone.trainable_parameters(role), settings.learning_rate)
     total = batch_count(len(pairs), settings.batch_size, settings.epochs)
-    for step, batch in enumerate(shuffled_batches(pairs, settings.batch_size, settings.epochs, seed)):
+    batches = enumerate(shuffled_batches(pairs, settings.batch_size, settings.epochs, seed))
+    done = checkpoints.restore({role: optimizer}).step if checkpoints else 0
+    for step, batch in islice(batches, done, None):
         set_learning_rate(optimizer, settings.learning_rate * cosine_factor(step, total, warmup_share=0.05))
         with backbone.role(role, train=True):
             value, metrics = loss(score_pairs(backbone, role, batch))
             value.backward()
         metrics["gradient_norm"] = optimizer_step(optimizer, max_gradient_norm=1.0)
         on_step(step + 1, total, metrics)
+        if checkpoints:
+            checkpoints.after_step(step + 1, total)
 
 
 def score_pairs(backbone: Backbone, role: str, pairs: Sequence[ScoredPair]) -> PreferenceScores:

@@ -74,9 +74,17 @@ class Stage:
     seed: int
     started: float
 
+    @property
+    def checkpoints_uri(self) -> str:
+        """Where the stage keeps its state while it trains."""
+        return f"{self.context.stage_uri(self.name, self.round)}/checkpoints"
+
     def finished(self) -> str | None:
         """URI of this stage's commit where an earlier attempt made it already: then there is nothing left to do."""
-        return self.context.store.latest(self.context.stage_uri(self.name, self.round))
+        done = self.context.store.latest(self.context.stage_uri(self.name, self.round))
+        if done is not None:
+            self._discard_checkpoints()  # that attempt may have ended just before it did
+        return done
 
     def commit(self, folder: Path, *, step: int, parents: Sequence[str]) -> str:
         """Commit a folder as `step-<n>`, point LATEST at it, and return its URI."""
@@ -91,7 +99,11 @@ class Stage:
             uri, folder, parents=parents, labels=labels, settings_digest=self.context.settings.digest()
         )
         self.context.store.set_latest(self.context.stage_uri(self.name, self.round), uri)
+        self._discard_checkpoints()
         return uri
+
+    def _discard_checkpoints(self) -> None:
+        self.context.store.prune(self.checkpoints_uri, keep=None)
 
 
 def create_run(run_uri: str, run_id: str, settings: Settings) -> RunContext:

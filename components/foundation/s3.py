@@ -88,6 +88,19 @@ class S3:
         with self._errors(uri):
             self._client.download_file(bucket, key, str(path))
 
+    def list(self, prefix_uri: str) -> list[str]:
+        """URIs of all objects whose URI starts so."""
+        bucket, prefix = split_uri(prefix_uri)
+        with self._errors(prefix_uri):
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+            return [f"s3://{bucket}/{entry['Key']}" for page in pages for entry in page.get("Contents", [])]
+
+    def delete(self, uri: str) -> None:
+        """Remove an object; nothing happens where there is none."""
+        bucket, key = split_uri(uri)
+        with self._errors(uri):
+            self._client.delete_object(Bucket=bucket, Key=key)
+
     def ensure_bucket(self, bucket: str) -> None:
         """Create the bucket unless it exists."""
         with self._errors(f"s3://{bucket}"):

@@ -158,6 +158,15 @@ class EvaluateSettings(_Section):
     confidence: float = Field(0.95, gt=0.5, lt=1)
 
 
+class CheckpointSettings(_Section):
+    """How often a training stage saves its state. A stage that is killed goes on from the last time."""
+
+    every_steps: int = Field(
+        0, ge=0, description="save after every so many optimiser or rollout steps (0: not by steps)"
+    )
+    every_minutes: float = Field(2.0, ge=0, description="save when so much time has passed (0: not by time)")
+
+
 class GateSettings(_Section):
     """A policy becomes champion only when every limit holds, on both sides: safe enough and still helpful."""
 
@@ -194,6 +203,7 @@ class Settings(_Section):
     annotate: AnnotateSettings = AnnotateSettings()
     ppo: PpoSettings = PpoSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
     gate: GateSettings = GateSettings()
     store: StoreSettings = StoreSettings()
 

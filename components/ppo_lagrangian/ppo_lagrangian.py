@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from components.foundation.backbone import Backbone
@@ -18,12 +18,13 @@ from components.foundation.errors import DataError, GateError
 from components.foundation.policy import ACTOR
 from components.foundation.preference import Demonstration, PromptRecord, read_jsonl
 from components.foundation.progress import Progress
-from components.foundation.results import PpoTrace, PreferenceModelResult, read_record, to_json
+from components.foundation.results import PpoTrace, PreferenceModelResult, from_json, read_record, to_json
 from components.foundation.rollout.transformers_engine import TransformersEngine
 from components.foundation.run_context import open_stage
 from components.foundation.settings import Settings
+from components.foundation.training_checkpoints import TrainingCheckpoints
 from components.ppo_lagrangian.model_card import model_card
-from components.ppo_lagrangian.multiplier import choose_threshold
+from components.ppo_lagrangian.multiplier import MultiplierState, choose_threshold
 from components.ppo_lagrangian.trainer import (
     COST,
     COST_CRITIC,
@@ -49,6 +50,15 @@ class PpoInputs:
 
     def parents(self) -> list[str]:
         return list(dict.fromkeys(dataclasses.astuple(self)))
+
+
+@dataclasses.dataclass(frozen=True)
+class PpoProgress:
+    """What a checkpoint of this stage holds besides weights: the trace so far, log lambda and its cost window."""
+
+    trace: PpoTrace
+    nu: float
+    costs: list[float]
 
 
 def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> str:
@@ -86,19 +96,22 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
             stage.seed,
             [encoder.sequence(d.prompt, d.response) for d in demonstrations],
         )
-        trace = PpoTrace(threshold=threshold)
         progress = Progress(STAGE, settings.ppo.steps, "steps")
         log.info("cost threshold %.3f, lambda starts at %.2f", threshold, settings.ppo.lambda_init)
-        for step in range(settings.ppo.steps):
+
+        def train_step(step: int) -> StepMetrics:
             batch = draw_prompts(prompts, settings, stage.seed + step)
             metrics = trainer.step([encoder.prompt(p.prompt) for p in batch], step)
-            record_step(trace, metrics)
             stage.mlflow.log_metrics(tracked_metrics(metrics), step + 1)
             log.info(
                 "step %d: cost %+.2f reward %+.2f lambda %.3f kl %.3f",
                 *(step + 1, metrics.cost, metrics.reward, metrics.multiplier, metrics.kl),
             )
             progress.update(step + 1)
+            return metrics
+
+        with TrainingCheckpoints(stage, backbone, inputs.parents()) as checkpoints:
+            trace = train_policy(trainer, train_step, settings.ppo.steps, PpoTrace(threshold), checkpoints)
         out = stage.folder / "out"
         backbone.save_role(ACTOR, out / "actor")
         (out / "trace.json").write_text(to_json(trace))
@@ -107,6 +120,28 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
         card = model_card(settings, stage.context.run_id, round_number, trace)
         (out / "model" / "README.md").write_text(card, encoding="utf-8")
         return stage.commit(out, step=settings.ppo.steps, parents=inputs.parents())
+
+
+def train_policy(
+    trainer: PpoLagrangian,
+    train_step: Callable[[int], StepMetrics],
+    steps: int,
+    trace: PpoTrace,
+    checkpoints: TrainingCheckpoints,
+) -> PpoTrace:
+    """Run all steps, or those that an earlier attempt did not get to; returns the trace of all of them."""
+    state = checkpoints.restore(trainer.optimizers)
+    if state.record:
+        progress = from_json(PpoProgress, state.record)
+        trace, trainer.multiplier = progress.trace, MultiplierState(progress.nu, tuple(progress.costs))
+    for step in range(state.step, steps):
+        record_step(trace, train_step(step))
+        checkpoints.after_step(
+            step + 1,
+            steps,
+            lambda: to_json(PpoProgress(trace, trainer.multiplier.nu, list(trainer.multiplier.costs))),
+        )
+    return trace
 
 
 def gate_models(reward: PreferenceModelResult, cost: PreferenceModelResult, settings: Settings) -> float:

@@ -105,7 +105,7 @@ class StepMetrics:
 
 
 class PpoLagrangian:
-    """Holds the six roles, their optimisers and the multiplier.
+    """Holds the six roles, the optimisers of the trained ones (by role) and the multiplier.
 
     `demonstrations` are what the actor must not forget: with `ppo.ptx_coefficient` above 0, each of its updates also
     lowers the language-model loss on as many of them as there are episodes in the minibatch.
@@ -127,7 +127,7 @@ class PpoLagrangian:
         self._seed = seed
         self._demonstrations = demonstrations
         self.multiplier = MultiplierState(nu=math.log(settings.lambda_init))
-        self._optimizers = {
+        self.optimizers = {
             ACTOR: make_optimizer(backbone.trainable_parameters(ACTOR), settings.actor_learning_rate),
             REWARD_CRITIC: make_optimizer(backbone.trainable_parameters(REWARD_CRITIC), settings.critic_learning_rate),
             COST_CRITIC: make_optimizer(backbone.trainable_parameters(COST_CRITIC), settings.critic_learning_rate),
@@ -225,7 +225,7 @@ class PpoLagrangian:
                 ptx_loss = answer_cross_entropy(self._answer_logits(demonstrations), demonstrations)
                 (self._settings.ptx_coefficient * ptx_loss).backward()
                 ptx = ptx_loss.item()
-        optimizer_step(self._optimizers[ACTOR], self._settings.max_gradient_norm)
+        optimizer_step(self.optimizers[ACTOR], self._settings.max_gradient_norm)
         return {ACTOR: loss.item(), "ptx": ptx, "clipped": clipped_before + clipped.item()}
 
     def _answer_logits(self, batch: SequenceBatch) -> Tensor:
@@ -249,7 +249,7 @@ class PpoLagrangian:
                 total_tokens=int(batch.answer_mask.sum()),
             )
             loss.backward()
-        optimizer_step(self._optimizers[critic], self._settings.max_gradient_norm)
+        optimizer_step(self.optimizers[critic], self._settings.max_gradient_norm)
         return loss.item()
 
 

@@ -7,6 +7,7 @@ The merged model is the base that all later roles share, and the reference polic
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 from components.foundation.backbone import Backbone
 from components.foundation.base_model import resolve_base_model
@@ -24,6 +25,7 @@ from components.foundation.preference_trainer import OnStep
 from components.foundation.progress import Progress
 from components.foundation.run_context import open_stage
 from components.foundation.settings import SftSettings
+from components.foundation.training_checkpoints import TrainingCheckpoints
 
 STAGE = "sft"
 _ROLE = "sft"
@@ -49,7 +51,8 @@ def run_sft(run_uri: str, data_uri: str) -> str:
 
         # every layer: the adapter is merged, so no later role shares a trunk with it
         backbone.add_role(_ROLE, settings.lora.model_copy(update={"top_layers": 0}), scored=False)
-        steps = train_sft(backbone, _ROLE, examples, settings.sft, stage.seed, on_step)
+        with TrainingCheckpoints(stage, backbone, parents=[data_uri]) as checkpoints:
+            steps = train_sft(backbone, _ROLE, examples, settings.sft, stage.seed, on_step, checkpoints)
         backbone.merge_role(_ROLE)
         backbone.export(stage.folder / "model")
         return stage.commit(stage.folder / "model", step=steps, parents=[data_uri])
@@ -62,11 +65,14 @@ def train_sft(
     settings: SftSettings,
     seed: int,
     on_step: OnStep,
+    checkpoints: TrainingCheckpoints | None = None,
 ) -> int:
     """Train the adapter of `role` in place; returns the number of optimiser steps."""
     optimizer = make_optimizer(backbone.trainable_parameters(role), settings.learning_rate)
     total = batch_count(len(examples), settings.batch_size, settings.epochs)
-    for step, examples_of_step in enumerate(shuffled_batches(examples, settings.batch_size, settings.epochs, seed)):
+    batches = enumerate(shuffled_batches(examples, settings.batch_size, settings.epochs, seed))
+    done = checkpoints.restore({role: optimizer}).step if checkpoints else 0
+    for step, examples_of_step in islice(batches, done, None):
         set_learning_rate(optimizer, settings.learning_rate * cosine_factor(step, total, settings.warmup_share))
         batch = collate(examples_of_step, backbone.eos_token_id, backbone.device)
         with backbone.role(role, train=True):
@@ -75,4 +81,6 @@ def train_sft(
             loss.backward()
         norm = optimizer_step(optimizer, max_gradient_norm=1.0)
         on_step(step + 1, total, {"loss": loss.item(), "gradient_norm": norm})
+        if checkpoints:
+            checkpoints.after_step(step + 1, total)
     return total

@@ -1,0 +1,190 @@
+"""Checkpoints within a training stage: killed at any step and started again, it ends with the same bits.
+
+A checkpoint is a commit under `<stage>/checkpoints/step-<n>` with the trained adapters and heads, their optimisers'
+moments, and a small record of the stage's own. Batches, learning rates and samples are functions of seed and step
+(see `Stage.seed`), so the step is all there is to say of data position and random state.
+Only the newest checkpoint is kept, and none once the stage has finished.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from components.foundation.backbone import Backbone
+from components.foundation.errors import IntegrityError, TrainingError
+from components.foundation.results import read_record, to_json
+from components.foundation.run_context import Stage
+
+PREEMPTED_EXIT_CODE = 75
+"""EX_TEMPFAIL: the stage was asked to stop, has saved its state, and goes on when it is started again."""
+
+_TENSORS, _STATE = "state.safetensors", "state.json"
+
+log = logging.getLogger("saferlhf")
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a checkpoint holds besides tensors: optimiser steps that are done, and the stage's own record as JSON."""
+
+    step: int = 0
+    record: str = ""
+
+
+class TrainingCheckpoints:
+    """Saves and restores the roles that a stage trains.
+
+    Used as a context: within it, SIGTERM (a spot node that is taken away) no longer ends the process at once; the step
+    in progress ends, its state is saved, and the process exits with PREEMPTED_EXIT_CODE.
+
+    Args:
+        parents: the commits that the stage reads; a checkpoint made from others is refused.
+        clock: seconds, for `checkpoint.every_minutes`.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        backbone: Backbone,
+        parents: Sequence[str],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stage = stage
+        self._backbone = backbone
+        self._parents = list(parents)
+        self._clock = clock
+        self._settings = stage.context.settings.checkpoint
+        self._uri = stage.checkpoints_uri
+        self._optimizers: Mapping[str, torch.optim.Optimizer] = {}
+        self._saved_at = clock()
+        self._preempted = False
+        self._outer_handler: Any = None
+
+    def __enter__(self) -> Self:
+        self._outer_handler = signal.signal(signal.SIGTERM, self._preempt)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.signal(signal.SIGTERM, self._outer_handler)
+
+    def restore(self, optimizers: Mapping[str, torch.optim.Optimizer]) -> TrainingState:
+        """Bring back the newest checkpoint, if there is one; `optimizers` are those of the trained roles, by role.
+
+        Raises:
+            TrainingError: the checkpoint was made from other inputs or settings, or for other roles.
+            IntegrityError: it is damaged.
+        """
+        self._optimizers = optimizers
+        store = self._stage.context.store
+        latest = store.latest(self._uri)
+        store.prune(self._uri, keep=latest)  # what a killed attempt left half written
+        if latest is None:
+            return TrainingState()
+        self._check_origin(latest)
+        folder = store.fetch(latest)
+        state = read_record(TrainingState, folder / _STATE)
+        self._load_tensors(folder / _TENSORS)
+        log.info("%s: goes on after step %d", self._stage.name, state.step)
+        return state
+
+    def after_step(self, step: int, total: int, record: Callable[[], str] = str) -> None:
+        """To be called when `step` of `total` steps are done: saves when it is time.
+
+        Raises:
+            SystemExit: SIGTERM has come; the state is saved.
+        """
+        if self._preempted or (step < total and self._is_due(step)):
+            self._save(TrainingState(step, record()))
+        if self._preempted:
+            log.warning("%s: asked to stop; saved after step %d of %d", self._stage.name, step, total)
+            raise SystemExit(PREEMPTED_EXIT_CODE)
+
+    def _preempt(self, number: int, frame: FrameType | None) -> None:
+        self._preempted = True
+
+    def _is_due(self, step: int) -> bool:
+        every_steps, every_minutes = self._settings.every_steps, self._settings.every_minutes
+        by_steps = every_steps > 0 and step % every_steps == 0
+        by_time = every_minutes > 0 and self._clock() - self._saved_at >= 60 * every_minutes
+        return by_steps or by_time
+
+    def _save(self, state: TrainingState) -> None:
+        from safetensors.torch import save_file
+
+        context = self._stage.context
+        folder = self._stage.folder / "checkpoint"
+        folder.mkdir(exist_ok=True)
+        save_file(self._tensors(), folder / _TENSORS)
+        (folder / _STATE).write_text(to_json(state), encoding="utf-8")
+        uri = f"{self._uri}/step-{state.step}"
+        context.store.commit(uri, folder, parents=self._parents, settings_digest=context.settings.digest())
+        context.store.set_latest(self._uri, uri)
+        context.store.prune(self._uri, keep=uri)
+        self._saved_at = self._clock()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {}
+        for role, optimizer in self._optimizers.items():
+            for name, parameter in self._backbone.role_tensors(role).items():
+                tensors[f"{role}/parameters/{name}"] = parameter
+            for index, moments in optimizer.state_dict()["state"].items():
+                for name, moment in moments.items():
+                    tensors[f"{role}/optimizer/{index}/{name}"] = moment
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+    def _load_tensors(self, path: Path) -> None:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            stored = load_file(path, device=str(self._backbone.device))
+        except (OSError, SafetensorError) as error:
+            raise IntegrityError(f"checkpoint {path} cannot be read: {error}") from error
+        for role, optimizer in self._optimizers.items():
+            self._load_role(role, optimizer, stored)
+
+    def _load_role(self, role: str, optimizer: torch.optim.Optimizer, stored: Mapping[str, Tensor]) -> None:
+        own = self._backbone.role_tensors(role)
+        saved = _below(stored, f"{role}/parameters/")
+        if {name: t.shape for name, t in saved.items()} != {name: t.shape for name, t in own.items()}:
+            raise TrainingError(
+                f"the checkpoint under {self._uri} holds no {role!r} of this model's shape: it was made by another "
+                "version or for another model; delete it, or start a new run"
+            )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(saved[name])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in _below(stored, f"{role}/optimizer/").items():
+            index, _, moment = name.partition("/")
+            moments.setdefault(int(index), {})[moment] = tensor
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+
+    def _check_origin(self, uri: str) -> None:
+        context = self._stage.context
+        manifest = context.store.manifest(uri)
+        for what, then, now in (
+            ("inputs", manifest.parents, self._parents),
+            ("settings", manifest.settings_digest, context.settings.digest()),
+        ):
+            if then != now:
+                raise TrainingError(
+                    f"checkpoint {uri} was made from other {what} ({then}) than this attempt has ({now}): start a new "
+                    "run, or delete the checkpoint to begin the stage anew"
+                )
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
