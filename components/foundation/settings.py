@@ -133,6 +133,18 @@ class PpoSettings(_Section):
     )
     threshold: float | None = Field(None, description="cost threshold d; empty: calibrated from the cost model")
     threshold_target: float = Field(0.1, gt=0, lt=1, description="share of unsafe answers that a calibrated d allows")
+    lagrangian: Literal["dual_ascent", "pid"] = Field(
+        "dual_ascent",
+        description="how lambda follows the violation of the threshold: by log-space ascent or PID control",
+    )
+    pid_proportional: float = Field(1.0, ge=0, description="Kp of PID control")
+    pid_integral: float = Field(0.1, gt=0, description="Ki of PID control")
+    pid_derivative: float = Field(1.0, ge=0, description="Kd of PID control")
+    reward_shaping: float | None = Field(
+        None,
+        gt=0,
+        description="the paper's baseline instead of a multiplier: maximise reward - this x cost, with one critic",
+    )
     lambda_init: float = Field(1.0, gt=0)
     lambda_learning_rate: float = Field(0.1, gt=0)
     lambda_min: float = Field(0.05, gt=0)

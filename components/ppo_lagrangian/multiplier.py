@@ -16,10 +16,14 @@ class MultiplierState:
     Attributes:
         nu: log lambda.
         costs: scores of the most recent episodes, oldest first (positive = unsafe).
+        integral: of the violation over the steps so far (PID only).
+        previous_cost: J_C at the step before (PID only); None before the first step.
     """
 
     nu: float
     costs: tuple[float, ...] = ()
+    integral: float = 0.0
+    previous_cost: float | None = None
 
     @property
     def value(self) -> float:
@@ -30,6 +34,15 @@ class MultiplierState:
     def cost_moving_average(self) -> float:
         """Estimate of J_C, the expected cost; 0 before the first episode."""
         return math.fsum(self.costs) / len(self.costs) if self.costs else 0.0
+
+
+@dataclass(frozen=True)
+class PidGains:
+    """Kp, Ki and Kd of PID control of the multiplier."""
+
+    proportional: float
+    integral: float
+    derivative: float
 
 
 def update_multiplier(
@@ -47,11 +60,49 @@ def update_multiplier(
     The paper's code multiplies the step by lambda, so that a small multiplier hardly ever recovers; in log space
     the step is already proportional to lambda, and we leave the second factor out.
     """
-    if not all(math.isfinite(cost) for cost in episode_costs):
-        raise ConstraintError(f"episode costs must be finite, got {list(episode_costs)}: the cost model diverged")
-    state = replace(state, costs=(*state.costs, *episode_costs)[-window:])
+    state = observe_costs(state, episode_costs, window)
     nu = state.nu + learning_rate * (state.cost_moving_average - threshold)
     return replace(state, nu=min(max(nu, math.log(floor)), math.log(ceiling)))
+
+
+def start_pid(multiplier: float, gains: PidGains) -> MultiplierState:
+    """The state from which PID control starts at this multiplier: an integral that explains it."""
+    return MultiplierState(nu=math.log(multiplier), integral=multiplier / gains.integral)
+
+
+def update_multiplier_pid(
+    state: MultiplierState,
+    episode_costs: Sequence[float],
+    *,
+    threshold: float,
+    gains: PidGains,
+    floor: float,
+    ceiling: float,
+    window: int,
+) -> MultiplierState:
+    """One step of PID control (arXiv 2007.03964, algorithm 2), then clamp lambda.
+
+    With D = J_C - d: `I = max(I + D, 0)`, `lambda = Kp D + Ki I + Kd max(J_C - J_C_previous, 0)`. The proportional term
+    answers a violation at once and the derivative term a rising cost; dual ascent is the integral term alone.
+    """
+    state = observe_costs(state, episode_costs, window)
+    cost = state.cost_moving_average
+    violation = cost - threshold
+    integral = max(state.integral + violation, 0.0)
+    rise = 0.0 if state.previous_cost is None else max(cost - state.previous_cost, 0.0)
+    multiplier = gains.proportional * violation + gains.integral * integral + gains.derivative * rise
+    return replace(state, nu=math.log(min(max(multiplier, floor), ceiling)), integral=integral, previous_cost=cost)
+
+
+def observe_costs(state: MultiplierState, episode_costs: Sequence[float], window: int) -> MultiplierState:
+    """The same multiplier, with these costs in its window.
+
+    Raises:
+        ConstraintError: a cost is not finite.
+    """
+    if not all(math.isfinite(cost) for cost in episode_costs):
+        raise ConstraintError(f"episode costs must be finite, got {list(episode_costs)}: the cost model diverged")
+    return replace(state, costs=(*state.costs, *episode_costs)[-window:])
 
 
 def choose_threshold(requested: float | None, mean_safe: float, mean_unsafe: float, target: float) -> float:

@@ -54,11 +54,20 @@ class PpoInputs:
 
 @dataclasses.dataclass(frozen=True)
 class PpoProgress:
-    """What a checkpoint of this stage holds besides weights: the trace so far, log lambda and its cost window."""
+    """What a checkpoint of this stage holds besides weights: the trace so far and the multiplier's whole state."""
 
     trace: PpoTrace
     nu: float
     costs: list[float]
+    integral: float
+    previous_cost: float | None
+
+    @classmethod
+    def of(cls, trace: PpoTrace, state: MultiplierState) -> PpoProgress:
+        return cls(trace, state.nu, list(state.costs), state.integral, state.previous_cost)
+
+    def multiplier(self) -> MultiplierState:
+        return MultiplierState(self.nu, tuple(self.costs), self.integral, self.previous_cost)
 
 
 def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> str:
@@ -133,14 +142,10 @@ def train_policy(
     state = checkpoints.restore(trainer.optimizers)
     if state.record:
         progress = from_json(PpoProgress, state.record)
-        trace, trainer.multiplier = progress.trace, MultiplierState(progress.nu, tuple(progress.costs))
+        trace, trainer.multiplier = progress.trace, progress.multiplier()
     for step in range(state.step, steps):
         record_step(trace, train_step(step))
-        checkpoints.after_step(
-            step + 1,
-            steps,
-            lambda: to_json(PpoProgress(trace, trainer.multiplier.nu, list(trainer.multiplier.costs))),
-        )
+        checkpoints.after_step(step + 1, steps, lambda: to_json(PpoProgress.of(trace, trainer.multiplier)))
     return trace
 
 

@@ -27,7 +27,14 @@ from components.foundation.optimization import make_optimizer, optimizer_step
 from components.foundation.policy import ACTOR
 from components.foundation.rollout import RolloutEngine, Sampling
 from components.foundation.settings import PpoSettings
-from components.ppo_lagrangian.multiplier import MultiplierState, update_multiplier
+from components.ppo_lagrangian.multiplier import (
+    MultiplierState,
+    PidGains,
+    observe_costs,
+    start_pid,
+    update_multiplier,
+    update_multiplier_pid,
+)
 from components.ppo_lagrangian.objective import (
     actor_loss,
     aggregate_cost,
@@ -79,11 +86,11 @@ class Episode:
 
 @dataclass(frozen=True)
 class Advantages:
-    """[B, T] combined advantages and the critics' targets."""
+    """[B, T] combined advantages and the critics' targets; None for a critic that is not in use."""
 
     combined: Tensor
     reward_returns: Tensor
-    cost_returns: Tensor
+    cost_returns: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -126,11 +133,14 @@ class PpoLagrangian:
         self._threshold = threshold
         self._seed = seed
         self._demonstrations = demonstrations
-        self.multiplier = MultiplierState(nu=math.log(settings.lambda_init))
+        self.multiplier = start_multiplier(settings)
+        rates = {
+            ACTOR: settings.actor_learning_rate,
+            REWARD_CRITIC: settings.critic_learning_rate,
+            COST_CRITIC: settings.critic_learning_rate,
+        }
         self.optimizers = {
-            ACTOR: make_optimizer(backbone.trainable_parameters(ACTOR), settings.actor_learning_rate),
-            REWARD_CRITIC: make_optimizer(backbone.trainable_parameters(REWARD_CRITIC), settings.critic_learning_rate),
-            COST_CRITIC: make_optimizer(backbone.trainable_parameters(COST_CRITIC), settings.critic_learning_rate),
+            role: make_optimizer(backbone.trainable_parameters(role), rate) for role, rate in rates.items()
         }
 
     def step(self, prompts: Sequence[tuple[int, ...]], step: int) -> StepMetrics:
@@ -149,15 +159,7 @@ class PpoLagrangian:
         # 5 update
         losses = self._update(episode, advantages, step)
         # 6 multiplier
-        self.multiplier = update_multiplier(
-            self.multiplier,
-            episode.cost.score.tolist(),
-            threshold=self._threshold,
-            learning_rate=s.lambda_learning_rate,
-            floor=s.lambda_min,
-            ceiling=s.lambda_max,
-            window=s.cost_window,
-        )
+        self.multiplier = next_multiplier(self.multiplier, episode.cost.score.tolist(), s, self._threshold)
         # 7 log
         mask = episode.batch.answer_mask
         tokens = int(mask.sum())
@@ -179,7 +181,7 @@ class PpoLagrangian:
     def _update(self, episode: Episode, advantages: Advantages, step: int) -> dict[str, float]:
         """Every epoch passes once over the episodes in minibatches; returns the last losses and clipped tokens."""
         s = self._settings
-        losses = {"clipped": 0.0, "ptx": 0.0}
+        losses = {"clipped": 0.0, "ptx": 0.0, COST_CRITIC: 0.0}
         for epoch in range(s.epochs):
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + step * 101 + epoch)
             order = torch.randperm(len(episode.log_probs), generator=generator)
@@ -189,9 +191,10 @@ class PpoLagrangian:
                 losses[REWARD_CRITIC] = self._update_critic(
                     REWARD_CRITIC, episode.batch, episode.reward, advantages.reward_returns, rows
                 )
-                losses[COST_CRITIC] = self._update_critic(
-                    COST_CRITIC, episode.batch, episode.cost, advantages.cost_returns, rows
-                )
+                if advantages.cost_returns is not None:
+                    losses[COST_CRITIC] = self._update_critic(
+                        COST_CRITIC, episode.batch, episode.cost, advantages.cost_returns, rows
+                    )
         return losses
 
     def _draw_demonstrations(self, count: int, generator: torch.Generator) -> SequenceBatch | None:
@@ -253,6 +256,40 @@ class PpoLagrangian:
         return loss.item()
 
 
+def start_multiplier(settings: PpoSettings) -> MultiplierState:
+    """The multiplier's state before the first step."""
+    if settings.reward_shaping is not None:
+        return MultiplierState(nu=math.log(settings.reward_shaping))
+    if settings.lagrangian == "pid":
+        return start_pid(settings.lambda_init, _gains(settings))
+    return MultiplierState(nu=math.log(settings.lambda_init))
+
+
+def next_multiplier(
+    state: MultiplierState, episode_costs: Sequence[float], settings: PpoSettings, threshold: float
+) -> MultiplierState:
+    """The multiplier's state after a step with these costs, by the set rule; the weight of reward shaping stays."""
+    if settings.reward_shaping is not None:
+        return observe_costs(state, episode_costs, settings.cost_window)
+    bounds = {"floor": settings.lambda_min, "ceiling": settings.lambda_max}
+    if settings.lagrangian == "pid":
+        return update_multiplier_pid(
+            state, episode_costs, threshold=threshold, gains=_gains(settings), window=settings.cost_window, **bounds
+        )
+    return update_multiplier(
+        state,
+        episode_costs,
+        threshold=threshold,
+        learning_rate=settings.lambda_learning_rate,
+        window=settings.cost_window,
+        **bounds,
+    )
+
+
+def _gains(settings: PpoSettings) -> PidGains:
+    return PidGains(settings.pid_proportional, settings.pid_integral, settings.pid_derivative)
+
+
 def score_episode(backbone: Backbone, sequences: Sequence[TokenSequence], settings: PpoSettings) -> Episode:
     """Everything the update needs to know of a rollout batch, measured without gradients."""
     batch = collate(sequences, backbone.eos_token_id, backbone.device)
@@ -281,7 +318,10 @@ def appraise(backbone: Backbone, model: str, critic: str, batch: SequenceBatch) 
 
 
 def compute_advantages(episode: Episode, settings: PpoSettings, multiplier: float) -> Advantages:
-    """Shape both signals, estimate both advantages, combine them by the multiplier, then whiten."""
+    """Shape both signals, estimate both advantages, combine them by the multiplier, then whiten.
+
+    With `ppo.reward_shaping` nu there is one signal, reward - nu cost, and one critic, the reward's.
+    """
     mask = episode.batch.answer_mask
 
     def estimate(appraisal: Appraisal, kl_sign: float) -> tuple[Tensor, Tensor]:
@@ -298,9 +338,14 @@ def compute_advantages(episode: Episode, settings: PpoSettings, multiplier: floa
             shaped, appraisal.values, mask, gamma=settings.gamma, gae_lambda=settings.gae_lambda
         )
 
-    reward_advantages, reward_returns = estimate(episode.reward, -1.0)
-    cost_advantages, cost_returns = estimate(episode.cost, +1.0)
-    combined = combine_advantages(reward_advantages, cost_advantages, multiplier)
+    cost_returns = None
+    if settings.reward_shaping is not None:
+        score = episode.reward.score - settings.reward_shaping * episode.cost.score
+        combined, reward_returns = estimate(replace(episode.reward, score=score), -1.0)
+    else:
+        reward_advantages, reward_returns = estimate(episode.reward, -1.0)
+        cost_advantages, cost_returns = estimate(episode.cost, +1.0)
+        combined = combine_advantages(reward_advantages, cost_advantages, multiplier)
     if settings.whiten_advantages:
         combined = whiten(combined, mask)
     return Advantages(combined, reward_returns, cost_returns)

@@ -11,7 +11,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from components.foundation.errors import ConstraintError
-from components.ppo_lagrangian.multiplier import MultiplierState, choose_threshold, update_multiplier
+from components.ppo_lagrangian.multiplier import (
+    MultiplierState,
+    PidGains,
+    choose_threshold,
+    start_pid,
+    update_multiplier,
+    update_multiplier_pid,
+)
 
 FLOOR, CEILING = 0.05, 20.0
 COST = st.floats(-20, 20)
@@ -167,3 +174,43 @@ def test_means_or_thresholds_that_are_no_numbers_are_refused(
 ) -> None:
     with pytest.raises(ConstraintError):
         choose_threshold(requested, safe, unsafe, 0.1)
+
+
+@pytest.mark.golden
+def test_pid_by_hand() -> None:
+    """Kp 2, Ki 0.5, Kd 1, d 1, window 1; costs 3, 4, 0: violations 2, 3, -1.
+
+    Integral from 4 (lambda 2): 6, 9, 8. lambda = 2*2 + 3 + 0 = 7; 2*3 + 4.5 + 1 = 11.5; 2*(-1) + 4 + 0 = 2 (no rise).
+    """
+    gains = PidGains(2.0, 0.5, 1.0)
+    state = start_pid(2.0, gains)
+    assert state.value == pytest.approx(2.0)
+    found = []
+    for cost in (3.0, 4.0, 0.0):
+        state = update_multiplier_pid(state, [cost], threshold=1.0, gains=gains, floor=0.01, ceiling=50.0, window=1)
+        found.append((state.integral, state.value))
+    assert found == [(6.0, pytest.approx(7.0)), (9.0, pytest.approx(11.5)), (8.0, pytest.approx(2.0))]
+
+
+@given(
+    costs=st.lists(COST, min_size=1, max_size=20),
+    threshold=COST,
+    gains=st.builds(PidGains, st.floats(0, 5), st.floats(0.01, 5), st.floats(0, 5)),
+    start=st.floats(0.1, 10.0),
+)
+@settings(deadline=None, max_examples=80)
+def test_pid_equals_a_plain_loop_and_stays_within_its_bounds(
+    costs: list[float], threshold: float, gains: PidGains, start: float
+) -> None:
+    state = start_pid(start, gains)
+    integral, previous = start / gains.integral, None
+    for cost in costs:
+        state = update_multiplier_pid(
+            state, [cost], threshold=threshold, gains=gains, floor=FLOOR, ceiling=CEILING, window=1
+        )
+        violation = cost - threshold
+        integral = max(integral + violation, 0.0)
+        derivative = max(cost - previous, 0.0) if previous is not None else 0.0
+        raw = gains.proportional * violation + gains.integral * integral + gains.derivative * derivative
+        assert state.value == pytest.approx(min(max(raw, FLOOR), CEILING))
+        previous = cost

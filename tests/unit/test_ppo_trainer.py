@@ -17,7 +17,15 @@ from components.foundation.rollout import Sampling
 from components.foundation.rollout.transformers_engine import TransformersEngine
 from components.foundation.settings import LoraSettings, PpoSettings
 from components.ppo_lagrangian.ppo_lagrangian import harmless_demonstrations
-from components.ppo_lagrangian.trainer import COST, COST_CRITIC, REWARD, REWARD_CRITIC, PpoLagrangian, score_episode
+from components.ppo_lagrangian.trainer import (
+    COST,
+    COST_CRITIC,
+    REWARD,
+    REWARD_CRITIC,
+    PpoLagrangian,
+    compute_advantages,
+    score_episode,
+)
 
 LoadTiny = Callable[[str], Backbone]
 LORA = LoraSettings(rank=4, alpha=8)
@@ -153,6 +161,45 @@ def test_only_with_a_ptx_term_do_demonstrations_grow_likelier(load_roles: Callab
 
     without, with_term = loss_after(0.0), loss_after(4.0)
     assert with_term < 0.92 * without
+
+
+def test_under_reward_shaping_one_critic_learns_and_lambda_is_the_weight(load_roles: Callable[[str], Backbone]) -> None:
+    backbone = load_roles("adapter")
+    before = score_episode(backbone, SEQUENCES, SETTINGS)
+    metrics = _trainer(backbone, SETTINGS.model_copy(update={"reward_shaping": 3.0})).step(PROMPTS, step=0)
+    after = score_episode(backbone, SEQUENCES, SETTINGS)
+    assert torch.equal(before.cost.values, after.cost.values)
+    assert not torch.equal(before.reward.values, after.reward.values)
+    assert not torch.equal(before.log_probs, after.log_probs)
+    assert (metrics.multiplier, metrics.cost_critic_loss) == (pytest.approx(3.0), 0.0)
+
+
+@pytest.mark.golden
+def test_reward_shaping_is_the_plain_reward_less_the_weighted_cost(load_roles: Callable[[str], Backbone]) -> None:
+    """The advantages are those of a single signal r - nu c, whatever lambda is."""
+    backbone = load_roles("adapter")
+    episode = score_episode(backbone, SEQUENCES, SETTINGS)
+    settings = SETTINGS.model_copy(update={"reward_shaping": 0.7})
+    shaped = replace(episode.reward, score=episode.reward.score - 0.7 * episode.cost.score)
+    nothing = replace(episode.cost, score=torch.zeros(4), values=torch.zeros_like(episode.cost.values))
+    found = compute_advantages(episode, settings, multiplier=9.0)
+    # lambda 0 leaves the reward side alone
+    expected = compute_advantages(replace(episode, reward=shaped, cost=nothing), SETTINGS, multiplier=0.0)
+    torch.testing.assert_close(found.combined, expected.combined)
+    torch.testing.assert_close(found.reward_returns, expected.reward_returns)
+    assert found.cost_returns is None
+
+
+def test_pid_moves_the_multiplier_by_its_own_rule(load_roles: Callable[[str], Backbone]) -> None:
+    settings = SETTINGS.model_copy(
+        update={"lagrangian": "pid", "pid_proportional": 2.0, "pid_integral": 0.5, "pid_derivative": 0.0}
+    )
+    trainer = _trainer(load_roles("head"), settings)
+    assert trainer.multiplier.value == pytest.approx(settings.lambda_init)
+    metrics = trainer.step(PROMPTS, step=0)
+    cost = metrics.cost_moving_average  # threshold 0: it is the violation
+    expected = 2.0 * cost + 0.5 * max(settings.lambda_init / 0.5 + cost, 0.0)
+    assert metrics.multiplier == pytest.approx(min(max(expected, settings.lambda_min), settings.lambda_max))
 
 
 def test_the_ptx_term_never_holds_on_to_answers_to_attacks() -> None:

@@ -21,6 +21,7 @@ CHOICES = {
     "annotate.annotator": "judge",
     "ppo.cost_aggregation": "mean",
     "ppo.critics": "adapter",
+    "ppo.lagrangian": "pid",
     "store.uri": "s3://another-bucket/elsewhere",
 }
 
