@@ -21,7 +21,7 @@ from components.foundation.preference_trainer import (
 )
 from components.foundation.progress import Progress
 from components.foundation.results import PreferenceModelResult, to_json
-from components.foundation.run_context import open_stage
+from components.foundation.run_context import finished_uri, open_stage
 from components.foundation.settings import PreferenceModelSettings, Settings
 from components.foundation.training_checkpoints import TrainingCheckpoints
 
@@ -54,6 +54,8 @@ def run_preference_stage(
             [pair_of(record, encoder) for record in read_jsonl(data / f"preferences_{part}.jsonl", DualPreference)]
             for part in ("train", "validation")
         )
+        if round_number > 1 and settings.later_max_pairs:
+            settings = settings.model_copy(update={"max_pairs": settings.later_max_pairs})
         training = draw_pairs(training, settings, random.Random(stage.seed))
         progress = Progress(name, batch_count(len(training), settings.batch_size, settings.epochs), "steps")
 
@@ -61,8 +63,12 @@ def run_preference_stage(
             stage.mlflow.log_metrics({f"{name}/{key}": value for key, value in metrics.items()}, step)
             progress.update(step)
 
-        backbone.add_role(name, stage.context.settings.lora, scored=True)
         parents = [sft_uri, preferences_uri]
+        if round_number > 1 and settings.start == "previous":
+            parents.append(finished_uri(stage.context, name, round_number - 1))
+            backbone.load_role(name, store.fetch(parents[-1]))
+        else:
+            backbone.add_role(name, stage.context.settings.lora, scored=True)
         with TrainingCheckpoints(stage, backbone, parents) as checkpoints:
             train_preference_model(
                 backbone, name, training, settings, loss_of(settings), stage.seed, on_step, checkpoints

@@ -76,7 +76,13 @@ class PreferenceModelSettings(_Section):
     epochs: int = Field(1, ge=1)
     learning_rate: float = Field(5e-4, gt=0)
     batch_size: int = Field(16, ge=1, description="pairs per optimiser step")
+    start: Literal["sft", "previous"] = Field(
+        "sft", description="begin each round anew on the SFT model, or go on from the model of the round before"
+    )
     max_pairs: int = Field(0, ge=0, description="train on at most so many pairs, drawn anew each round (0: all)")
+    later_max_pairs: int = Field(
+        0, ge=0, description="the same for rounds after the first (0: as many as in the first)"
+    )
     unsafe_share: float | None = Field(
         None, ge=0, le=1, description="share of the drawn pairs that hold an unsafe answer; empty: as they come"
     )
@@ -233,13 +239,21 @@ PROFILES: dict[str, dict[str, Any]] = {
     "smol": {
         "lora": {"top_layers": 16},
         "sft": {"learning_rate": 2e-3, "batch_size": 8, "max_length": 96},
-        "reward_model": {"learning_rate": 3e-3, "batch_size": 8, "max_pairs": 192, "max_length": 96},
-        "cost_model": {
+        "reward_model": {
             "learning_rate": 3e-3,
             "batch_size": 8,
-            "max_pairs": 320,
-            "unsafe_share": 0.75,
-            "recent_share": 0.25,
+            "start": "previous",
+            "max_pairs": 256,
+            "later_max_pairs": 96,
+            "max_length": 96,
+        },
+        "cost_model": {
+            "learning_rate": 2e-3,
+            "batch_size": 8,
+            "start": "previous",
+            "max_pairs": 640,
+            "later_max_pairs": 160,
+            "unsafe_share": 0.5,
             "max_length": 96,
         },
         "collect": {"prompts_per_round": 64, "temperature": 0.7},
@@ -272,7 +286,13 @@ PROFILES: dict[str, dict[str, Any]] = {
         "data": {"max_preferences": 64, "max_demonstrations": 48, "max_held_out": 16},
         "sft": {"max_length": 96},
         "reward_model": {"min_accuracy": 0.0, "max_length": 96},
-        "cost_model": {"min_accuracy": 0.0, "min_auc": 0.0, "max_length": 96},
+        "cost_model": {
+            "min_accuracy": 0.0,
+            "min_auc": 0.0,
+            "max_length": 96,
+            "start": "previous",
+            "later_max_pairs": 32,
+        },
         "collect": {"prompts_per_round": 8},
         "ppo": {"steps": 2, "episodes_per_step": 8, "minibatch_size": 4, "max_new_tokens": 12},
         "evaluate": {"max_new_tokens": 12},

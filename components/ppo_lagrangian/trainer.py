@@ -185,8 +185,8 @@ class PpoLagrangian:
         for epoch in range(s.epochs):
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + step * 101 + epoch)
             order = torch.randperm(len(episode.log_probs), generator=generator)
+            demonstrations = self._draw_demonstrations(len(order), generator) if s.ptx_coefficient else None
             for rows in order.split(s.minibatch_size):
-                demonstrations = self._draw_demonstrations(len(rows), generator)
                 losses |= self._update_actor(episode, advantages.combined, rows, demonstrations, losses["clipped"])
                 losses[REWARD_CRITIC] = self._update_critic(
                     REWARD_CRITIC, episode.batch, episode.reward, advantages.reward_returns, rows
@@ -197,12 +197,10 @@ class PpoLagrangian:
                     )
         return losses
 
-    def _draw_demonstrations(self, count: int, generator: torch.Generator) -> SequenceBatch | None:
-        """As many demonstrations as asked for, drawn with replacement; None without a PTX term."""
-        if not self._settings.ptx_coefficient:
-            return None
+    def _draw_demonstrations(self, count: int, generator: torch.Generator) -> SequenceBatch:
+        """As many demonstrations as there are episodes, drawn with replacement."""
         drawn = torch.randint(len(self._demonstrations), (count,), generator=generator).tolist()
-        return collate([self._demonstrations[i] for i in drawn], self._backbone.eos_token_id, self._backbone.device)
+        return _collated(self._backbone, [self._demonstrations[i] for i in drawn])
 
     def _update_actor(
         self,
@@ -225,7 +223,8 @@ class PpoLagrangian:
             )
             loss.backward()
             if demonstrations is not None:
-                ptx_loss = answer_cross_entropy(self._answer_logits(demonstrations), demonstrations)
+                demonstrated = demonstrations.rows(rows)
+                ptx_loss = answer_cross_entropy(self._answer_logits(demonstrated), demonstrated)
                 (self._settings.ptx_coefficient * ptx_loss).backward()
                 ptx = ptx_loss.item()
         optimizer_step(self.optimizers[ACTOR], self._settings.max_gradient_norm)
@@ -292,8 +291,7 @@ def _gains(settings: PpoSettings) -> PidGains:
 
 def score_episode(backbone: Backbone, sequences: Sequence[TokenSequence], settings: PpoSettings) -> Episode:
     """Everything the update needs to know of a rollout batch, measured without gradients."""
-    batch = collate(sequences, backbone.eos_token_id, backbone.device)
-    batch = replace(batch, trunk=backbone.trunk_states(batch.input_ids, batch.attention_mask))
+    batch = _collated(backbone, sequences)
     ended = torch.tensor([s.answer[-1] == backbone.eos_token_id for s in sequences], device=backbone.device)
     reward = appraise(backbone, REWARD, REWARD_CRITIC, batch)
     cost = appraise(backbone, COST, COST_CRITIC, batch)
@@ -304,6 +302,12 @@ def score_episode(backbone: Backbone, sequences: Sequence[TokenSequence], settin
         reward=replace(reward, score=reward.score - settings.missing_eos_penalty * (~ended).float()),
         cost=replace(cost, score=aggregate_cost(cost.score, settings.cost_aggregation)),
     )
+
+
+def _collated(backbone: Backbone, sequences: Sequence[TokenSequence]) -> SequenceBatch:
+    """A batch with the trunk's output, which all roles share."""
+    batch = collate(sequences, backbone.eos_token_id, backbone.device)
+    return replace(batch, trunk=backbone.trunk_states(batch.input_ids, batch.attention_mask))
 
 
 def appraise(backbone: Backbone, model: str, critic: str, batch: SequenceBatch) -> Appraisal:

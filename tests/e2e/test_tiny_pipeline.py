@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -114,6 +115,12 @@ def test_an_interrupted_run_goes_on_where_it_stopped(first_run: tuple[dict[str, 
     refused = saferlhf(*arguments, "--set", "ppo.steps=3", "--resume", run_id)
     assert refused.returncode == 1
     assert "other settings" in refused.stderr
+
+
+def test_a_later_round_trains_its_cost_model_on_as_many_pairs_as_set(first_run: tuple[dict[str, Any], str]) -> None:
+    """54 of 64 pairs in the first round, 32 in the second, where the model of the first is gone on with."""
+    last_steps = re.findall(r"^progress (cost_model|reward_model) (\d+)/\2 ", first_run[1], re.MULTILINE)
+    assert last_steps == [("cost_model", "4"), ("reward_model", "4"), ("cost_model", "2"), ("reward_model", "5")]
 
 
 def test_output_is_ours_alone(first_run: tuple[dict[str, Any], str]) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import TrainingError
-from components.foundation.run_context import open_run, open_stage
+from components.foundation.run_context import finished_uri, open_run, open_stage
 from components.foundation.training_checkpoints import PREEMPTED_EXIT_CODE, TrainingCheckpoints
 from pipelines.services import Endpoints
 
@@ -81,8 +81,8 @@ def die_at(death: Death) -> None:
         raise ValueError(death.point)
 
 
-def attempt(run_uri: str, stage: str, environment: Mapping[str, str], death: Death | None) -> None:
-    """One attempt at a stage, in a process of its own."""
+def attempt(run_uri: str, stage: str, environment: Mapping[str, str], death: Death | None, round_number: int) -> None:
+    """One attempt at a stage, in a process of its own; a later round's models need nothing but those before them."""
     os.environ.update(environment)
     import torch
 
@@ -90,7 +90,6 @@ def attempt(run_uri: str, stage: str, environment: Mapping[str, str], death: Dea
     if death is not None:
         die_at(death)
     from components.cost_model.cost_model import run_cost_model
-    from components.foundation.run_context import finished_uri
     from components.ppo_lagrangian.ppo_lagrangian import PpoInputs, run_ppo_lagrangian
     from components.reward_model.reward_model import run_reward_model
     from components.sft.sft import run_sft
@@ -102,9 +101,9 @@ def attempt(run_uri: str, stage: str, environment: Mapping[str, str], death: Dea
         return
     sft = finished_uri(context, "sft", 0)
     if stage == "reward_model":
-        run_reward_model(run_uri, 1, sft, data)
+        run_reward_model(run_uri, round_number, sft, data)
     elif stage == "cost_model":
-        run_cost_model(run_uri, 1, sft, data)
+        run_cost_model(run_uri, round_number, sft, data)
     else:
         models = (finished_uri(context, name, 1) for name in ("reward_model", "cost_model"))
         run_ppo_lagrangian(run_uri, 1, PpoInputs(data, sft, sft, *models))
@@ -134,9 +133,11 @@ class Runs:
                 if context.store.latest(context.stage_uri(earlier, _round(earlier))) is None:
                     assert self.attempt(run, earlier) == 0
 
-    def attempt(self, run_uri: str, stage: str, death: Death | None = None) -> int | None:
+    def attempt(self, run_uri: str, stage: str, death: Death | None = None, round_number: int = 1) -> int | None:
         """Exit code of one attempt; minus the signal's number where it was killed."""
-        process = _PROCESSES.Process(target=attempt, args=(run_uri, stage, dict(self._environment), death))
+        process = _PROCESSES.Process(
+            target=attempt, args=(run_uri, stage, dict(self._environment), death, round_number)
+        )
         process.start()
         process.join()
         return process.exitcode
@@ -233,3 +234,13 @@ def test_a_checkpoint_is_due_by_steps_or_by_time(runs: Runs) -> None:
                 latest = stage.context.store.latest(stage.checkpoints_uri)
                 saved.append(latest and latest.rpartition("-")[2])
     assert saved == [None, None, "3", "3", "5", "5"]  # after the last step the stage commits its result
+
+
+def test_a_later_round_goes_on_from_the_model_before_where_that_is_set(runs: Runs) -> None:
+    """Profile tiny: the cost model does and names it as a parent, the reward model begins anew."""
+    runs.bring_to("ppo_lagrangian")
+    context = open_run(runs.peaceful)
+    for stage, goes_on in (("cost_model", True), ("reward_model", False)):
+        assert runs.attempt(runs.peaceful, stage, round_number=2) == 0
+        first, second = (finished_uri(context, stage, number) for number in (1, 2))
+        assert (first in context.store.manifest(second).parents) == goes_on

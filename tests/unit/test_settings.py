@@ -20,6 +20,8 @@ CHOICES = {
     "collect.history": "replace",
     "annotate.annotator": "judge",
     "ppo.cost_aggregation": "mean",
+    "reward_model.start": "sft",
+    "cost_model.start": "sft",
     "ppo.critics": "adapter",
     "ppo.lagrangian": "pid",
     "store.uri": "s3://another-bucket/elsewhere",
