@@ -248,10 +248,10 @@ PROFILES: dict[str, dict[str, Any]] = {
             "max_length": 96,
         },
         "cost_model": {
-            "learning_rate": 2e-3,
+            "learning_rate": 3e-3,
             "batch_size": 8,
             "start": "previous",
-            "max_pairs": 640,
+            "max_pairs": 560,
             "later_max_pairs": 160,
             "unsafe_share": 0.5,
             "max_length": 96,
