@@ -31,7 +31,7 @@ from components.foundation.settings import LoraSettings
 from components.foundation.trunk import FrozenTrunk
 
 REFERENCE = "reference"
-"""Name of the role that uses the base weights alone."""
+"""Name of the role that uses the base weights alone, unless an adapter was loaded under that name."""
 
 
 class Backbone:

@@ -132,6 +132,15 @@ class PpoSettings(_Section):
     gamma: float = Field(1.0, gt=0, le=1)
     gae_lambda: float = Field(0.95, ge=0, le=1)
     whiten_advantages: bool = True
+    macro_action: Literal["none", "ngram", "perplexity"] = Field(
+        "none",
+        description="what takes a decision: a token, a run of macro_action_length tokens, or a run of tokens while "
+        "perplexity does not rise",
+    )
+    macro_action_length: int = Field(3, ge=1, description="tokens in an n-gram macro action; 1 is plain token PPO")
+    reference: Literal["sft", "previous"] = Field(
+        "sft", description="which policy the KL penalty holds on to: the SFT model or the policy of the round before"
+    )
     missing_eos_penalty: float = Field(1.0, ge=0, description="taken from the reward of an answer cut off at the limit")
     max_gradient_norm: float = Field(1.0, gt=0)
     cost_aggregation: Literal["mean", "rectified"] = Field(

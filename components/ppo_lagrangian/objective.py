@@ -69,6 +69,57 @@ def generalized_advantages(
     return advantages, advantages + values
 
 
+def ngram_actions(mask: Tensor, length: int) -> Tensor:
+    """[B, T] -> [B, T] number of each token's macro action: runs of `length` tokens, counted from the first."""
+    return (torch.arange(mask.shape[1], device=mask.device) // length).expand_as(mask)
+
+
+def perplexity_actions(log_probs: Tensor, mask: Tensor) -> Tensor:
+    """[B, T] -> [B, T] number of each token's macro action, which goes on while its perplexity does not rise.
+
+    A token that would raise the mean negative log-probability of the macro action begins the next one
+    (MA-RLHF, arXiv 2410.02743, perplexity-based termination).
+    """
+    actions = torch.zeros_like(mask, dtype=torch.long)
+    surprise = -log_probs.double()
+    for row in range(mask.shape[0]):
+        action, total, count = 0, 0.0, 0
+        for t in range(mask.shape[1]):
+            now = float(surprise[row, t])
+            if count and now > total / count:
+                action, total, count = action + 1, 0.0, 0
+            actions[row, t] = action
+            total, count = total + now, count + 1
+    return actions
+
+
+def macro_action_advantages(
+    rewards: Tensor, values: Tensor, mask: Tensor, actions: Tensor, *, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """GAE in which a macro action is one step (MA-RLHF, arXiv 2410.02743) -> ([B, T] advantages, [B, T] returns).
+
+    A macro action's reward is the sum of its tokens' rewards and its value the mean of their values. Every token gets
+    the advantage and the return of its macro action. With one token each, it is `generalized_advantages`, bit for bit.
+
+    Args:
+        actions: [B, T] number of the macro action of each token, 0 at the first and never falling.
+    """
+    shape = (mask.shape[0], int(actions.max()) + 1)
+
+    def total(per_token: Tensor) -> Tensor:
+        return torch.zeros(shape, dtype=values.dtype, device=values.device).scatter_add(1, actions, per_token)
+
+    lengths = total(mask.to(values.dtype))
+    advantages, returns = generalized_advantages(
+        total(rewards * mask),
+        total(values * mask) / lengths.clamp(min=1),
+        lengths > 0,
+        gamma=gamma,
+        gae_lambda=gae_lambda,
+    )
+    return advantages.gather(1, actions) * mask, returns.gather(1, actions) * mask
+
+
 def combine_advantages(reward_advantages: Tensor, cost_advantages: Tensor, multiplier: float) -> Tensor:
     """`(A_r - lambda A_c) / (1 + lambda)` (paper equation 10 with the code's normalisation)."""
     return (reward_advantages - multiplier * cost_advantages) / (1.0 + multiplier)

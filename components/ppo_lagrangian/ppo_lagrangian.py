@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from components.foundation.backbone import Backbone
+from components.foundation.backbone import REFERENCE, Backbone
 from components.foundation.batching import ChatEncoder
 from components.foundation.errors import DataError, GateError
 from components.foundation.policy import ACTOR
@@ -186,12 +186,15 @@ def place_roles(
 ) -> None:
     """Six roles: the base is the reference; critics start from the models whose values they learn.
 
+    With `ppo.reference=previous`, the reference is the actor as it came from the round before.
     With `ppo.critics=head`, a critic shares the frozen adapter of its model and has a head of its own.
     """
     if actor_folder is None:
         backbone.add_role(ACTOR, settings.lora, scored=False)
     else:
         backbone.load_role(ACTOR, actor_folder)
+        if settings.ppo.reference == "previous":
+            backbone.load_role(REFERENCE, actor_folder)
     for model, critic, folder in ((REWARD, REWARD_CRITIC, reward_folder), (COST, COST_CRITIC, cost_folder)):
         backbone.load_role(model, folder)
         if settings.ppo.critics == "head":

@@ -41,6 +41,9 @@ from components.ppo_lagrangian.objective import (
     combine_advantages,
     critic_loss,
     generalized_advantages,
+    macro_action_advantages,
+    ngram_actions,
+    perplexity_actions,
     shape_rewards,
     whiten,
 )
@@ -327,6 +330,7 @@ def compute_advantages(episode: Episode, settings: PpoSettings, multiplier: floa
     With `ppo.reward_shaping` nu there is one signal, reward - nu cost, and one critic, the reward's.
     """
     mask = episode.batch.answer_mask
+    discounts = {"gamma": settings.gamma, "gae_lambda": settings.gae_lambda}
 
     def estimate(appraisal: Appraisal, kl_sign: float) -> tuple[Tensor, Tensor]:
         shaped = shape_rewards(
@@ -338,9 +342,13 @@ def compute_advantages(episode: Episode, settings: PpoSettings, multiplier: floa
             kl_sign=kl_sign,
             clip=settings.score_clip,
         )
-        return generalized_advantages(
-            shaped, appraisal.values, mask, gamma=settings.gamma, gae_lambda=settings.gae_lambda
-        )
+        if settings.macro_action == "none":
+            return generalized_advantages(shaped, appraisal.values, mask, **discounts)
+        if settings.macro_action == "ngram":
+            actions = ngram_actions(mask, settings.macro_action_length)
+        else:
+            actions = perplexity_actions(episode.log_probs, mask)
+        return macro_action_advantages(shaped, appraisal.values, mask, actions, **discounts)
 
     cost_returns = None
     if settings.reward_shaping is not None:

@@ -17,6 +17,9 @@ from components.ppo_lagrangian.objective import (
     combine_advantages,
     critic_loss,
     generalized_advantages,
+    macro_action_advantages,
+    ngram_actions,
+    perplexity_actions,
     shape_rewards,
     whiten,
 )
@@ -49,6 +52,61 @@ def test_gae_equals_the_double_sum(lengths: list[int], gamma: float, lam: float,
             assert advantages[b, t].item() == pytest.approx(expected if t < length else 0.0, abs=1e-9)
             if t < length:
                 assert returns[b, t].item() == pytest.approx(expected + values[b, t].item(), abs=1e-9)
+
+
+@given(lengths=LENGTHS, gamma=st.floats(0.5, 1.0), lam=st.floats(0.0, 1.0), seed=st.integers(0, 1000))
+@settings(deadline=None, max_examples=60)
+def test_macro_actions_of_one_token_are_token_ppo_bit_for_bit(
+    lengths: list[int], gamma: float, lam: float, seed: int
+) -> None:
+    mask = mask_of(lengths)
+    rewards, values = random_like(mask, seed).float() * mask, random_like(mask, seed + 1).float() * mask
+    plain = generalized_advantages(rewards, values, mask, gamma=gamma, gae_lambda=lam)
+    macro = macro_action_advantages(rewards, values, mask, ngram_actions(mask, 1), gamma=gamma, gae_lambda=lam)
+    for expected, found in zip(plain, macro, strict=True):
+        assert torch.equal(found, expected * mask)
+
+
+@given(
+    lengths=LENGTHS,
+    breaks=st.lists(st.booleans(), min_size=7, max_size=7),
+    gamma=st.floats(0.5, 1.0),
+    lam=st.floats(0.0, 1.0),
+    seed=st.integers(0, 1000),
+)
+@settings(deadline=None, max_examples=60)
+def test_macro_actions_equal_gae_over_segments_in_plain_loops(
+    lengths: list[int], breaks: list[bool], gamma: float, lam: float, seed: int
+) -> None:
+    mask = mask_of(lengths)
+    width = mask.shape[1]
+    rewards, values = random_like(mask, seed) * mask, random_like(mask, seed + 1) * mask
+    numbers = [sum(breaks[1 : t + 1]) for t in range(width)]
+    actions = torch.tensor([numbers] * len(lengths))
+    advantages, returns = macro_action_advantages(rewards, values, mask, actions, gamma=gamma, gae_lambda=lam)
+    for b, length in enumerate(lengths):
+        segments = [[t for t in range(length) if numbers[t] == k] for k in range(numbers[-1] + 1)]
+        segments = [segment for segment in segments if segment]
+        reward = [sum(rewards[b, t].item() for t in segment) for segment in segments]
+        value = [sum(values[b, t].item() for t in segment) / len(segment) for segment in segments]
+        for k, segment in enumerate(segments):
+            expected = 0.0
+            for later in range(k, len(segments)):
+                following = value[later + 1] if later + 1 < len(segments) else 0.0
+                expected += (gamma * lam) ** (later - k) * (reward[later] + gamma * following - value[later])
+            for t in segment:
+                assert advantages[b, t].item() == pytest.approx(expected, abs=1e-9)
+                assert returns[b, t].item() == pytest.approx(expected + value[k], abs=1e-9)
+        assert not advantages[b, length:].any()
+
+
+@pytest.mark.golden
+def test_macro_actions_by_hand() -> None:
+    """Pairs of tokens; and surprises 2, 1, 3, 3, 1: the mean falls to 1.5, 3 would raise it; 3 and 1 do not raise 3."""
+    mask = torch.ones(1, 5, dtype=torch.bool)
+    assert ngram_actions(mask, 2).tolist() == [[0, 0, 1, 1, 2]]
+    surprise = torch.tensor([[2.0, 1.0, 3.0, 3.0, 1.0]])
+    assert perplexity_actions(-surprise, mask).tolist() == [[0, 0, 1, 1, 1]]
 
 
 @given(lengths=LENGTHS, multiplier=st.floats(0.0, 50.0), beta=st.floats(0.0, 1.0), seed=st.integers(0, 1000))

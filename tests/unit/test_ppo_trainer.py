@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from components.foundation.policy import ACTOR
 from components.foundation.preference import Demonstration, PromptRecord
 from components.foundation.rollout import Sampling
 from components.foundation.rollout.transformers_engine import TransformersEngine
-from components.foundation.settings import LoraSettings, PpoSettings
-from components.ppo_lagrangian.ppo_lagrangian import harmless_demonstrations
+from components.foundation.settings import LoraSettings, PpoSettings, resolve_settings
+from components.ppo_lagrangian.ppo_lagrangian import harmless_demonstrations, place_roles
 from components.ppo_lagrangian.trainer import (
     COST,
     COST_CRITIC,
@@ -200,6 +201,51 @@ def test_pid_moves_the_multiplier_by_its_own_rule(load_roles: Callable[[str], Ba
     cost = metrics.cost_moving_average  # threshold 0: it is the violation
     expected = 2.0 * cost + 0.5 * max(settings.lambda_init / 0.5 + cost, 0.0)
     assert metrics.multiplier == pytest.approx(min(max(expected, settings.lambda_min), settings.lambda_max))
+
+
+def test_an_ngram_of_one_token_is_plain_token_ppo_bit_for_bit(load_roles: Callable[[str], Backbone]) -> None:
+    changes = ({}, {"macro_action": "ngram", "macro_action_length": 1})
+    plain, macro, other = (
+        _trained(load_roles("adapter"), SETTINGS.model_copy(update=change))
+        for change in (*changes, {"macro_action": "ngram", "macro_action_length": 3})
+    )
+    assert all(torch.equal(plain[name], macro[name]) for name in plain)
+    assert any(not torch.equal(plain[name], other[name]) for name in plain)
+
+
+def test_perplexity_decides_where_a_macro_action_ends(load_roles: Callable[[str], Backbone]) -> None:
+    plain = _trained(load_roles("adapter"), SETTINGS)
+    macro = _trained(load_roles("adapter"), SETTINGS.model_copy(update={"macro_action": "perplexity"}))
+    assert all(tensor.isfinite().all() for tensor in macro.values())
+    assert any(not torch.equal(plain[name], macro[name]) for name in plain)
+
+
+def _trained(backbone: Backbone, settings: PpoSettings) -> dict[str, torch.Tensor]:
+    """The actor's parameters after two steps."""
+    trainer = _trainer(backbone, settings)
+    for step in range(2):
+        trainer.step(PROMPTS, step)
+    return {name: tensor.detach().clone() for name, tensor in backbone.role_tensors(ACTOR).items()}
+
+
+@pytest.mark.parametrize("reference", ["sft", "previous"])
+def test_the_reference_is_the_sft_model_or_the_policy_of_the_round_before(
+    load_tiny: LoadTiny, tmp_path: Path, reference: str
+) -> None:
+    """A second round: with `previous` the KL to the reference is 0 at its first step, with `sft` it is not."""
+    backbone = load_tiny("tiny-llama")
+    for seed, (role, scored) in enumerate(((ACTOR, False), (REWARD, True), (COST, True))):
+        backbone.add_role(role, LORA, scored=scored)
+        _randomize(backbone, role, seed)
+        backbone.save_role(role, tmp_path / role)
+    fresh = load_tiny("tiny-llama")
+    place_roles(
+        fresh,
+        resolve_settings("tiny", overrides=[f"ppo.reference={reference}"]),
+        *(tmp_path / role for role in (ACTOR, REWARD, COST)),
+    )
+    episode = score_episode(fresh, SEQUENCES, SETTINGS)
+    assert torch.equal(episode.log_probs, episode.reference_log_probs) == (reference == "previous")
 
 
 def test_the_ptx_term_never_holds_on_to_answers_to_attacks() -> None:

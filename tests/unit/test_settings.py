@@ -24,6 +24,8 @@ CHOICES = {
     "cost_model.start": "sft",
     "ppo.critics": "adapter",
     "ppo.lagrangian": "pid",
+    "ppo.macro_action": "ngram",
+    "ppo.reference": "previous",
     "store.uri": "s3://another-bucket/elsewhere",
 }
 
