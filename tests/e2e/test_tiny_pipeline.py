@@ -100,6 +100,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped(first_run: tuple[dict[str, 
     """Ctrl-C in a later stage; the resumed run finds what was finished, and its closed gate keeps the champion."""
     arguments = ("run", "--profile", "tiny", "--workdir", str(workdir), "--set", "rounds=1")
     arguments += ("--set", "gate.max_unsafe_rate=0", "--set", "ppo.cost_aggregation=rectified")
+    options = ("ppo.macro_action=ngram", "ppo.lagrangian=pid", "ppo.critics=head", "ppo.ptx_coefficient=0.5")
+    arguments += tuple(word for option in options for word in ("--set", option))
     run_id, _ = interrupted(arguments, "round 1 annotate: started", signal.SIGINT)
     done = saferlhf(*arguments, "--resume", run_id)
     assert done.returncode == 0, done.stdout + done.stderr
