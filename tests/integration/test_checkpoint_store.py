@@ -299,6 +299,27 @@ def test_two_writers_with_the_same_latest_agree(store: CheckpointStore, tmp_path
     assert store.latest(store.root_uri) == step
 
 
+def test_pruning_leaves_the_kept_step_alone_and_nothing_else(store: CheckpointStore, tmp_path: Path, s3: Any) -> None:
+    """A step whose name begins like the kept one's, an upload that never got its manifest, and a neighbour's stage."""
+    steps = committed_steps(store, tmp_path, 12)  # step-0 ... step-11
+    stage, kept = store.root_uri, steps[1]
+    neighbour = f"{stage}-two/step-1"
+    store.commit(neighbour, make_folder(tmp_path / "neighbour"))
+    replace_object(s3, f"{stage}/step-99/model.safetensors", b"half")
+    store.set_latest(stage, kept)
+    store.prune(stage, keep=kept)
+    assert store.latest(stage) == kept
+    assert contents(store.fetch(kept))
+    assert [step for step in steps if store.exists(step)] == [kept]
+    assert len(s3.list_objects_v2(Bucket=split_uri(stage)[0], Prefix=f"{split_uri(stage)[1]}/")["Contents"]) == (
+        len(store.manifest(kept).files) + 2
+    )
+    store.prune(stage, keep=None)
+    assert store.latest(stage) is None
+    assert "Contents" not in s3.list_objects_v2(Bucket=split_uri(stage)[0], Prefix=f"{split_uri(stage)[1]}/")
+    assert store.exists(neighbour)
+
+
 def test_texts(store: CheckpointStore) -> None:
     uri = f"{store.root_uri}/result.json"
     with pytest.raises(IntegrityError, match=r"result\.json does not exist"):
