@@ -19,7 +19,7 @@ CHOICES = {
     "dtype": "float32",
     "collect.history": "replace",
     "annotate.annotator": "judge",
-    "ppo.cost_aggregation": "mean",
+    "ppo.cost_aggregation": "rectified",
     "reward_model.start": "sft",
     "cost_model.start": "sft",
     "ppo.critics": "adapter",
