@@ -120,9 +120,13 @@ def test_an_interrupted_run_goes_on_where_it_stopped(first_run: tuple[dict[str, 
 
 
 def test_a_later_round_trains_its_cost_model_on_as_many_pairs_as_set(first_run: tuple[dict[str, Any], str]) -> None:
-    """54 of 64 pairs in the first round, 32 in the second, where the model of the first is gone on with."""
+    """As many as the reward model in the first round, then 32 pairs, two batches; the reward model takes all again."""
     last_steps = re.findall(r"^progress (cost_model|reward_model) (\d+)/\2 ", first_run[1], re.MULTILINE)
-    assert last_steps == [("cost_model", "4"), ("reward_model", "4"), ("cost_model", "2"), ("reward_model", "5")]
+    cost, reward = (
+        [int(steps) for name, steps in last_steps if name == f"{kind}_model"] for kind in ("cost", "reward")
+    )
+    assert cost == [reward[0], 2]
+    assert reward[1] >= reward[0] > 2
 
 
 def test_output_is_ours_alone(first_run: tuple[dict[str, Any], str]) -> None:
