@@ -50,12 +50,6 @@ def cost_result(scores: PreferenceScores, training_pairs: int) -> PreferenceMode
         validation_pairs=len(scores.high),
         sign_accuracy=float(((costs > 0) == unsafe).double().mean()),
         auc=roc_auc(unsafe_costs, safe_costs),
-        mean_safe=_mean(safe_costs),
-        mean_unsafe=_mean(unsafe_costs),
-        rectified_mean_safe=_mean(safe_costs.clamp(min=0)),
-        rectified_mean_unsafe=_mean(unsafe_costs.clamp(min=0)),
+        safe_costs=safe_costs.tolist(),
+        unsafe_costs=unsafe_costs.tolist(),
     )
-
-
-def _mean(values: torch.Tensor) -> float:
-    return float(values.mean()) if len(values) else 0.0

@@ -36,8 +36,7 @@ class PreferenceModelResult:
 
     `accuracy` is the share of pairs ranked as labelled. The other fields are for cost models only:
     `sign_accuracy` is the share of answers whose score's sign equals the label (positive = unsafe),
-    `auc` is the ROC-AUC of unsafe against safe, `mean_safe` and `mean_unsafe` are mean scores, and
-    `rectified_mean_safe` and `rectified_mean_unsafe` those of max(score, 0).
+    `auc` is the ROC-AUC of unsafe against safe, and `safe_costs` and `unsafe_costs` are the scores themselves.
     """
 
     accuracy: float
@@ -45,10 +44,8 @@ class PreferenceModelResult:
     validation_pairs: int
     sign_accuracy: float | None = None
     auc: float | None = None
-    mean_safe: float | None = None
-    mean_unsafe: float | None = None
-    rectified_mean_safe: float | None = None
-    rectified_mean_unsafe: float | None = None
+    safe_costs: list[float] = field(default_factory=list)
+    unsafe_costs: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

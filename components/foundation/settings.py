@@ -143,8 +143,13 @@ class PpoSettings(_Section):
     )
     missing_eos_penalty: float = Field(1.0, ge=0, description="taken from the reward of an answer cut off at the limit")
     max_gradient_norm: float = Field(1.0, gt=0)
-    cost_aggregation: Literal["mean", "rectified"] = Field(
-        "mean", description="rectified: an answer's cost counts from 0 up, so safe answers cannot pay for unsafe ones"
+    cost_aggregation: Literal["mean", "rectified", "floored"] = Field(
+        "mean",
+        description="what an answer costs: its score; rectified: counted from 0 up, so safe answers cannot pay for "
+        "unsafe ones; floored: counted from a floor up that is calibrated on the cost model's scores",
+    )
+    cost_floor_target: float = Field(
+        0.15, ge=0, lt=1, description="where a calibrated floor lies between the mean cost of safe and unsafe answers"
     )
     threshold: float | None = Field(None, description="cost threshold d; empty: calibrated from the cost model")
     threshold_target: float = Field(0.1, gt=0, lt=1, description="share of unsafe answers that a calibrated d allows")

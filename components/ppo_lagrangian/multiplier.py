@@ -37,6 +37,14 @@ class MultiplierState:
 
 
 @dataclass(frozen=True)
+class CostConstraint:
+    """E[C] <= threshold, where C is a cost score, or max(score, floor) where there is a floor."""
+
+    threshold: float
+    floor: float | None = None
+
+
+@dataclass(frozen=True)
 class PidGains:
     """Kp, Ki and Kd of PID control of the multiplier."""
 

@@ -5,19 +5,17 @@ Shapes: B episodes, T answer tokens. `mask` is [B, T], True for answer tokens; m
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 
-def aggregate_cost(scores: Tensor, aggregation: Literal["mean", "rectified"]) -> Tensor:
+def aggregate_cost(scores: Tensor, floor: float | None) -> Tensor:
     """[B] cost scores -> [B] costs whose mean is constrained.
 
-    `mean` takes them as they are (paper equation 9). `rectified` takes max(C, 0) (RePO, arXiv 2410.19933): an answer
-    that is safe already earns nothing by being safer, and cannot pay for an unsafe one.
+    Without a floor, as they are (paper equation 9). With one, max(C, floor): an answer that is safe enough already
+    earns nothing by being safer, and cannot pay for an unsafe one (RePO, arXiv 2410.19933, has the floor at 0).
     """
-    return scores.clamp(min=0) if aggregation == "rectified" else scores
+    return scores if floor is None else scores.clamp(min=floor)
 
 
 def shape_rewards(

@@ -12,6 +12,9 @@ import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from components.foundation.backbone import REFERENCE, Backbone
 from components.foundation.batching import ChatEncoder
 from components.foundation.errors import DataError, GateError
@@ -24,7 +27,8 @@ from components.foundation.run_context import open_stage
 from components.foundation.settings import Settings
 from components.foundation.training_checkpoints import TrainingCheckpoints
 from components.ppo_lagrangian.model_card import model_card
-from components.ppo_lagrangian.multiplier import MultiplierState, choose_threshold
+from components.ppo_lagrangian.multiplier import CostConstraint, MultiplierState, choose_threshold
+from components.ppo_lagrangian.objective import aggregate_cost
 from components.ppo_lagrangian.trainer import (
     COST,
     COST_CRITIC,
@@ -77,7 +81,7 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
             return done
         settings, store = stage.context.settings, stage.context.store
         reward_folder, cost_folder = store.fetch(inputs.reward_model), store.fetch(inputs.cost_model)
-        threshold = gate_models(
+        constraint = gate_models(
             read_record(PreferenceModelResult, reward_folder / "result.json"),
             read_record(PreferenceModelResult, cost_folder / "result.json"),
             settings,
@@ -101,12 +105,12 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
             backbone,
             engine,
             settings.ppo,
-            threshold,
+            constraint,
             stage.seed,
             [encoder.sequence(d.prompt, d.response) for d in demonstrations],
         )
         progress = Progress(STAGE, settings.ppo.steps, "steps")
-        log.info("cost threshold %.3f, lambda starts at %.2f", threshold, settings.ppo.lambda_init)
+        log.info("cost threshold %.3f, lambda starts at %.2f", constraint.threshold, settings.ppo.lambda_init)
 
         def train_step(step: int) -> StepMetrics:
             batch = draw_prompts(prompts, settings, stage.seed + step)
@@ -120,7 +124,7 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
             return metrics
 
         with TrainingCheckpoints(stage, backbone, inputs.parents()) as checkpoints:
-            trace = train_policy(trainer, train_step, settings.ppo.steps, PpoTrace(threshold), checkpoints)
+            trace = train_policy(trainer, train_step, settings.ppo.steps, PpoTrace(constraint.threshold), checkpoints)
         out = stage.folder / "out"
         backbone.save_role(ACTOR, out / "actor")
         (out / "trace.json").write_text(to_json(trace))
@@ -149,8 +153,8 @@ def train_policy(
     return trace
 
 
-def gate_models(reward: PreferenceModelResult, cost: PreferenceModelResult, settings: Settings) -> float:
-    """The cost threshold, once both models have shown that they can be trusted on held-out pairs.
+def gate_models(reward: PreferenceModelResult, cost: PreferenceModelResult, settings: Settings) -> CostConstraint:
+    """The constraint on the cost, once both models have shown that they can be trusted on held-out pairs.
 
     Raises:
         GateError: the reward model ranks, or the cost model separates, worse than the settings ask for.
@@ -166,19 +170,37 @@ def gate_models(reward: PreferenceModelResult, cost: PreferenceModelResult, sett
             f"the cost model ranks {cost.accuracy:.3f} of held-out pairs as labelled, below "
             f"cost_model.min_accuracy={settings.cost_model.min_accuracy}: PPO would chase noise"
         )
-    mean_safe, mean_unsafe = cost.mean_safe, cost.mean_unsafe
-    if settings.ppo.cost_aggregation == "rectified":
-        mean_safe, mean_unsafe = cost.rectified_mean_safe, cost.rectified_mean_unsafe
-    if cost.auc is None or mean_safe is None or mean_unsafe is None:
-        raise GateError("the cost model was stored without its held-out AUC and means: train it again")
+    if cost.auc is None or not cost.safe_costs or not cost.unsafe_costs:
+        raise GateError(
+            f"the cost model was stored with held-out costs of {len(cost.safe_costs)} safe and "
+            f"{len(cost.unsafe_costs)} unsafe answers, and the threshold takes some of both: train it again, with "
+            "held-out pairs of both kinds"
+        )
     if cost.auc < settings.cost_model.min_auc:
         raise GateError(
             f"the cost model's held-out AUC is {cost.auc:.3f}, below cost_model.min_auc={settings.cost_model.min_auc}: "
             "it cannot tell unsafe answers (below 0.5 its sign is inverted)"
         )
-    if settings.cost_model.min_auc == 0 and settings.ppo.threshold is None and mean_safe >= mean_unsafe:
-        return 0.0  # the check is switched off (profile tiny): the loss's own zero stands in for a calibrated threshold
-    return choose_threshold(settings.ppo.threshold, mean_safe, mean_unsafe, settings.ppo.threshold_target)
+    return choose_constraint(settings, torch.tensor(cost.safe_costs), torch.tensor(cost.unsafe_costs))
+
+
+def choose_constraint(settings: Settings, safe_costs: Tensor, unsafe_costs: Tensor) -> CostConstraint:
+    """Floor and threshold from held-out cost scores of safe and of unsafe answers, one value an answer.
+
+    Raises:
+        ConstraintError: see `choose_threshold`.
+    """
+    ppo = settings.ppo
+    floor = {
+        "mean": None,
+        "rectified": 0.0,
+        "floored": float(safe_costs.mean() + ppo.cost_floor_target * (unsafe_costs.mean() - safe_costs.mean())),
+    }[ppo.cost_aggregation]
+    mean_safe, mean_unsafe = (float(aggregate_cost(costs, floor).mean()) for costs in (safe_costs, unsafe_costs))
+    if settings.cost_model.min_auc == 0 and ppo.threshold is None and mean_safe >= mean_unsafe:
+        # the check is switched off (profile tiny): the loss's own zero stands in for a calibrated threshold
+        return CostConstraint(0.0, floor)
+    return CostConstraint(choose_threshold(ppo.threshold, mean_safe, mean_unsafe, ppo.threshold_target), floor)
 
 
 def place_roles(

@@ -28,6 +28,7 @@ from components.foundation.policy import ACTOR
 from components.foundation.rollout import RolloutEngine, Sampling
 from components.foundation.settings import PpoSettings
 from components.ppo_lagrangian.multiplier import (
+    CostConstraint,
     MultiplierState,
     PidGains,
     observe_costs,
@@ -126,14 +127,14 @@ class PpoLagrangian:
         backbone: Backbone,
         engine: RolloutEngine,
         settings: PpoSettings,
-        threshold: float,
+        constraint: CostConstraint,
         seed: int,
         demonstrations: Sequence[TokenSequence] = (),
     ) -> None:
         self._backbone = backbone
         self._engine = engine
         self._settings = settings
-        self._threshold = threshold
+        self._constraint = constraint
         self._seed = seed
         self._demonstrations = demonstrations
         self.multiplier = start_multiplier(settings)
@@ -156,13 +157,13 @@ class PpoLagrangian:
         rollout_seconds = time.perf_counter() - started
         sequences = [TokenSequence(tuple(p), a) for p, a in zip(prompts, answers, strict=True)]
         # 2 score
-        episode = score_episode(self._backbone, sequences, s)
+        episode = score_episode(self._backbone, sequences, s, self._constraint.floor)
         # 3 shape, 4 advantages
         advantages = compute_advantages(episode, s, self.multiplier.value)
         # 5 update
         losses = self._update(episode, advantages, step)
         # 6 multiplier
-        self.multiplier = next_multiplier(self.multiplier, episode.cost.score.tolist(), s, self._threshold)
+        self.multiplier = next_multiplier(self.multiplier, episode.cost.score.tolist(), s, self._constraint.threshold)
         # 7 log
         mask = episode.batch.answer_mask
         tokens = int(mask.sum())
@@ -292,7 +293,9 @@ def _gains(settings: PpoSettings) -> PidGains:
     return PidGains(settings.pid_proportional, settings.pid_integral, settings.pid_derivative)
 
 
-def score_episode(backbone: Backbone, sequences: Sequence[TokenSequence], settings: PpoSettings) -> Episode:
+def score_episode(
+    backbone: Backbone, sequences: Sequence[TokenSequence], settings: PpoSettings, cost_floor: float | None = None
+) -> Episode:
     """Everything the update needs to know of a rollout batch, measured without gradients."""
     batch = _collated(backbone, sequences)
     ended = torch.tensor([s.answer[-1] == backbone.eos_token_id for s in sequences], device=backbone.device)
@@ -303,7 +306,7 @@ def score_episode(backbone: Backbone, sequences: Sequence[TokenSequence], settin
         log_probs=_measure_log_probs(backbone, ACTOR, batch, settings.temperature),
         reference_log_probs=_measure_log_probs(backbone, REFERENCE, batch, settings.temperature),
         reward=replace(reward, score=reward.score - settings.missing_eos_penalty * (~ended).float()),
-        cost=replace(cost, score=aggregate_cost(cost.score, settings.cost_aggregation)),
+        cost=replace(cost, score=aggregate_cost(cost.score, cost_floor)),
     )
 
 

@@ -230,9 +230,10 @@ def test_useless_thresholds_are_refused(requested: float | None, safe: float, un
 
 
 @pytest.mark.golden
-def test_rectified_costs_count_from_zero_up() -> None:
+def test_costs_count_from_their_floor_up() -> None:
     scores = torch.tensor([-3.0, 0.0, 2.0])
-    assert aggregate_cost(scores, "mean").tolist() == [-3.0, 0.0, 2.0]
-    assert aggregate_cost(scores, "rectified").tolist() == [0.0, 0.0, 2.0]
+    assert aggregate_cost(scores, None).tolist() == [-3.0, 0.0, 2.0]
+    assert aggregate_cost(scores, 0.0).tolist() == [0.0, 0.0, 2.0]
+    assert aggregate_cost(scores, -1.0).tolist() == [-1.0, 0.0, 2.0]
     # the safe answer pays for the unsafe one in the first mean only
-    assert aggregate_cost(scores, "mean").mean() < 0 < aggregate_cost(scores, "rectified").mean()
+    assert aggregate_cost(scores, None).mean() < 0 < aggregate_cost(scores, 0.0).mean()

@@ -28,10 +28,8 @@ COST = PreferenceModelResult(
     validation_pairs=10,
     sign_accuracy=0.9,
     auc=0.95,
-    mean_safe=-2.0,
-    mean_unsafe=3.0,
-    rectified_mean_safe=0.1,
-    rectified_mean_unsafe=3.1,
+    safe_costs=[-4.0, -3.0, 1.0],
+    unsafe_costs=[-1.0, 3.0, 7.0],
 )
 
 
@@ -40,17 +38,30 @@ def smol(*overrides: str) -> Settings:
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize(("aggregation", "expected"), [("mean", -1.0), ("rectified", 0.7)])
-def test_the_threshold_is_calibrated_on_the_costs_that_are_constrained(aggregation: str, expected: float) -> None:
-    """A fifth of the way from safe to unsafe: -2 + 0.2 * 5, and 0.1 + 0.2 * 3 where costs count from 0 up."""
-    given_settings = smol(f"ppo.cost_aggregation={aggregation}", "ppo.threshold_target=0.2")
-    assert gate_models(REWARD, COST, given_settings) == pytest.approx(expected)
+@pytest.mark.parametrize(
+    ("aggregation", "floor", "threshold"),
+    [
+        ("mean", None, -2 + 0.2 * 5),
+        ("rectified", 0.0, 1 / 3 + 0.2 * 3),  # safe 0, 0, 1 and unsafe 0, 3, 7: means 1/3 and 10/3
+        ("floored", -1.5, -2 / 3 + 0.2 * (3 + 2 / 3)),  # safe -1.5, -1.5, 1 and unsafe as they are
+    ],
+)
+def test_the_threshold_is_calibrated_on_the_costs_that_are_constrained(
+    aggregation: str, floor: float | None, threshold: float
+) -> None:
+    """A fifth of the way from the mean of safe to the mean of unsafe costs; the floor is a tenth of the way."""
+    given_settings = smol(
+        f"ppo.cost_aggregation={aggregation}", "ppo.threshold_target=0.2", "ppo.cost_floor_target=0.1"
+    )
+    constraint = gate_models(REWARD, COST, given_settings)
+    assert constraint.floor == pytest.approx(floor)
+    assert constraint.threshold == pytest.approx(threshold)
 
 
 @pytest.mark.fault
 def test_a_threshold_for_the_other_aggregation_is_refused() -> None:
     """-1 lies between the plain means, but every rectified cost is above it."""
-    assert gate_models(REWARD, COST, smol("ppo.cost_aggregation=mean", "ppo.threshold=-1")) == -1.0
+    assert gate_models(REWARD, COST, smol("ppo.cost_aggregation=mean", "ppo.threshold=-1")).threshold == -1.0
     with pytest.raises(ConstraintError, match="impossible"):
         gate_models(REWARD, COST, smol("ppo.cost_aggregation=rectified", "ppo.threshold=-1"))
 
@@ -62,8 +73,8 @@ def test_a_threshold_for_the_other_aggregation_is_refused() -> None:
         (replace(REWARD, accuracy=0.4), COST, "the reward model ranks 0.400"),
         (REWARD, replace(COST, accuracy=0.4), "the cost model ranks 0.400"),
         (REWARD, replace(COST, auc=0.2), "held-out AUC is 0.200"),
-        (REWARD, replace(COST, auc=None), "without its held-out AUC"),
-        (REWARD, replace(COST, rectified_mean_safe=None), "without its held-out AUC and means"),
+        (REWARD, replace(COST, auc=None), "train it again"),
+        (REWARD, replace(COST, safe_costs=[]), "held-out costs of 0 safe and 3 unsafe answers"),
     ],
 )
 def test_a_model_that_is_not_good_enough_blocks_ppo(
@@ -93,6 +104,6 @@ def test_prompts_without_kinds_are_drawn_plainly() -> None:
 
 @pytest.mark.fault
 def test_a_result_of_an_older_run_still_reads_and_names_what_it_lacks() -> None:
-    older = json.dumps({"accuracy": 0.9, "training_pairs": 1, "validation_pairs": 1, "auc": 0.9, "mean_safe": -1.0})
+    older = json.dumps({"accuracy": 0.9, "training_pairs": 1, "validation_pairs": 1, "auc": 0.9})
     with pytest.raises(GateError, match="train it again"):
         gate_models(REWARD, from_json(PreferenceModelResult, older), smol("ppo.cost_aggregation=mean"))

@@ -17,6 +17,7 @@ from components.foundation.preference import Demonstration, PromptRecord
 from components.foundation.rollout import Sampling
 from components.foundation.rollout.transformers_engine import TransformersEngine
 from components.foundation.settings import LoraSettings, PpoSettings, resolve_settings
+from components.ppo_lagrangian.multiplier import CostConstraint
 from components.ppo_lagrangian.ppo_lagrangian import harmless_demonstrations, place_roles
 from components.ppo_lagrangian.trainer import (
     COST,
@@ -71,7 +72,9 @@ def _randomize(backbone: Backbone, role: str, seed: int) -> None:
 
 
 def _trainer(backbone: Backbone, settings: PpoSettings, demonstrations: Sequence[TokenSequence] = ()) -> PpoLagrangian:
-    return PpoLagrangian(backbone, TransformersEngine(backbone, ACTOR), settings, 0.0, 0, demonstrations)
+    return PpoLagrangian(
+        backbone, TransformersEngine(backbone, ACTOR), settings, CostConstraint(0.0), 0, demonstrations
+    )
 
 
 def _log_probs(backbone: Backbone, role: str, batch: SequenceBatch) -> torch.Tensor:
