@@ -29,7 +29,9 @@ def run_cost_model(run_uri: str, round_number: int, sft_uri: str, preferences_ur
         preferences_uri,
         settings_of=lambda settings: settings.cost_model,
         pair_of=harmful_pair,
-        loss_of=lambda settings: partial(cost_loss, regularization=settings.regularization),
+        loss_of=lambda settings: partial(
+            cost_loss, regularization=settings.regularization, severity_weight=settings.severity_weight
+        ),
         result_of=cost_result,
     )
 

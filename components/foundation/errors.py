@@ -12,6 +12,7 @@
     +-- TrainingError        training cannot start or must stop
     |   +-- GateError        a model is not good enough for the next stage to stand on
     |   +-- ConstraintError  the cost threshold is inert or impossible
+    |   +-- DivergenceError  a loss, gradient, score or KL divergence is out of hand
     +-- ServiceError         a local server (S3, MLflow) did not start
 
 A message says what is wrong, with the value, and what to do. The command line
@@ -65,6 +66,10 @@ class GateError(TrainingError):
 
 class ConstraintError(TrainingError):
     """The cost threshold is inert (every policy meets it) or impossible (none can)."""
+
+
+class DivergenceError(TrainingError):
+    """A loss, a gradient or a score is not finite, or the policy has left its reference far behind."""
 
 
 class ServiceError(SaferlhfError):

@@ -45,6 +45,12 @@ class DualPreference:
     response_0_severity_level: int = 0
     response_1_severity_level: int = 0
 
+    def severity(self, response: int) -> int:
+        """Of response 0 or 1: 0 where it is safe, else 1 to 3. An unsafe one without a level has the least, 1."""
+        safe = (self.is_response_0_safe, self.is_response_1_safe)[response]
+        level = (self.response_0_severity_level, self.response_1_severity_level)[response]
+        return 0 if safe else max(level, 1)
+
     def problem(self) -> str:
         """Why the record cannot be learned from, or ''."""
         if self.response_0 == self.response_1:
@@ -55,8 +61,9 @@ class DualPreference:
         safe = (self.is_response_0_safe, self.is_response_1_safe)
         if not safe[self.safer_response_id] and safe[1 - self.safer_response_id]:
             return "the safer response is flagged unsafe while the other is flagged safe"
-        if not all(0 <= level <= 3 for level in (self.response_0_severity_level, self.response_1_severity_level)):
-            return "a severity level is outside 0..3"
+        for name in ("response_0_severity_level", "response_1_severity_level"):
+            if not 0 <= getattr(self, name) <= 3:
+                return f"{name} is {getattr(self, name)}, outside the severity scale 0 (safe) to 3"
         return ""
 
 

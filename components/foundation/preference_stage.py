@@ -111,9 +111,12 @@ def encode_pair(record: DualPreference, high_id: int, encoder: ChatEncoder) -> S
     """A record -> the pair whose answer `high_id` (0 or 1) should score higher."""
     answers = (record.response_0, record.response_1)
     signs = tuple(-1 if safe else +1 for safe in (record.is_response_0_safe, record.is_response_1_safe))
+    severities = (record.severity(0), record.severity(1))
     return ScoredPair(
         high=encoder.sequence(record.prompt, answers[high_id]),
         low=encoder.sequence(record.prompt, answers[1 - high_id]),
         high_sign=signs[high_id],
         low_sign=signs[1 - high_id],
+        high_severity=severities[high_id],
+        low_severity=severities[1 - high_id],
     )

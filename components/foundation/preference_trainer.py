@@ -6,8 +6,8 @@ B pairs; scores are fp32 and read at the last answer token (EOS).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
 from itertools import islice
 
 import torch
@@ -22,10 +22,10 @@ from components.foundation.batching import (
     last_answer_token,
 )
 from components.foundation.optimization import (
+    UpdateGuard,
     batch_count,
     cosine_factor,
     make_optimizer,
-    optimizer_step,
     set_learning_rate,
     shuffled_batches,
 )
@@ -37,23 +37,28 @@ from components.foundation.training_checkpoints import TrainingCheckpoints
 class ScoredPair:
     """Two answers to one prompt of which `high` should score above `low`.
 
-    Signs are +1 (unsafe) or -1 (safe); only the cost model's loss looks at them.
+    Signs are +1 (unsafe) or -1 (safe), severities 0 (safe) to 3; only the cost model's loss looks at them.
     """
 
     high: TokenSequence
     low: TokenSequence
     high_sign: int
     low_sign: int
+    high_severity: int = 0
+    low_severity: int = 0
 
 
 @dataclass(frozen=True)
 class PreferenceScores:
-    """[B] fp32 scores of the higher and the lower answer of each pair, with their signs (+1 unsafe, -1 safe)."""
+    """[B] fp32 scores of the higher and the lower answer of each pair, with their signs (+1 unsafe, -1 safe) and
+    severities (0 safe, to 3)."""
 
     high: Tensor
     low: Tensor
     high_sign: Tensor
     low_sign: Tensor
+    high_severity: Tensor
+    low_severity: Tensor
 
 
 PreferenceLoss = Callable[[PreferenceScores], tuple[Tensor, dict[str, float]]]
@@ -77,13 +82,16 @@ def train_preference_model(
     optimizer = make_optimizer(backbone.trainable_parameters(role), settings.learning_rate)
     total = batch_count(len(pairs), settings.batch_size, settings.epochs)
     batches = enumerate(shuffled_batches(pairs, settings.batch_size, settings.epochs, seed))
+    guard = UpdateGuard()
     done = checkpoints.restore({role: optimizer}).step if checkpoints else 0
     for step, batch in islice(batches, done, None):
         set_learning_rate(optimizer, settings.learning_rate * cosine_factor(step, total, warmup_share=0.05))
         with backbone.role(role, train=True):
             value, metrics = loss(score_pairs(backbone, role, batch))
             value.backward()
-        metrics["gradient_norm"] = optimizer_step(optimizer, max_gradient_norm=1.0)
+        metrics["gradient_norm"] = guard.update(
+            role, optimizer, loss=value.item(), max_gradient_norm=1.0, step=step + 1
+        )
         on_step(step + 1, total, metrics)
         if checkpoints:
             checkpoints.after_step(step + 1, total)
@@ -94,11 +102,17 @@ def score_pairs(backbone: Backbone, role: str, pairs: Sequence[ScoredPair]) -> P
     sequences = [pair.high for pair in pairs] + [pair.low for pair in pairs]
     scores = answer_scores(backbone, role, collate(sequences, backbone.eos_token_id, backbone.device))
     high, low = scores.chunk(2)
+
+    def column(values: Iterable[int]) -> Tensor:
+        return torch.tensor([float(value) for value in values], device=scores.device)
+
     return PreferenceScores(
         high=high,
         low=low,
-        high_sign=torch.tensor([float(p.high_sign) for p in pairs], device=scores.device),
-        low_sign=torch.tensor([float(p.low_sign) for p in pairs], device=scores.device),
+        high_sign=column(p.high_sign for p in pairs),
+        low_sign=column(p.low_sign for p in pairs),
+        high_severity=column(p.high_severity for p in pairs),
+        low_severity=column(p.low_severity for p in pairs),
     )
 
 
@@ -114,12 +128,8 @@ def score_validation(backbone: Backbone, role: str, pairs: Sequence[ScoredPair],
     with backbone.role(role):
         parts = [score_pairs(backbone, role, [pairs[i] for i in rows]) for rows in batches]
     place = torch.tensor([i for rows in batches for i in rows]).argsort()
-    return PreferenceScores(
-        high=torch.cat([p.high for p in parts])[place],
-        low=torch.cat([p.low for p in parts])[place],
-        high_sign=torch.cat([p.high_sign for p in parts])[place],
-        low_sign=torch.cat([p.low_sign for p in parts])[place],
-    )
+    names = [field.name for field in fields(PreferenceScores)]
+    return PreferenceScores(**{name: torch.cat([getattr(p, name) for p in parts])[place] for name in names})
 
 
 def ranking_accuracy(scores: PreferenceScores) -> float:

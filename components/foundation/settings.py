@@ -88,6 +88,9 @@ class PreferenceModelSettings(_Section):
     )
     recent_share: float = Field(0.0, ge=0, le=1, description="share of the drawn pairs that are the newest ones")
     regularization: float = Field(0.01, ge=0, description="eta: weight of the mean squared score")
+    severity_weight: float = Field(
+        0.0, ge=0, description="an unsafe answer's sign term counts 1 + this x its severity, 1 to 3 (cost model)"
+    )
     max_length: int = Field(128, ge=8)
     min_accuracy: float = Field(0.55, ge=0, le=1, description="held-out ranking accuracy below this blocks PPO")
     min_auc: float = Field(0.65, ge=0, le=1, description="held-out unsafe/safe AUC below this blocks PPO (cost model)")
@@ -160,6 +163,17 @@ class PpoSettings(_Section):
     pid_proportional: float = Field(1.0, ge=0, description="Kp of PID control")
     pid_integral: float = Field(0.1, gt=0, description="Ki of PID control")
     pid_derivative: float = Field(1.0, ge=0, description="Kd of PID control")
+    advantage_source: Literal["models", "preference_oracle"] = Field(
+        "models",
+        description="whose word the policy is updated by: reward and cost model with their critics, or the annotator's "
+        "comparisons of two answers a prompt; then lambda steps in [0, lambda_max], and the cost is the unsafe share",
+    )
+    oracle_comparisons: int = Field(
+        1, ge=1, description="how often the annotator compares each pair (the rules always say the same)"
+    )
+    oracle_clip: float = Field(
+        0.1, gt=0, lt=0.5, description="shares of won comparisons are clipped to [this, 1 - this] before their logit"
+    )
     reward_shaping: float | None = Field(
         None,
         gt=0,
@@ -174,12 +188,37 @@ class PpoSettings(_Section):
         0.0, ge=0, description="weight of the language-model loss on harmless demonstrations in the actor's update"
     )
     red_team_share: float = Field(0.6, ge=0, le=1, description="share of red-team prompts in a rollout batch")
+    max_skipped_updates: int = Field(
+        3, ge=0, description="updates in a row that may be skipped because loss or gradient is not finite"
+    )
+    max_kl: float | None = Field(
+        10.0,
+        gt=0,
+        description="stop when the KL divergence from the reference is above so many nats a token; empty: never",
+    )
 
     @field_validator("lambda_max")
     @classmethod
     def _ceiling_above_floor(cls, value: float, info: ValidationInfo) -> float:
         if value <= info.data.get("lambda_min", 0.0):
             raise ValueError(f"lambda_max={value} must be greater than lambda_min={info.data['lambda_min']}")
+        return value
+
+    @field_validator("advantage_source")
+    @classmethod
+    def _goes_with_pairs_and_its_own_dual_step(cls, value: str, info: ValidationInfo) -> str:
+        episodes, rule = info.data.get("episodes_per_step", 2), info.data.get("lagrangian", "dual_ascent")
+        if value == "preference_oracle" and episodes % 2:
+            raise ValueError(f"it takes two answers a prompt: ppo.episodes_per_step={episodes} must be even")
+        if value == "preference_oracle" and rule != "dual_ascent":
+            raise ValueError(f"it has a dual step of its own: leave out ppo.lagrangian={rule}")
+        return value
+
+    @field_validator("reward_shaping")
+    @classmethod
+    def _weighs_scores_of_models(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is not None and info.data.get("advantage_source") == "preference_oracle":
+            raise ValueError("it weighs the scores of models: leave out ppo.advantage_source=preference_oracle")
         return value
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from components.foundation.backbone import Backbone
-from components.foundation.errors import IntegrityError, TrainingError
+from components.foundation.errors import DivergenceError, IntegrityError, TrainingError
 from components.foundation.results import read_record, to_json
 from components.foundation.run_context import Stage
 
@@ -45,7 +45,8 @@ class TrainingCheckpoints:
     """Saves and restores the roles that a stage trains.
 
     Used as a context: within it, SIGTERM (a spot node that is taken away) no longer ends the process at once; the step
-    in progress ends, its state is saved, and the process exits with PREEMPTED_EXIT_CODE.
+    in progress ends, its state is saved, and the process exits with PREEMPTED_EXIT_CODE. To a DivergenceError it adds
+    where the last checkpoint is, which stays as it is.
 
     Args:
         parents: the commits that the stage reads; a checkpoint made from others is refused.
@@ -78,6 +79,10 @@ class TrainingCheckpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         signal.signal(signal.SIGTERM, self._outer_handler)
+        if isinstance(error, DivergenceError):
+            latest = self._stage.context.store.latest(self._uri)
+            kept = f"the last checkpoint is kept: {latest}" if latest else "no checkpoint had been saved yet"
+            raise DivergenceError(f"{error}; {kept}") from error
 
     def restore(self, optimizers: Mapping[str, torch.optim.Optimizer]) -> TrainingState:
         """Bring back the newest checkpoint, if there is one; `optimizers` are those of the trained roles, by role.

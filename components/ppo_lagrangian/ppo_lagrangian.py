@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from components.foundation.backbone import REFERENCE, Backbone
 from components.foundation.batching import ChatEncoder
 from components.foundation.errors import DataError, GateError
+from components.foundation.judging import make_judge
 from components.foundation.policy import ACTOR
 from components.foundation.preference import Demonstration, PromptRecord, read_jsonl
 from components.foundation.progress import Progress
@@ -26,6 +29,7 @@ from components.foundation.rollout.transformers_engine import TransformersEngine
 from components.foundation.run_context import open_stage
 from components.foundation.settings import Settings
 from components.foundation.training_checkpoints import TrainingCheckpoints
+from components.ppo_lagrangian.comparison import compare_episode
 from components.ppo_lagrangian.model_card import model_card
 from components.ppo_lagrangian.multiplier import CostConstraint, MultiplierState, choose_threshold
 from components.ppo_lagrangian.objective import aggregate_cost
@@ -61,17 +65,19 @@ class PpoProgress:
     """What a checkpoint of this stage holds besides weights: the trace so far and the multiplier's whole state."""
 
     trace: PpoTrace
-    nu: float
+    nu: float | None  # None where lambda is 0: JSON has no infinity
     costs: list[float]
     integral: float
     previous_cost: float | None
 
     @classmethod
     def of(cls, trace: PpoTrace, state: MultiplierState) -> PpoProgress:
-        return cls(trace, state.nu, list(state.costs), state.integral, state.previous_cost)
+        nu = state.nu if math.isfinite(state.nu) else None
+        return cls(trace, nu, list(state.costs), state.integral, state.previous_cost)
 
     def multiplier(self) -> MultiplierState:
-        return MultiplierState(self.nu, tuple(self.costs), self.integral, self.previous_cost)
+        nu = -math.inf if self.nu is None else self.nu
+        return MultiplierState(nu, tuple(self.costs), self.integral, self.previous_cost)
 
 
 def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> str:
@@ -81,11 +87,9 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
             return done
         settings, store = stage.context.settings, stage.context.store
         reward_folder, cost_folder = store.fetch(inputs.reward_model), store.fetch(inputs.cost_model)
-        constraint = gate_models(
-            read_record(PreferenceModelResult, reward_folder / "result.json"),
-            read_record(PreferenceModelResult, cost_folder / "result.json"),
-            settings,
-        )
+        compares = settings.ppo.advantage_source == "preference_oracle"
+        constraint = label_constraint(settings) if compares else gate_folders(reward_folder, cost_folder, settings)
+        judge = make_judge(settings.annotate)
         backbone = Backbone.load(store.fetch(inputs.sft), settings.dtype, stage.seed)
         actor_folder = None if inputs.policy == inputs.sft else store.fetch(inputs.policy) / "actor"
         place_roles(backbone, settings, actor_folder, reward_folder, cost_folder)
@@ -113,8 +117,9 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
         log.info("cost threshold %.3f, lambda starts at %.2f", constraint.threshold, settings.ppo.lambda_init)
 
         def train_step(step: int) -> StepMetrics:
-            batch = draw_prompts(prompts, settings, stage.seed + step)
-            metrics = trainer.step([encoder.prompt(p.prompt) for p in batch], step)
+            batch = draw_batch(prompts, settings, stage.seed + step)
+            score = partial(compare_episode, backbone, judge, settings, batch) if compares else None
+            metrics = trainer.step([encoder.prompt(p.prompt) for p in batch], step, score)
             stage.mlflow.log_metrics(tracked_metrics(metrics), step + 1)
             log.info(
                 "step %d: cost %+.2f reward %+.2f lambda %.3f kl %.3f",
@@ -151,6 +156,21 @@ def train_policy(
         record_step(trace, train_step(step))
         checkpoints.after_step(step + 1, steps, lambda: to_json(PpoProgress.of(trace, trainer.multiplier)))
     return trace
+
+
+def gate_folders(reward_folder: Path, cost_folder: Path, settings: Settings) -> CostConstraint:
+    """See `gate_models`; the folders are those of the two models."""
+    reward, cost = (read_record(PreferenceModelResult, f / "result.json") for f in (reward_folder, cost_folder))
+    return gate_models(reward, cost, settings)
+
+
+def label_constraint(settings: Settings) -> CostConstraint:
+    """The constraint on labelled costs, 0 for a safe and 1 for an unsafe answer: their mean is the unsafe share.
+
+    Raises:
+        ConstraintError: `ppo.threshold` is no share.
+    """
+    return CostConstraint(choose_threshold(settings.ppo.threshold, 0.0, 1.0, settings.ppo.threshold_target))
 
 
 def gate_models(reward: PreferenceModelResult, cost: PreferenceModelResult, settings: Settings) -> CostConstraint:
@@ -210,6 +230,7 @@ def place_roles(
 
     With `ppo.reference=previous`, the reference is the actor as it came from the round before.
     With `ppo.critics=head`, a critic shares the frozen adapter of its model and has a head of its own.
+    With `ppo.advantage_source=preference_oracle`, there are no models and no critics.
     """
     if actor_folder is None:
         backbone.add_role(ACTOR, settings.lora, scored=False)
@@ -217,12 +238,23 @@ def place_roles(
         backbone.load_role(ACTOR, actor_folder)
         if settings.ppo.reference == "previous":
             backbone.load_role(REFERENCE, actor_folder)
+    if settings.ppo.advantage_source == "preference_oracle":
+        return
     for model, critic, folder in ((REWARD, REWARD_CRITIC, reward_folder), (COST, COST_CRITIC, cost_folder)):
         backbone.load_role(model, folder)
         if settings.ppo.critics == "head":
             backbone.add_head(critic, model)
         else:
             backbone.load_role(critic, folder)
+
+
+def draw_batch(prompts: Sequence[PromptRecord], settings: Settings, seed: int) -> list[PromptRecord]:
+    """The prompts of one rollout batch; where answers are compared, each of half as many stands twice in a row."""
+    if settings.ppo.advantage_source == "models":
+        return draw_prompts(prompts, settings, seed)
+    ppo = settings.ppo.model_copy(update={"episodes_per_step": settings.ppo.episodes_per_step // 2})
+    drawn = draw_prompts(prompts, settings.model_copy(update={"ppo": ppo}), seed)
+    return [prompt for prompt in drawn for _ in range(2)]
 
 
 def draw_prompts(prompts: Sequence[PromptRecord], settings: Settings, seed: int) -> list[PromptRecord]:
@@ -273,4 +305,5 @@ def tracked_metrics(metrics: StepMetrics) -> dict[str, float]:
         "critic/cost_loss": metrics.cost_critic_loss,
         "rollout/tokens_per_second": metrics.rollout_tokens_per_second,
         "rollout/ended_share": metrics.ended_share,
+        "policy/skipped_updates": metrics.skipped_updates,
     }

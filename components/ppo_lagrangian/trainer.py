@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,19 +23,13 @@ from components.foundation.batching import (
     last_answer_token,
     token_log_probs,
 )
-from components.foundation.optimization import make_optimizer, optimizer_step
+from components.foundation.optimization import UpdateGuard, make_optimizer
 from components.foundation.policy import ACTOR
 from components.foundation.rollout import RolloutEngine, Sampling
 from components.foundation.settings import PpoSettings
-from components.ppo_lagrangian.multiplier import (
-    CostConstraint,
-    MultiplierState,
-    PidGains,
-    observe_costs,
-    start_pid,
-    update_multiplier,
-    update_multiplier_pid,
-)
+from components.ppo_lagrangian.health import check_kl, check_scores
+from components.ppo_lagrangian.multiplier import CostConstraint
+from components.ppo_lagrangian.multiplier_rule import next_multiplier, start_multiplier
 from components.ppo_lagrangian.objective import (
     actor_loss,
     aggregate_cost,
@@ -79,6 +73,8 @@ class Episode:
         batch: prompts and sampled answers.
         log_probs, reference_log_probs: [B, T].
         reward, cost: the two appraisals of the answers.
+        costs: one each answer, or each that was judged; the multiplier constrains their mean.
+        mean_reward: of the answers, for people to read.
     """
 
     batch: SequenceBatch
@@ -86,6 +82,18 @@ class Episode:
     reference_log_probs: Tensor
     reward: Appraisal
     cost: Appraisal
+    costs: list[float]
+    mean_reward: float
+
+    @property
+    def mean_kl(self) -> float:
+        """Mean over answer tokens of log pi - log pi_ref, in nats."""
+        mask = self.batch.answer_mask
+        return float(((self.log_probs - self.reference_log_probs) * mask).sum() / mask.sum())
+
+
+Score = Callable[[Sequence[TokenSequence]], Episode]
+"""Prompts and sampled answers -> the episode that the update works on."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +121,7 @@ class StepMetrics:
     cost_critic_loss: float
     rollout_tokens_per_second: float
     ended_share: float
+    skipped_updates: int
 
 
 class PpoLagrangian:
@@ -137,18 +146,21 @@ class PpoLagrangian:
         self._constraint = constraint
         self._seed = seed
         self._demonstrations = demonstrations
+        self._guard = UpdateGuard(settings.max_skipped_updates)
         self.multiplier = start_multiplier(settings)
-        rates = {
-            ACTOR: settings.actor_learning_rate,
-            REWARD_CRITIC: settings.critic_learning_rate,
-            COST_CRITIC: settings.critic_learning_rate,
-        }
+        rates = {ACTOR: settings.actor_learning_rate}
+        if settings.advantage_source == "models":
+            rates |= dict.fromkeys((REWARD_CRITIC, COST_CRITIC), settings.critic_learning_rate)
         self.optimizers = {
             role: make_optimizer(backbone.trainable_parameters(role), rate) for role, rate in rates.items()
         }
 
-    def step(self, prompts: Sequence[tuple[int, ...]], step: int) -> StepMetrics:
-        """One rollout batch and its update."""
+    def step(self, prompts: Sequence[tuple[int, ...]], step: int, score: Score | None = None) -> StepMetrics:
+        """One rollout batch and its update. `score` judges the answers; without it, the reward and the cost model do.
+
+        Raises:
+            DivergenceError: a score or too many updates are not finite, or KL is above `ppo.max_kl`.
+        """
         s = self._settings
         # 1 roll out
         sampling = Sampling(s.temperature, s.max_new_tokens, seed=self._seed * 1_000_003 + step)
@@ -157,22 +169,24 @@ class PpoLagrangian:
         rollout_seconds = time.perf_counter() - started
         sequences = [TokenSequence(tuple(p), a) for p, a in zip(prompts, answers, strict=True)]
         # 2 score
-        episode = score_episode(self._backbone, sequences, s, self._constraint.floor)
+        episode = score(sequences) if score else score_episode(self._backbone, sequences, s, self._constraint.floor)
+        check_scores("reward", episode.reward.score.tolist(), step)
+        check_scores("cost", episode.cost.score.tolist(), step)
+        check_kl(episode.mean_kl, s.max_kl, step)
         # 3 shape, 4 advantages
         advantages = compute_advantages(episode, s, self.multiplier.value)
         # 5 update
         losses = self._update(episode, advantages, step)
         # 6 multiplier
-        self.multiplier = next_multiplier(self.multiplier, episode.cost.score.tolist(), s, self._constraint.threshold)
+        self.multiplier = next_multiplier(self.multiplier, episode.costs, s, self._constraint.threshold)
         # 7 log
-        mask = episode.batch.answer_mask
-        tokens = int(mask.sum())
+        tokens = int(episode.batch.answer_mask.sum())
         return StepMetrics(
             multiplier=self.multiplier.value,
             cost_moving_average=self.multiplier.cost_moving_average,
-            cost=float(episode.cost.score.mean()),
-            reward=float(episode.reward.score.mean()),
-            kl=float(((episode.log_probs - episode.reference_log_probs) * mask).sum() / tokens),
+            cost=math.fsum(episode.costs) / len(episode.costs),
+            reward=episode.mean_reward,
+            kl=episode.mean_kl,
             clip_fraction=losses["clipped"] / (tokens * s.epochs),
             actor_loss=losses[ACTOR],
             ptx_loss=losses["ptx"],
@@ -180,31 +194,33 @@ class PpoLagrangian:
             cost_critic_loss=losses[COST_CRITIC],
             rollout_tokens_per_second=tokens / rollout_seconds,
             ended_share=sum(a[-1] == self._backbone.eos_token_id for a in answers) / len(answers),
+            skipped_updates=self._guard.skipped,
         )
 
     def _update(self, episode: Episode, advantages: Advantages, step: int) -> dict[str, float]:
         """Every epoch passes once over the episodes in minibatches; returns the last losses and clipped tokens."""
         s = self._settings
-        losses = {"clipped": 0.0, "ptx": 0.0, COST_CRITIC: 0.0}
+        losses = {"clipped": 0.0, "ptx": 0.0, REWARD_CRITIC: 0.0, COST_CRITIC: 0.0}
+        critics = (
+            (REWARD_CRITIC, episode.reward, advantages.reward_returns),
+            (COST_CRITIC, episode.cost, advantages.cost_returns),
+        )
         for epoch in range(s.epochs):
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + step * 101 + epoch)
             order = torch.randperm(len(episode.log_probs), generator=generator)
             demonstrations = self._draw_demonstrations(len(order), generator) if s.ptx_coefficient else None
             for rows in order.split(s.minibatch_size):
-                losses |= self._update_actor(episode, advantages.combined, rows, demonstrations, losses["clipped"])
-                losses[REWARD_CRITIC] = self._update_critic(
-                    REWARD_CRITIC, episode.batch, episode.reward, advantages.reward_returns, rows
-                )
-                if advantages.cost_returns is not None:
-                    losses[COST_CRITIC] = self._update_critic(
-                        COST_CRITIC, episode.batch, episode.cost, advantages.cost_returns, rows
-                    )
+                update = self._update_actor(episode, advantages.combined, rows, demonstrations, step)
+                losses |= update | {"clipped": losses["clipped"] + update["clipped"]}
+                for critic, appraisal, returns in critics:
+                    if critic in self.optimizers and returns is not None:
+                        losses[critic] = self._update_critic(critic, episode.batch, appraisal, returns, rows, step)
         return losses
 
     def _draw_demonstrations(self, count: int, generator: torch.Generator) -> SequenceBatch:
         """As many demonstrations as there are episodes, drawn with replacement."""
         drawn = torch.randint(len(self._demonstrations), (count,), generator=generator).tolist()
-        return _collated(self._backbone, [self._demonstrations[i] for i in drawn])
+        return collated(self._backbone, [self._demonstrations[i] for i in drawn])
 
     def _update_actor(
         self,
@@ -212,7 +228,7 @@ class PpoLagrangian:
         advantages: Tensor,
         rows: Tensor,
         demonstrations: SequenceBatch | None,
-        clipped_before: float,
+        step: int,
     ) -> dict[str, float]:
         batch = episode.batch.rows(rows)
         ptx = 0.0
@@ -231,14 +247,18 @@ class PpoLagrangian:
                 ptx_loss = answer_cross_entropy(self._answer_logits(demonstrated), demonstrated)
                 (self._settings.ptx_coefficient * ptx_loss).backward()
                 ptx = ptx_loss.item()
-        optimizer_step(self.optimizers[ACTOR], self._settings.max_gradient_norm)
-        return {ACTOR: loss.item(), "ptx": ptx, "clipped": clipped_before + clipped.item()}
+        self._step_optimizer(ACTOR, loss.item() + self._settings.ptx_coefficient * ptx, step)
+        return {ACTOR: loss.item(), "ptx": ptx, "clipped": clipped.item()}
+
+    def _step_optimizer(self, role: str, loss: float, step: int) -> None:
+        norm = self._settings.max_gradient_norm
+        self._guard.update(role, self.optimizers[role], loss=loss, max_gradient_norm=norm, step=step + 1)
 
     def _answer_logits(self, batch: SequenceBatch) -> Tensor:
         return self._backbone.answer_logits(batch.input_ids, batch.attention_mask, batch.answer_length, batch.trunk)
 
     def _update_critic(
-        self, critic: str, all_rows: SequenceBatch, appraisal: Appraisal, returns: Tensor, rows: Tensor
+        self, critic: str, all_rows: SequenceBatch, appraisal: Appraisal, returns: Tensor, rows: Tensor, step: int
     ) -> float:
         batch = all_rows.rows(rows)
         with self._backbone.role(critic, train=True):
@@ -255,62 +275,37 @@ class PpoLagrangian:
                 total_tokens=int(batch.answer_mask.sum()),
             )
             loss.backward()
-        optimizer_step(self.optimizers[critic], self._settings.max_gradient_norm)
+        self._step_optimizer(critic, loss.item(), step)
         return loss.item()
-
-
-def start_multiplier(settings: PpoSettings) -> MultiplierState:
-    """The multiplier's state before the first step."""
-    if settings.reward_shaping is not None:
-        return MultiplierState(nu=math.log(settings.reward_shaping))
-    if settings.lagrangian == "pid":
-        return start_pid(settings.lambda_init, _gains(settings))
-    return MultiplierState(nu=math.log(settings.lambda_init))
-
-
-def next_multiplier(
-    state: MultiplierState, episode_costs: Sequence[float], settings: PpoSettings, threshold: float
-) -> MultiplierState:
-    """The multiplier's state after a step with these costs, by the set rule; the weight of reward shaping stays."""
-    if settings.reward_shaping is not None:
-        return observe_costs(state, episode_costs, settings.cost_window)
-    bounds = {"floor": settings.lambda_min, "ceiling": settings.lambda_max}
-    if settings.lagrangian == "pid":
-        return update_multiplier_pid(
-            state, episode_costs, threshold=threshold, gains=_gains(settings), window=settings.cost_window, **bounds
-        )
-    return update_multiplier(
-        state,
-        episode_costs,
-        threshold=threshold,
-        learning_rate=settings.lambda_learning_rate,
-        window=settings.cost_window,
-        **bounds,
-    )
-
-
-def _gains(settings: PpoSettings) -> PidGains:
-    return PidGains(settings.pid_proportional, settings.pid_integral, settings.pid_derivative)
 
 
 def score_episode(
     backbone: Backbone, sequences: Sequence[TokenSequence], settings: PpoSettings, cost_floor: float | None = None
 ) -> Episode:
     """Everything the update needs to know of a rollout batch, measured without gradients."""
-    batch = _collated(backbone, sequences)
-    ended = torch.tensor([s.answer[-1] == backbone.eos_token_id for s in sequences], device=backbone.device)
+    batch = collated(backbone, sequences)
     reward = appraise(backbone, REWARD, REWARD_CRITIC, batch)
     cost = appraise(backbone, COST, COST_CRITIC, batch)
+    reward = replace(reward, score=reward.score - missing_eos(backbone, sequences, settings.missing_eos_penalty))
+    cost = replace(cost, score=aggregate_cost(cost.score, cost_floor))
     return Episode(
         batch=batch,
-        log_probs=_measure_log_probs(backbone, ACTOR, batch, settings.temperature),
-        reference_log_probs=_measure_log_probs(backbone, REFERENCE, batch, settings.temperature),
-        reward=replace(reward, score=reward.score - settings.missing_eos_penalty * (~ended).float()),
-        cost=replace(cost, score=aggregate_cost(cost.score, cost_floor)),
+        log_probs=measure_log_probs(backbone, ACTOR, batch, settings.temperature),
+        reference_log_probs=measure_log_probs(backbone, REFERENCE, batch, settings.temperature),
+        reward=reward,
+        cost=cost,
+        costs=cost.score.tolist(),
+        mean_reward=float(reward.score.mean()),
     )
 
 
-def _collated(backbone: Backbone, sequences: Sequence[TokenSequence]) -> SequenceBatch:
+def missing_eos(backbone: Backbone, sequences: Sequence[TokenSequence], penalty: float) -> Tensor:
+    """[B] the penalty for each answer that was cut off, 0 for the others."""
+    cut_off = [s.answer[-1] != backbone.eos_token_id for s in sequences]
+    return penalty * torch.tensor(cut_off, dtype=torch.float32, device=backbone.device)
+
+
+def collated(backbone: Backbone, sequences: Sequence[TokenSequence]) -> SequenceBatch:
     """A batch with the trunk's output, which all roles share."""
     batch = collate(sequences, backbone.eos_token_id, backbone.device)
     return replace(batch, trunk=backbone.trunk_states(batch.input_ids, batch.attention_mask))
@@ -333,7 +328,9 @@ def compute_advantages(episode: Episode, settings: PpoSettings, multiplier: floa
     With `ppo.reward_shaping` nu there is one signal, reward - nu cost, and one critic, the reward's.
     """
     mask = episode.batch.answer_mask
-    discounts = {"gamma": settings.gamma, "gae_lambda": settings.gae_lambda}
+    # without critics there is no value to stop at: the advantage of a token is all that follows
+    gae_lambda = settings.gae_lambda if settings.advantage_source == "models" else 1.0
+    discounts = {"gamma": settings.gamma, "gae_lambda": gae_lambda}
 
     def estimate(appraisal: Appraisal, kl_sign: float) -> tuple[Tensor, Tensor]:
         shaped = shape_rewards(
@@ -377,7 +374,7 @@ def _before_answer_tokens(per_token: Tensor, batch: SequenceBatch) -> Tensor:
     return per_token[:, -batch.answer_length - 1 : -1]
 
 
-def _measure_log_probs(backbone: Backbone, role: str, batch: SequenceBatch, temperature: float) -> Tensor:
+def measure_log_probs(backbone: Backbone, role: str, batch: SequenceBatch, temperature: float) -> Tensor:
     def measure(rows: Tensor) -> Tensor:
         part = batch.rows(rows)
         logits = backbone.answer_logits(part.input_ids, part.attention_mask, part.answer_length, part.trunk)

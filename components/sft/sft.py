@@ -13,10 +13,10 @@ from components.foundation.backbone import Backbone
 from components.foundation.base_model import resolve_base_model
 from components.foundation.batching import ChatEncoder, TokenSequence, answer_cross_entropy, collate
 from components.foundation.optimization import (
+    UpdateGuard,
     batch_count,
     cosine_factor,
     make_optimizer,
-    optimizer_step,
     set_learning_rate,
     shuffled_batches,
 )
@@ -71,6 +71,7 @@ def train_sft(
     optimizer = make_optimizer(backbone.trainable_parameters(role), settings.learning_rate)
     total = batch_count(len(examples), settings.batch_size, settings.epochs)
     batches = enumerate(shuffled_batches(examples, settings.batch_size, settings.epochs, seed))
+    guard = UpdateGuard()
     done = checkpoints.restore({role: optimizer}).step if checkpoints else 0
     for step, examples_of_step in islice(batches, done, None):
         set_learning_rate(optimizer, settings.learning_rate * cosine_factor(step, total, settings.warmup_share))
@@ -79,7 +80,7 @@ def train_sft(
             logits = backbone.answer_logits(batch.input_ids, batch.attention_mask, batch.answer_length)
             loss = answer_cross_entropy(logits, batch)
             loss.backward()
-        norm = optimizer_step(optimizer, max_gradient_norm=1.0)
+        norm = guard.update(role, optimizer, loss=loss.item(), max_gradient_norm=1.0, step=step + 1)
         on_step(step + 1, total, {"loss": loss.item(), "gradient_norm": norm})
         if checkpoints:
             checkpoints.after_step(step + 1, total)

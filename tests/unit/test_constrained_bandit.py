@@ -18,6 +18,7 @@ from scipy.optimize import brentq
 
 from components.foundation.settings import PpoSettings
 from components.ppo_lagrangian.multiplier import MultiplierState
+from components.ppo_lagrangian.multiplier_rule import next_multiplier, start_multiplier
 from components.ppo_lagrangian.objective import (
     actor_loss,
     combine_advantages,
@@ -25,7 +26,6 @@ from components.ppo_lagrangian.objective import (
     shape_rewards,
     whiten,
 )
-from components.ppo_lagrangian.trainer import next_multiplier, start_multiplier
 
 REWARD = np.array([2.0, 1.5, 0.5, 0.0, -1.0, 1.0])
 COST = np.array([3.0, 0.5, -1.0, -2.0, -0.5, 1.5])

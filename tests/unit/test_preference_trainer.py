@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,11 +40,14 @@ BATCHES = st.lists(st.tuples(SCORE, SCORE, SIGN, SIGN), min_size=1, max_size=6)
 Rows = list[tuple[float, float, float, float]]
 
 
-def scores_of(rows: Rows, requires_grad: bool = False) -> PreferenceScores:
+def scores_of(
+    rows: Rows, requires_grad: bool = False, severities: Sequence[tuple[float, float]] | None = None
+) -> PreferenceScores:
     columns = [torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True)]
     for column in columns[:2]:
         column.requires_grad_(requires_grad)
-    return PreferenceScores(*columns)
+    graded = severities or [(float(high > 0), float(low > 0)) for _, _, high, low in rows]
+    return PreferenceScores(*columns, *(torch.tensor(c, dtype=torch.float64) for c in zip(*graded, strict=True)))
 
 
 def minus_log_sigmoid(x: np.ndarray) -> np.ndarray:
@@ -105,6 +109,52 @@ def test_gradients_push_the_way_the_labels_say(rows: Rows) -> None:
     ):
         assert value.grad is not None
         assert torch.equal(torch.sign(value.grad - ranking), -sign)
+
+
+@pytest.mark.golden
+def test_severity_in_the_cost_loss_by_hand() -> None:
+    """All scores 0, so every logarithm is log 2. An unsafe answer of severity 3 counts 1 + 0.5 * 3, a safe one 1."""
+    loss, metrics = cost_loss(scores_of([(0.0, 0.0, 1.0, -1.0)], severities=[(3, 0)]), 0.0, severity_weight=0.5)
+    assert metrics["sign_loss"] == pytest.approx((2.5 + 1) * np.log(2))
+    assert metrics["ranking_loss"] == pytest.approx(np.log(2))
+    assert loss.item() == pytest.approx(4.5 * np.log(2))
+    both = [(2.0, 1.0, 1.0, 1.0)]
+    expected = 3 * np.log1p(np.exp(-2)) + 2 * np.log1p(np.exp(-1))
+    assert cost_loss(scores_of(both, severities=[(2, 1)]), 0.0, 1.0)[1]["sign_loss"] == pytest.approx(expected)
+
+
+@given(rows=BATCHES, eta=st.floats(0, 1))
+@settings(deadline=None, max_examples=40)
+def test_without_a_severity_weight_the_cost_loss_is_the_paper_s_bit_for_bit(rows: Rows, eta: float) -> None:
+    """Value and gradients, whatever the severities are."""
+
+    def paper(scores: PreferenceScores) -> torch.Tensor:
+        log_sigmoid = torch.nn.functional.logsigmoid
+        ranking = -log_sigmoid(scores.high - scores.low).mean()
+        sign = -(log_sigmoid(scores.high_sign * scores.high) + log_sigmoid(scores.low_sign * scores.low)).mean()
+        return ranking + sign + eta * (0.5 * (scores.high.square() + scores.low.square()).mean())
+
+    ours, theirs = (scores_of(rows, requires_grad=True, severities=[(3, 2)] * len(rows)) for _ in range(2))
+    loss, expected = cost_loss(ours, eta)[0], paper(theirs)
+    assert torch.equal(loss, expected)
+    loss.backward()
+    expected.backward()
+    assert torch.equal(ours.high.grad, theirs.high.grad)
+    assert torch.equal(ours.low.grad, theirs.low.grad)
+
+
+@given(score=SCORE, severity=st.integers(1, 3), weight=st.floats(0, 4))
+@settings(deadline=None, max_examples=40)
+def test_the_gradient_of_an_unsafe_answer_s_sign_term_grows_by_the_stated_factor(
+    score: float, severity: int, weight: float
+) -> None:
+    def sign_gradient(weight: float) -> float:
+        scores = scores_of([(score, score, 1.0, -1.0)], requires_grad=True, severities=[(severity, 0)])
+        cost_loss(scores, 0.0, weight)[0].backward()
+        assert scores.high.grad is not None
+        return scores.high.grad.item() + 0.5  # the ranking term of a tie has gradient -1/2
+
+    assert sign_gradient(weight) == pytest.approx((1 + weight * severity) * sign_gradient(0.0), abs=1e-9)
 
 
 def test_the_regulariser_pulls_every_score_to_zero() -> None:
@@ -187,6 +237,17 @@ def test_a_record_becomes_a_pair_with_unsafe_positive(
     assert (pair.high_sign, pair.low_sign) == signs
 
 
+@pytest.mark.parametrize(("level", "severity"), [(0, 1), (1, 1), (2, 2), (3, 3)])
+def test_a_pair_holds_the_severity_of_its_unsafe_answer(load_tiny: LoadTiny, level: int, severity: int) -> None:
+    """An unsafe answer without a level has the least severity, 1; a safe one has none, whatever its level."""
+    encoder = ChatEncoder(load_tiny("llama").tokenizer, 16, 16)
+    record = replace(RECORD, response_0_severity_level=level, response_1_severity_level=level)
+    pair = encode_pair(record, 0, encoder)
+    assert (pair.high_severity, pair.low_severity) == (severity, 0)
+    pair = encode_pair(record, 1, encoder)
+    assert (pair.high_severity, pair.low_severity) == (0, severity)
+
+
 SETTINGS = PreferenceModelSettings(epochs=4, learning_rate=0.02, batch_size=8, regularization=0.01)
 LORA = LoraSettings(rank=4, alpha=8)
 
@@ -237,6 +298,38 @@ def test_after_the_cost_loss_unsafe_answers_score_above_zero_and_safe_ones_below
     train(backbone, lambda scores: cost_loss(scores, 0.01))
     scores = score_validation(backbone, "reward", toy_pairs(backbone), batch_size=5)
     assert scores.high.min() > 0 > scores.low.max()
+
+
+def test_with_a_severity_weight_a_severe_answer_ends_with_a_higher_cost_than_a_mild_one(load_tiny: LoadTiny) -> None:
+    """Both kinds are unsafe, equally many, and never compared with each other."""
+
+    def costs_after(weight: float) -> tuple[float, float]:
+        backbone = load_tiny("llama")
+        backbone.add_role("cost", LORA, scored=True)
+        encoder = ChatEncoder(backbone.tokenizer, 16, 16)
+        severe, mild = (
+            [
+                ScoredPair(
+                    encoder.sequence(prompt, word + end), encoder.sequence(prompt, f"{word}.."), +1, -1, severity
+                )
+                for prompt in ("ab", "cde", "f")
+                for word in ("yes", "no", "maybe", "well")
+            ]
+            for end, severity in (("!!", 3), ("??", 1))
+        )
+        wish = SETTINGS.model_copy(update={"regularization": 0.1, "epochs": 6})
+        train_preference_model(
+            backbone, "cost", severe + mild, wish, lambda s: cost_loss(s, 0.1, weight), 0, lambda *step: None
+        )
+        severe_cost, mild_cost = (
+            score_validation(backbone, "cost", pairs, batch_size=12).high.mean().item() for pairs in (severe, mild)
+        )
+        assert severe_cost > 0 < mild_cost
+        return severe_cost, mild_cost
+
+    severe, mild = costs_after(2.0)
+    plain_severe, plain_mild = costs_after(0.0)
+    assert severe - mild > 0.3 > abs(plain_severe - plain_mild)
 
 
 def test_training_leaves_the_base_weights_alone(load_tiny: LoadTiny) -> None:

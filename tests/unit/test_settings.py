@@ -24,6 +24,7 @@ CHOICES = {
     "cost_model.start": "sft",
     "ppo.critics": "adapter",
     "ppo.lagrangian": "pid",
+    "ppo.advantage_source": "preference_oracle",
     "ppo.macro_action": "ngram",
     "ppo.reference": "previous",
     "store.uri": "s3://another-bucket/elsewhere",
@@ -170,6 +171,22 @@ def test_every_bad_setting_is_named_at_once() -> None:
 def test_unknown_profiles_are_refused_with_the_known_ones() -> None:
     with pytest.raises(SettingsError, match=r"'large'.*smol, tiny"):
         resolve_settings("large")
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("ppo.episodes_per_step=7", r"two answers a prompt.*episodes_per_step=7 must be even"),
+        ("ppo.lagrangian=pid", r"dual step of its own.*lagrangian=pid"),
+        ("ppo.reward_shaping=2", r"ppo\.reward_shaping=2.*scores of models"),
+        ("ppo.oracle_clip=0.5", r"ppo\.oracle_clip=0\.5"),
+        ("ppo.oracle_comparisons=0", r"ppo\.oracle_comparisons=0"),
+    ],
+)
+def test_what_does_not_go_with_a_preference_oracle_is_refused(override: str, words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        resolve_settings("tiny", overrides=["ppo.advantage_source=preference_oracle", override])
 
 
 def test_settings_are_frozen() -> None:
