@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from components.foundation.checkpoint_store import CheckpointStore
-from components.foundation.errors import TrainingError
+from components.foundation.errors import DivergenceError, TrainingError
 from components.foundation.run_context import finished_uri, open_run, open_stage
 from components.foundation.training_checkpoints import PREEMPTED_EXIT_CODE, TrainingCheckpoints
 from pipelines.services import Endpoints
@@ -208,6 +208,59 @@ def test_a_checkpoint_made_from_other_inputs_is_refused(runs: Runs, tmp_path: Pa
         ):
             checkpoints.restore(optimizers)
         assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.role_tensors("sft").items())
+
+
+@pytest.mark.fault
+def test_training_that_diverges_names_its_last_checkpoint_which_stays(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the third step on the loss is NaN: what is kept are the weights after the second."""
+    import torch
+
+    from components.foundation.backbone import Backbone
+    from components.foundation.base_model import resolve_base_model
+    from components.foundation.batching import TokenSequence
+    from components.foundation.optimization import make_optimizer
+    from components.foundation.settings import SftSettings
+    from components.sft import sft
+
+    losses, calls = sft.answer_cross_entropy, 0
+
+    def broken(*batch: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return losses(*batch) * (1.0 if calls <= 2 else float("nan"))
+
+    monkeypatch.setattr(sft, "answer_cross_entropy", broken)
+    examples, settings = [TokenSequence((5, 6), (70, 257))], SftSettings(batch_size=1, epochs=9)
+    good: dict[str, Any] = {}
+
+    def keep(step: int, *_: Any) -> None:
+        if step == 2:
+            good.update({name: tensor.clone() for name, tensor in backbone.role_tensors("sft").items()})
+
+    with open_stage(runs.peaceful, "sft", 9) as stage:
+        backbone = Backbone.load(resolve_base_model("tiny", stage.context.store), "float32", seed=0)
+        backbone.add_role("sft", stage.context.settings.lora, scored=False)
+        with (
+            pytest.raises(DivergenceError, match=r"sft, step 6: loss nan.*checkpoint is kept: s3://.*/step-5$"),
+            TrainingCheckpoints(stage, backbone, []) as checkpoints,
+        ):
+            sft.train_sft(backbone, "sft", examples, settings, 0, keep, checkpoints)
+        with torch.no_grad():
+            for tensor in backbone.role_tensors("sft").values():
+                tensor.fill_(7.0)
+        with TrainingCheckpoints(stage, backbone, []) as checkpoints:
+            optimizer = make_optimizer(backbone.trainable_parameters("sft"), 1e-3)
+            assert checkpoints.restore({"sft": optimizer}).step == 5
+        assert all(torch.equal(tensor, good[name]) for name, tensor in backbone.role_tensors("sft").items())
+
+    with (
+        open_stage(runs.peaceful, "sft", 10) as stage,
+        pytest.raises(DivergenceError, match=r"out of hand; no checkpoint had been saved yet$"),
+        TrainingCheckpoints(stage, backbone, []),
+    ):
+        raise DivergenceError("out of hand")
 
 
 def test_a_checkpoint_is_due_by_steps_or_by_time(runs: Runs) -> None:
