@@ -8,10 +8,10 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lint results clean
+.PHONY: help install run test lint results bench-bandit clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 install: $(VENV)/.installed ## make .venv with the pinned packages
 
@@ -38,6 +38,9 @@ lint: install ## ruff and mypy
 results: install ## run three seeds (an hour) and write the README's results table
 	for seed in 0 1 2; do $(MAKE) run PROFILE=smol SEED=$$seed WORKDIR=runs/seed-$$seed || exit 1; done
 	$(BIN)/python -m tests.benchmarks.results runs/seed-0 runs/seed-1 runs/seed-2
+
+bench-bandit: install ## fixed cost weights against the multiplier: draw the picture of ppo_lagrangian's README
+	$(BIN)/python -m tests.benchmarks.fixed_nu -o components/ppo_lagrangian/fixed_nu.svg
 
 clean: ## remove .venv and caches (work folders are kept)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -1,117 +1,18 @@
-"""PPO-Lagrangian on a problem whose optimum is known: a softmax bandit over tokens with given reward and cost.
-
-One token is one episode. For a fixed lambda the optimum of E[(r - lambda c) / (1 + lambda)] - beta KL(pi || ref) is pi
-proportional to ref exp((r - lambda c) / ((1 + lambda) beta)); lambda is where E[c] = d. The trainer's own functions are
-run on it: shaping, advantages, their combination, whitening, the clipped loss, the multiplier's update.
-"""
+"""PPO-Lagrangian's own functions on a problem whose optimum is known: see tests/benchmarks/bandit.py."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-import torch
-from scipy.optimize import brentq
 
 from components.foundation.settings import PpoSettings
-from components.ppo_lagrangian.multiplier import MultiplierState
 from components.ppo_lagrangian.multiplier_rule import next_multiplier, start_multiplier
-from components.ppo_lagrangian.objective import (
-    actor_loss,
-    combine_advantages,
-    generalized_advantages,
-    shape_rewards,
-    whiten,
-)
-
-REWARD = np.array([2.0, 1.5, 0.5, 0.0, -1.0, 1.0])
-COST = np.array([3.0, 0.5, -1.0, -2.0, -0.5, 1.5])
-REFERENCE = np.array([0.3, 0.1, 0.2, 0.1, 0.1, 0.2])
-BETA, THRESHOLD, EPISODES = 0.5, -0.5, 4000
-PAPER_NU = (0.01, 0.5, 1.0, 2.0, 5.0, 10.0, 100.0)
-
-
-def optimal_policy(multiplier: float) -> np.ndarray:
-    logits = np.log(REFERENCE) + (REWARD - multiplier * COST) / ((1 + multiplier) * BETA)
-    weights = np.exp(logits - logits.max())
-    return np.asarray(weights / weights.sum())
-
-
-def optimum() -> tuple[np.ndarray, float]:
-    multiplier = brentq(lambda value: optimal_policy(value) @ COST - THRESHOLD, 1e-6, 100.0)
-    return optimal_policy(multiplier), float(multiplier)
-
-
-@dataclass
-class Solution:
-    policy: np.ndarray
-    multipliers: list[float]
-
-
-def episodes_of(policy: torch.Tensor) -> torch.Tensor:
-    """[EPISODES] tokens in the proportions of the policy: a sample without noise."""
-    exact = policy * EPISODES
-    counts = exact.floor().long()
-    counts[(exact - counts).argsort(descending=True)[: EPISODES - int(counts.sum())]] += 1
-    return torch.arange(len(policy)).repeat_interleave(counts)
-
-
-def train(settings: PpoSettings, steps: int = 1500) -> Solution:
-    reward, cost = torch.tensor(REWARD), torch.tensor(COST)
-    reference = torch.tensor(REFERENCE).log()
-    logits = reference.clone().requires_grad_()
-    optimizer = torch.optim.SGD([logits], lr=0.15)
-    state: MultiplierState = start_multiplier(settings)
-    multipliers = []
-    for _ in range(steps):
-        with torch.no_grad():
-            old = logits.log_softmax(-1)
-            tokens = episodes_of(old.exp())
-        mask = torch.ones(len(tokens), 1, dtype=torch.bool)
-
-        def advantages(
-            score: torch.Tensor, sign: float, old: torch.Tensor = old, tokens: torch.Tensor = tokens
-        ) -> torch.Tensor:
-            shaped = shape_rewards(
-                old[tokens, None],
-                reference[tokens, None],
-                score[tokens],
-                mask,  # noqa: B023
-                kl_coefficient=settings.kl_coefficient,
-                kl_sign=sign,
-                clip=settings.score_clip,
-            )
-            baseline = shaped.mean().expand_as(shaped)  # a perfect critic: the mean over the policy
-            return generalized_advantages(shaped, baseline, mask, gamma=1.0, gae_lambda=1.0)[0]  # noqa: B023
-
-        if settings.reward_shaping is not None:
-            combined = advantages(reward - settings.reward_shaping * cost, -1.0)
-        else:
-            combined = combine_advantages(advantages(reward, -1.0), advantages(cost, +1.0), state.value)
-        loss, _ = actor_loss(
-            logits.log_softmax(-1)[tokens, None],
-            old[tokens, None],
-            whiten(combined, mask),
-            mask,
-            clip_ratio=settings.clip_ratio,
-            total_tokens=len(tokens),
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        state = next_multiplier(state, cost[tokens].tolist(), settings, THRESHOLD)
-        multipliers.append(state.value)
-    return Solution(logits.detach().softmax(-1).numpy(), multipliers)
-
-
-def bandit(**changes: object) -> PpoSettings:
-    return PpoSettings.model_validate(
-        {"kl_coefficient": BETA, "cost_window": EPISODES, "lambda_learning_rate": 0.05, "lambda_min": 0.01} | changes
-    )
-
+from tests.benchmarks.bandit import COST, PAPER_NU, REWARD, THRESHOLD, bandit, optimum, shaped_policy, train
+from tests.benchmarks.fixed_nu import Point, compare, picture, table
 
 Rule = Callable[[float], PpoSettings]
 RULES: dict[str, Rule] = {
@@ -134,30 +35,51 @@ def test_it_reaches_the_known_policy_and_multiplier_from_far_below_and_far_above
     assert found.policy @ COST == pytest.approx(THRESHOLD, abs=0.02)
 
 
-@pytest.mark.golden
-def test_a_fixed_weight_meets_the_limit_only_by_luck() -> None:
-    """The paper's comparison: each fixed nu breaks the limit or pays for it; the multiplier does neither."""
-    policy, _ = optimum()
-    best = policy @ REWARD
-    unsafe = over_careful = 0
-    for nu in PAPER_NU:
-        fixed = train(bandit(reward_shaping=nu)).policy
-        if fixed @ COST > THRESHOLD + 0.02:
-            unsafe += 1
-        else:
-            over_careful += 1
-            assert fixed @ REWARD < best - 0.02, nu
-    assert unsafe >= 1
-    assert over_careful >= 1
+@pytest.fixture(scope="module")
+def points() -> list[Point]:
+    return compare()
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("nu", [0.5, 2.0])
-def test_reward_shaping_reaches_the_optimum_of_the_shaped_reward(nu: float) -> None:
-    """pi proportional to ref exp((r - nu c) / beta)."""
-    logits = np.log(REFERENCE) + (REWARD - nu * COST) / BETA
-    expected = np.exp(logits - logits.max())
-    np.testing.assert_allclose(train(bandit(reward_shaping=nu)).policy, expected / expected.sum(), atol=0.02)
+def test_every_fixed_weight_reaches_the_optimum_of_its_own_shaped_reward(points: list[Point]) -> None:
+    """pi proportional to ref exp((r - nu c) / beta), within 0.03 of its mean reward and 0.06 of its mean cost."""
+    fixed = [point for point in points if point.nu is not None]
+    assert [point.nu for point in fixed] == list(PAPER_NU)
+    for point in fixed:
+        assert point.nu is not None
+        policy = shaped_policy(point.nu)
+        assert point.reward == pytest.approx(policy @ REWARD, abs=0.03), point.nu
+        assert point.cost == pytest.approx(policy @ COST, abs=0.06), point.nu
+
+
+@pytest.mark.golden
+def test_the_multiplier_meets_the_limit_with_the_optimum_s_reward(points: list[Point]) -> None:
+    (dynamic,) = (point for point in points if point.nu is None)
+    assert dynamic.cost == pytest.approx(THRESHOLD, abs=0.02)
+    assert dynamic.reward == pytest.approx(optimum()[0] @ REWARD, abs=0.02)
+
+
+@pytest.mark.golden
+def test_each_of_the_paper_s_fixed_weights_breaks_the_limit_or_pays_for_it() -> None:
+    """Of the analytic optima: nu up to 0.5 costs too much, nu from 1 on has less reward than the multiplier leaves."""
+    best = optimum()[0] @ REWARD
+    too_costly = [nu for nu in PAPER_NU if shaped_policy(nu) @ COST > THRESHOLD + 0.1]
+    over_careful = [nu for nu in PAPER_NU if shaped_policy(nu) @ COST < THRESHOLD and shaped_policy(nu) @ REWARD < best]
+    assert (too_costly, over_careful) == ([0.01, 0.5], [1.0, 2.0, 5.0, 10.0, 100.0])
+
+
+def test_the_picture_and_the_table_show_every_point(points: list[Point]) -> None:
+    rows = table(points).splitlines()[2:]
+    assert len(rows) == len(PAPER_NU) + 1
+    for point, row in zip(points, rows, strict=True):
+        assert f"| {point.cost:.2f} | {point.reward:.2f} |" in row.replace("\u2212", "-")
+    root = ElementTree.fromstring(picture(points))
+    circles = root.findall("{http://www.w3.org/2000/svg}circle")
+    assert len(circles) == len(points)
+    across, up = ([float(circle.attrib[key]) for circle in circles] for key in ("cx", "cy"))
+    assert np.argsort(across).tolist() == np.argsort([round(p.cost, 3) for p in points]).tolist()
+    assert np.corrcoef(across, [point.cost for point in points])[0, 1] == pytest.approx(1.0)
+    assert np.corrcoef(up, [point.reward for point in points])[0, 1] == pytest.approx(-1.0)
 
 
 def test_reward_shaping_leaves_its_weight_alone() -> None:
