@@ -6,6 +6,12 @@ from components.foundation.results import PpoTrace
 from components.foundation.settings import Settings
 
 
+def _objective(settings: Settings) -> str:
+    if settings.ppo.advantage_source == "preference_oracle":
+        return "it is as helpful as an annotator's comparisons say, subject to a limit on the share of unsafe answers."
+    return "it maximises a reward model for helpfulness subject to a limit on a cost model for harm."
+
+
 def model_card(settings: Settings, run_id: str, round_number: int, trace: PpoTrace) -> str:
     """Markdown with a YAML head: what the weights are, how they came about, what to be careful of."""
     steps = len(trace.cost)
@@ -17,7 +23,7 @@ tags: [safe-rlhf, ppo-lagrangian]
 # Policy of round {round_number}, run {run_id}
 
 `{settings.base_model}`, fine-tuned on demonstrations and then aligned by PPO-Lagrangian (Safe RLHF, arXiv 2310.12773):
-it maximises a reward model for helpfulness subject to a limit on a cost model for harm.
+{_objective(settings)}
 
 | | |
 |---|---|
