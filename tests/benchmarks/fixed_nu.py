@@ -88,7 +88,7 @@ def table(points: Sequence[Point]) -> str:
 
 def picture(points: Sequence[Point]) -> str:
     """A standalone SVG, light or dark as its reader's screen is."""
-    across_ticks, up_ticks = tidy_ticks(-2.0, 2.5), tidy_ticks(0.0, 2.0)
+    across_ticks, up_ticks = tidy_ticks(-2.2, 3.2, intervals=7), tidy_ticks(-0.1, 2.0)
     across = Scale(across_ticks[0], across_ticks[-1], _BOX.left, _BOX.right)
     up = Scale(up_ticks[0], up_ticks[-1], _BOX.bottom, _BOX.top)
     limit = across(THRESHOLD)
@@ -115,23 +115,23 @@ def _curve(across: Scale, up: Scale) -> str:
 
 
 def _dots(points: Sequence[Point], across: Scale, up: Scale) -> list[Markup]:
-    """Points that lie on one another share a label."""
+    """Labels stand below the curve; points that lie close to one another share one."""
     parts, shown = [], list[tuple[float, float, list[str]]]()
     for point in points:
         x, y = across(point.cost), up(point.reward)
         css, radius = ("policy", 6.0) if point.nu is None else ("fixed", 4.5)
         title = element("title", f"{point.label}: cost {number(point.cost, 2)}, reward {number(point.reward, 2)}")
         parts.append(element("circle", title, cx=x, cy=y, r=radius, class_=css))
-        near = next((labels for other_x, other_y, labels in shown if abs(x - other_x) + abs(y - other_y) < 8), None)
+        near = next((labels for other_x, other_y, labels in shown if abs(x - other_x) + abs(y - other_y) < 20), None)
         if near is None:
             shown.append((x, y, [point.label]))
         else:
             near.append(point.label.removeprefix("nu "))
     for x, y, labels in shown:
         css = "value" if labels == ["multiplier"] else "tick"
-        at_end = x > _BOX.right - 60
-        offset = -10 if at_end else 10
-        parts.append(text(", ".join(labels), x + offset, y + 14, anchor="end" if at_end else "start", css=css))
+        alone = len(labels) == 1
+        place = {"x": x + 10, "y": y + 14} if alone else {"x": x, "y": y + 22}
+        parts.append(text(", ".join(labels), **place, anchor="start" if alone else "middle", css=css))
     return parts
 
 
