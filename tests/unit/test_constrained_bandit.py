@@ -77,7 +77,6 @@ def test_the_picture_and_the_table_show_every_point(points: list[Point]) -> None
     circles = root.findall("{http://www.w3.org/2000/svg}circle")
     assert len(circles) == len(points)
     across, up = ([float(circle.attrib[key]) for circle in circles] for key in ("cx", "cy"))
-    assert np.argsort(across).tolist() == np.argsort([round(p.cost, 3) for p in points]).tolist()
     assert np.corrcoef(across, [point.cost for point in points])[0, 1] == pytest.approx(1.0)
     assert np.corrcoef(up, [point.reward for point in points])[0, 1] == pytest.approx(-1.0)
 
