@@ -23,7 +23,7 @@ from components.foundation.batching import (
     last_answer_token,
     token_log_probs,
 )
-from components.foundation.optimization import make_optimizer, optimizer_step
+from components.foundation.optimization import cosine_factor, make_optimizer, optimizer_step, set_learning_rate
 from components.foundation.policy import ACTOR
 from components.foundation.rollout import RolloutEngine, Sampling
 from components.foundation.settings import PpoSettings
@@ -186,6 +186,9 @@ class PpoLagrangian:
         """Every epoch passes once over the episodes in minibatches; returns the last losses and clipped tokens."""
         s = self._settings
         losses = {"clipped": 0.0, "ptx": 0.0, COST_CRITIC: 0.0}
+        if s.actor_schedule == "cosine":
+            factor = cosine_factor(step, s.steps, warmup_share=0.0)
+            set_learning_rate(self.optimizers[ACTOR], s.actor_learning_rate * factor)
         for epoch in range(s.epochs):
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + step * 101 + epoch)
             order = torch.randperm(len(episode.log_probs), generator=generator)
