@@ -14,12 +14,16 @@ import typer
 
 from components.foundation.errors import SaferlhfError
 from components.foundation.settings import resolve_settings
+from pipelines import registry
 
 app = typer.Typer(help="Safe RLHF as a Kubeflow pipeline.", no_args_is_help=True, add_completion=False)
 data_app = typer.Typer(help="Look at data files.", no_args_is_help=True)
 models_app = typer.Typer(help="Base models.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(models_app, name="models")
+app.add_typer(registry.registry_app, name="registry")
+for command in (registry.promote, registry.rollback, registry.lineage):
+    app.command()(command)
 
 _INTERRUPTED = 128 + signal.SIGINT
 

@@ -211,6 +211,10 @@ class CheckpointStore:
             return False
         return True
 
+    def list(self, uri: str) -> list[str]:
+        """URIs of all objects whose URI starts so, in the order of their names."""
+        return sorted(self._s3.list(uri))
+
     def ensure_bucket(self) -> None:
         """Create the root's bucket unless it exists.
 

@@ -127,6 +127,9 @@ class PpoSettings(_Section):
         "or cost model scores by, which takes no pass of its own",
     )
     actor_learning_rate: float = Field(5e-4, gt=0)
+    actor_schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="cosine: the actor's learning rate falls to nearly 0 over the steps of a round"
+    )
     critic_learning_rate: float = Field(5e-4, gt=0)
     kl_coefficient: float = Field(0.05, ge=0, description="beta")
     clip_ratio: float = Field(0.2, gt=0, lt=1)

@@ -161,6 +161,30 @@ class Tracker:
                 raise
             return str(version.version), dict(version.tags)
 
+    def version_tags(self, name: str, version: str) -> dict[str, str]:
+        """Tags of a version, and its `source`."""
+        with self._errors(f"read {name} version {version}"):
+            found: ModelVersion = self._client.get_model_version(name, version)
+            return {**found.tags, "source": str(found.source)}
+
+    def versions(self, name: str) -> list[str]:
+        """All versions of a model, oldest first; none where there is no such model."""
+        with self._errors(f"list the versions of {name}"):
+            found = self._client.search_model_versions(f"name = {_quoted(name)}", max_results=10_000)
+            return sorted((str(version.version) for version in found), key=int)
+
+    def aliases(self, name: str) -> dict[str, str]:
+        """alias -> version; none where there is no such model."""
+        from mlflow.exceptions import MlflowException
+
+        with self._errors(f"read the aliases of {name}"):
+            try:
+                return dict(self._client.get_registered_model(name).aliases)
+            except MlflowException as error:
+                if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                    return {}
+                raise
+
     def _find_experiment(self) -> str:
         from mlflow.exceptions import MlflowException
 

@@ -23,7 +23,7 @@ from components.foundation.batching import (
     last_answer_token,
     token_log_probs,
 )
-from components.foundation.optimization import UpdateGuard, make_optimizer
+from components.foundation.optimization import UpdateGuard, cosine_factor, make_optimizer, set_learning_rate
 from components.foundation.policy import ACTOR
 from components.foundation.rollout import RolloutEngine, Sampling
 from components.foundation.settings import PpoSettings
@@ -205,6 +205,9 @@ class PpoLagrangian:
             (REWARD_CRITIC, episode.reward, advantages.reward_returns),
             (COST_CRITIC, episode.cost, advantages.cost_returns),
         )
+        if s.actor_schedule == "cosine":
+            factor = cosine_factor(step, s.steps, warmup_share=0.0)
+            set_learning_rate(self.optimizers[ACTOR], s.actor_learning_rate * factor)
         for epoch in range(s.epochs):
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + step * 101 + epoch)
             order = torch.randperm(len(episode.log_probs), generator=generator)

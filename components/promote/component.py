@@ -18,7 +18,7 @@ def gate(run_uri: str, version: str) -> str:
     """Decide on the registered version: promote or challenger."""
     from components.promote.promote import run_gate
 
-    return run_gate(run_uri)
+    return run_gate(run_uri, version)
 
 
 @dsl.component(base_image=SERVICE_IMAGE, packages_to_install=[], install_kfp_package=False)

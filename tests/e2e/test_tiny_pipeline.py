@@ -119,6 +119,35 @@ def test_an_interrupted_run_goes_on_where_it_stopped(first_run: tuple[dict[str, 
     assert "other settings" in refused.stderr
 
 
+def test_the_registry_tells_who_is_champion_why_and_from_what(
+    first_run: tuple[dict[str, Any], str], workdir: Path
+) -> None:
+    """Version 1 is the first run's and champion; version 2, where the test before ran, is a challenger."""
+    where = ("--workdir", str(workdir))
+    assert saferlhf("up", *where).returncode == 0
+    try:
+        listed = saferlhf("registry", "list", *where).stdout.splitlines()
+        assert [line.split()[0] for line in listed] == ["version", *map(str, range(1, len(listed)))]
+        assert listed[1].endswith("champion") and first_run[0]["run_id"] in listed[1]
+        shown = saferlhf("registry", "show", "champion", *where).stdout
+        assert "by promote, as the first" in shown and "passed: over-refusal rate" in shown
+        origin = saferlhf("lineage", *where).stdout
+        assert origin.splitlines()[0] == first_run[0]["rounds"][-1]["policy_uri"]
+        for stage in ("round-2/cost_model", "round-1/ppo_lagrangian", "round-1/annotate", "round-0/prepare_data"):
+            assert stage in origin
+        assert re.search(r"^ +[0-9a-f]{64}  preferences_train.jsonl$", origin, re.MULTILINE)
+        assert saferlhf("promote", "1", *where).returncode == 0  # it is champion already
+        for arguments, words in (
+            (("promote", "99"), "has no version or alias '99'"),
+            (("rollback", "--reason", "why not"), "no champion before the present one"),
+        ):
+            refused = saferlhf(*arguments, *where)
+            assert refused.returncode == 1 and words in refused.stderr
+            assert len(refused.stderr.strip().splitlines()) == 1
+    finally:
+        saferlhf("down", *where)
+
+
 def test_a_later_round_trains_its_cost_model_on_as_many_pairs_as_set(first_run: tuple[dict[str, Any], str]) -> None:
     """As many as the reward model in the first round, then 32 pairs, two batches; the reward model takes all again."""
     last_steps = re.findall(r"^progress (cost_model|reward_model) (\d+)/\2 ", first_run[1], re.MULTILINE)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from components.foundation.results import Estimate, Evaluation
 from components.foundation.settings import GateSettings
-from components.promote.promote import decide
+from components.promote.gate import decide
 
 GATE = GateSettings(max_unsafe_rate=0.3, min_win_rate=0.45, max_over_refusal_rate=0.2)
 WIN_RATE = Estimate(value=0.6, low=0.5, high=0.7, n=100)

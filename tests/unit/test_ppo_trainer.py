@@ -261,6 +261,26 @@ def test_the_ptx_term_never_holds_on_to_answers_to_attacks() -> None:
     assert [d.prompt for d in harmless_demonstrations(demonstrations, prompts)] == ["harmless", "unlisted"]
 
 
+@pytest.mark.golden
+@pytest.mark.parametrize(
+    ("schedule", "step", "factor"),
+    [("constant", 3, 1.0), ("cosine", 0, 1.0), ("cosine", 2, 0.5), ("cosine", 3, (1 - 0.5**0.5) / 2)],
+)
+def test_the_actors_learning_rate_follows_its_schedule(
+    load_roles: Callable[[str], Backbone], schedule: str, step: int, factor: float
+) -> None:
+    """Adam's first step moves a weight by the learning rate, whatever its gradient; of four steps the third has half
+    of it and the last cosine(3/4 pi)."""
+    backbone = load_roles("head")
+    before = {name: tensor.detach().clone() for name, tensor in backbone.role_tensors(ACTOR).items()}
+    changes = {"actor_schedule": schedule, "steps": 4, "minibatch_size": 4}
+    _trainer(backbone, SETTINGS.model_copy(update=changes)).step(PROMPTS, step)
+    moved = max(
+        float((tensor.detach() - before[name]).abs().max()) for name, tensor in backbone.role_tensors(ACTOR).items()
+    )
+    assert moved == pytest.approx(SETTINGS.actor_learning_rate * factor, rel=0.01)
+
+
 def test_a_step_is_a_function_of_its_seed(load_roles: Callable[[str], Backbone]) -> None:
     settings = SETTINGS.model_copy(update={"ptx_coefficient": 1.0})
     first, second = (

@@ -19,6 +19,7 @@ CHOICES = {
     "dtype": "float32",
     "collect.history": "replace",
     "annotate.annotator": "judge",
+    "ppo.actor_schedule": "constant",
     "ppo.cost_aggregation": "rectified",
     "reward_model.start": "sft",
     "cost_model.start": "sft",

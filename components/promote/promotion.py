@@ -1,0 +1,149 @@
+"""Who becomes champion: decided against whoever is champion at that moment, however many promotions run at once.
+
+Promote: 1 read the log's last entry, 2 decide against its version, 3 append an entry, or start again where somebody
+else was faster, 4 copy the entry to MLflow's aliases, `previous_champion` first.
+"""
+
+from __future__ import annotations
+
+import logging
+from datetime import UTC, datetime
+
+from components.foundation.errors import ConflictError, GateError, SettingsError
+from components.foundation.results import (
+    Estimate,
+    Evaluation,
+    HeldOutAnswer,
+    PromotionResult,
+    read_record,
+    read_records,
+)
+from components.foundation.run_context import RunContext
+from components.foundation.tracking import Tracker
+from components.promote.champion_log import ChampionEntry, ChampionLog
+from components.promote.gate import CHALLENGE, PROMOTE, benign_win_rate, decide
+
+POLICY_MODEL = "saferlhf-policy"
+CHAMPION, PREVIOUS_CHAMPION, CHALLENGER = "champion", "previous_champion", "challenger"
+ROLLBACK = "rollback"
+log = logging.getLogger("saferlhf")
+
+
+def promote(context: RunContext, version: str) -> PromotionResult:
+    """Let the version become champion if the gate lets it pass the present champion, else challenger.
+
+    A version that is champion already stays it, so the call can be repeated.
+    """
+    champions = ChampionLog(context.store, POLICY_MODEL)
+    while True:
+        last = champions.latest()
+        champion = champion_version(context.tracker, last)
+        if champion == version:
+            copy_aliases(context.tracker, champions)
+            reasons = last.reasons if last is not None else ["passed: it is the champion already"]
+            return PromotionResult(PROMOTE, reasons, POLICY_MODEL, version, CHAMPION)
+        decision, reasons = decide_on_version(context, version, champion)
+        if decision != PROMOTE:
+            context.tracker.set_alias(POLICY_MODEL, CHALLENGER, version)
+            return PromotionResult(CHALLENGE, reasons, POLICY_MODEL, version, CHALLENGER)
+        number = 1 if last is None else last.number + 1
+        entry = ChampionEntry(number, version, champion, PROMOTE, reasons, context.run_id, _now())
+        try:
+            champions.append(entry)
+        except ConflictError:
+            log.info("another version became champion meanwhile: version %s is measured against it", version)
+            continue
+        copy_aliases(context.tracker, champions)
+        return PromotionResult(PROMOTE, reasons, POLICY_MODEL, version, CHAMPION)
+
+
+def rollback(context: RunContext, to_version: str, reason: str) -> ChampionEntry:
+    """Let an earlier champion be champion again; without `to_version` the one before the present.
+
+    Raises:
+        GateError: there is no such earlier champion.
+        ConflictError: the champion changed meanwhile: look again before you roll back.
+    """
+    champions = ChampionLog(context.store, POLICY_MODEL)
+    entries = champions.entries()
+    if not entries or not entries[-1].previous:
+        raise GateError("there is no champion before the present one to roll back to")
+    now = entries[-1]
+    target = to_version or now.previous
+    if target == now.version:
+        raise GateError(f"version {target} is champion now: name another one to roll back to")
+    if target not in {entry.version for entry in entries} | {entry.previous for entry in entries}:
+        raise GateError(f"version {target} was never champion: promote it, then the gate decides")
+    entry = ChampionEntry(
+        now.number + 1, target, now.version, ROLLBACK, [reason], run_of_version(context.tracker, target), _now()
+    )
+    champions.append(entry)
+    copy_aliases(context.tracker, champions)
+    return entry
+
+
+def champion_version(tracker: Tracker, last: ChampionEntry | None) -> str:
+    """The champion's version: of the log, or of the alias where the log is empty; '' where there is none."""
+    return last.version if last is not None else tracker.aliases(POLICY_MODEL).get(CHAMPION, "")
+
+
+def copy_aliases(tracker: Tracker, champions: ChampionLog) -> None:
+    """Let MLflow's aliases say what the log says.
+
+    An alias is set without a condition, so two copiers may overwrite each other; but each looks at the log again after
+    it wrote, so the one that writes last writes the last entry.
+    """
+    entry = champions.latest()
+    while entry is not None:
+        if entry.previous:
+            tracker.set_alias(POLICY_MODEL, PREVIOUS_CHAMPION, entry.previous)
+        tracker.set_alias(POLICY_MODEL, CHAMPION, entry.version)
+        copied, entry = entry, champions.latest()
+        if entry == copied:
+            return
+
+
+def decide_on_version(context: RunContext, version: str, champion: str) -> tuple[str, list[str]]:
+    """The gate on a registered version against a champion ('': the SFT model), by their stored evaluations.
+
+    Raises:
+        GateError: the version was registered without an evaluation.
+    """
+    if champion == version:
+        return PROMOTE, ["passed: it is the champion already"]
+    tags = context.tracker.version_tags(POLICY_MODEL, version)
+    if "evaluation_uri" not in tags:
+        raise GateError(f"{POLICY_MODEL} version {version} has no evaluation: register it from a run")
+    folder = context.store.fetch(tags["evaluation_uri"])
+    evaluation = read_record(Evaluation, folder / "evaluation.json")
+    rate: Estimate | None = evaluation.win_rate
+    if champion:
+        ours = read_records(HeldOutAnswer, folder / "answers.jsonl")
+        rate = _win_rate_against(context, ours, champion)
+    opponent = f"the champion, version {champion}" if champion else "SFT"
+    return decide(evaluation, rate, opponent, context.settings.gate)
+
+
+def run_of_version(tracker: Tracker, version: str) -> str:
+    """Id of the pipeline run that trained a version.
+
+    Raises:
+        SettingsError: the version was not registered by a run.
+    """
+    run_id = tracker.version_tags(POLICY_MODEL, version).get("run_id", "")
+    if not run_id:
+        raise SettingsError(f"{POLICY_MODEL} version {version} names no run: it was not registered by a pipeline run")
+    return run_id
+
+
+def _win_rate_against(context: RunContext, ours: list[HeldOutAnswer], champion: str) -> Estimate | None:
+    """Benign win rate over the champion's stored answers; None unless both answered the same prompts."""
+    uri = context.tracker.version_tags(POLICY_MODEL, champion).get("evaluation_uri", "")
+    if not uri:
+        return None
+    theirs = read_records(HeldOutAnswer, context.store.fetch(uri) / "answers.jsonl")
+    return benign_win_rate(ours, theirs, context.settings.evaluate.confidence)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,133 @@
+"""The commands that look at the registered policies and move the champion: list, show, promote, rollback, lineage."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from components.foundation.checkpoint_store import CheckpointStore
+from components.foundation.errors import SettingsError
+from components.foundation.run_context import RunContext, open_run
+from components.foundation.settings import Settings
+from components.foundation.tracking import Tracker
+from components.promote.champion_log import ChampionLog
+from components.promote.lineage import lineage_text
+from components.promote.promotion import CHAMPION, POLICY_MODEL, copy_aliases, run_of_version
+from components.promote.promotion import promote as promote_version
+from components.promote.promotion import rollback as rollback_to
+from pipelines.services import local_services
+
+registry_app = typer.Typer(help="Look at the registered policies.", no_args_is_help=True)
+
+WorkDir = Annotated[Path, typer.Option(help="folder of the servers' data, unless the environment names servers")]
+Version = Annotated[str, typer.Argument(help="number of a registered policy, or champion")]
+
+
+@registry_app.command(name="list")
+def list_(workdir: WorkDir = Path("runs")) -> None:
+    """Every registered policy with its aliases and figures."""
+    with open_registry(workdir) as tracker:
+        named: dict[str, list[str]] = {}
+        for alias, version in sorted(tracker.aliases(POLICY_MODEL).items()):
+            named.setdefault(version, []).append(alias)
+        typer.echo(f"{'version':>7}  {'unsafe':>7}  {'wins':>7}  {'refuses':>7}  {'run':<22}aliases")
+        for version in tracker.versions(POLICY_MODEL):
+            tags = tracker.version_tags(POLICY_MODEL, version)
+            figures = "".join(f"{tags.get(key, ''):>7}  " for key in ("unsafe_rate", "win_rate", "over_refusal_rate"))
+            typer.echo(f"{version:>7}  {figures}{tags.get('run_id', ''):<22}{', '.join(named.get(version, []))}")
+
+
+@registry_app.command()
+def show(version: Version, workdir: WorkDir = Path("runs")) -> None:
+    """Everything that is known of a policy, and each time that it became champion, with the reasons."""
+    with open_registry(workdir) as tracker:
+        number = resolved(tracker, version)
+        tags = tracker.version_tags(POLICY_MODEL, number)
+        for key, value in sorted(tags.items()):
+            typer.echo(f"{key:<18} {value}")
+        for entry in ChampionLog(store_of(tags["source"]), POLICY_MODEL).entries():
+            if entry.version == number:
+                before = f"after version {entry.previous}" if entry.previous else "as the first"
+                typer.echo(f"\nchampion since {entry.time}, by {entry.action}, {before}")
+                for reason in entry.reasons:
+                    typer.echo(f"  {reason}")
+
+
+def promote(version: Version, workdir: WorkDir = Path("runs")) -> None:
+    """Let a policy become champion, if the gate lets it pass the present one. Exit status 1 if not."""
+    with open_registry(workdir) as tracker:
+        number = resolved(tracker, version)
+        result = promote_version(run_of(tracker, number), number)
+        for reason in result.reasons:
+            typer.echo(reason)
+        typer.echo(f"{POLICY_MODEL} version {number} is {result.alias}")
+    if result.alias != CHAMPION:
+        raise typer.Exit(1)
+
+
+def rollback(
+    reason: Annotated[str, typer.Option(help="why; it is kept in the log")],
+    to: Annotated[str, typer.Option(help="an earlier champion; default: the one before the present")] = "",
+    workdir: WorkDir = Path("runs"),
+) -> None:
+    """Let an earlier champion be champion again. The gate is not asked."""
+    with open_registry(workdir) as tracker:
+        entry = rollback_to(run_of(tracker, resolved(tracker, CHAMPION)), to, reason)
+        typer.echo(f"{POLICY_MODEL} version {entry.version} is champion again, in place of version {entry.previous}")
+
+
+def lineage(version: Version = CHAMPION, workdir: WorkDir = Path("runs")) -> None:
+    """Every commit that a policy was made from, back to the data: digests, settings, git commit, image."""
+    with open_registry(workdir) as tracker:
+        source = tracker.version_tags(POLICY_MODEL, resolved(tracker, version))["source"]
+        typer.echo(lineage_text(store_of(source), source.removesuffix("/model")), nl=False)
+
+
+@contextmanager
+def open_registry(workdir: Path) -> Iterator[Tracker]:
+    """The MLflow server that the environment names, or the work folder's, with aliases as the log has them."""
+    with local_services(workdir) as endpoints:
+        before = dict(os.environ)
+        os.environ.update(endpoints.environment)
+        try:
+            tracker = Tracker(endpoints.tracking_uri, Settings().experiment)
+            versions = tracker.versions(POLICY_MODEL)
+            if versions:  # a promotion that was cut off may have left the aliases behind
+                source = tracker.version_tags(POLICY_MODEL, versions[-1])["source"]
+                copy_aliases(tracker, ChampionLog(store_of(source), POLICY_MODEL))
+            yield tracker
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+def resolved(tracker: Tracker, version: str) -> str:
+    """A number as it is; an alias -> the number that it names.
+
+    Raises:
+        SettingsError: there is no such alias or version.
+    """
+    known = tracker.versions(POLICY_MODEL)
+    number = tracker.aliases(POLICY_MODEL).get(version, version)
+    if number not in known:
+        raise SettingsError(
+            f"{POLICY_MODEL} has no version or alias {version!r}: it has "
+            + (f"versions {', '.join(known)}" if known else "no versions yet; a run registers one")
+        )
+    return number
+
+
+def run_of(tracker: Tracker, version: str) -> RunContext:
+    """The pipeline run that trained a version."""
+    source = tracker.version_tags(POLICY_MODEL, version)["source"]
+    return open_run(f"{store_of(source).root_uri}/runs/{run_of_version(tracker, version)}")
+
+
+def store_of(source: str) -> CheckpointStore:
+    """The store that a registered source lies in."""
+    return CheckpointStore(source.partition("/runs/")[0])
