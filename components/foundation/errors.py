@@ -13,6 +13,10 @@
     |   +-- GateError        a model is not good enough for the next stage to stand on
     |   +-- ConstraintError  the cost threshold is inert or impossible
     +-- ServiceError         a local server (S3, MLflow) did not start
+    +-- ClusterError         the Kubernetes cluster cannot be reached, or refuses a call
+        +-- JobConflictError there is a TrainJob of our name that is not ours
+        +-- JobDeletedError  somebody else deleted the TrainJob
+        +-- JobFailedError   the TrainJob ended as Failed, or was preempted too often
 
 A message says what is wrong, with the value, and what to do. The command line
 prints the message alone, without a traceback, and exits with status 1.
@@ -69,3 +73,19 @@ class ConstraintError(TrainingError):
 
 class ServiceError(SaferlhfError):
     """A local server did not start or did not become healthy."""
+
+
+class ClusterError(SaferlhfError):
+    """The Kubernetes cluster cannot be reached, or refuses a call."""
+
+
+class JobConflictError(ClusterError):
+    """There is a TrainJob of our name that is not ours."""
+
+
+class JobDeletedError(ClusterError):
+    """Somebody else deleted the TrainJob that a step was following."""
+
+
+class JobFailedError(ClusterError):
+    """The TrainJob ended as Failed, or was preempted too often; the message has its log's end and its events."""
