@@ -31,7 +31,7 @@ Json = dict[str, Any]
 _SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _PASSING = frozenset({410, 429, 500, 502, 503, 504})
 _LONGEST_RETRY_AFTER = 300.0
-_CONNECT_SECONDS, _ANSWER_SECONDS, _WATCH_SECONDS = 10, 60, 240
+_CONNECT_SECONDS, _WATCH_SECONDS = 10, 240
 _HINTS = {
     401: "the service account's token is not accepted",
     403: "grant the step's service account this verb (the Helm chart of saferlhf does)",
@@ -42,11 +42,15 @@ log = logging.getLogger("saferlhf")
 
 @dataclass(frozen=True)
 class Backoff:
-    """Pauses between attempts: `first` seconds, twice as long each time, at most `longest`; `attempts` in a row."""
+    """Pauses between attempts: `first` seconds, twice as long each time, at most `longest`; `attempts` in a row.
+
+    An attempt has failed after `answer_seconds` without an answer.
+    """
 
     attempts: int = 20
     first: float = 1.0
     longest: float = 30.0
+    answer_seconds: float = 60.0
     sleep: Callable[[float], None] = time.sleep
 
     def seconds(self, failures: int) -> float:
@@ -106,8 +110,8 @@ class KubernetesApi:
 
     def call(
         self, what: str, function: Callable[..., Any], *arguments: Any, expected: Collection[int] = (), **options: Any
-    ) -> Json:
-        """Call a function of the client until it answers; `what` is for messages.
+    ) -> Any:
+        """Call a function of the client until it answers -> its answer as JSON; `what` is for messages.
 
         Raises:
             ApiException: the server's answer is one of the `expected` statuses.
@@ -116,9 +120,9 @@ class KubernetesApi:
         failures = 0
         while True:
             try:
-                timeout = (_CONNECT_SECONDS, _ANSWER_SECONDS)
+                timeout = (_CONNECT_SECONDS, self.backoff.answer_seconds)
                 answer = function(*arguments, _request_timeout=timeout, **options)
-                return self.client.sanitize_for_serialization(answer)  # type: ignore[no-any-return]
+                return self.client.sanitize_for_serialization(answer)
             except ApiException as error:
                 if error.status in expected:
                     raise
@@ -147,7 +151,7 @@ class KubernetesApi:
                     *arguments,
                     resource_version=listing["metadata"]["resourceVersion"],
                     timeout_seconds=_WATCH_SECONDS,
-                    _request_timeout=(_CONNECT_SECONDS, _WATCH_SECONDS + _ANSWER_SECONDS),
+                    _request_timeout=(_CONNECT_SECONDS, _WATCH_SECONDS + self.backoff.answer_seconds),
                     **selector,
                 ):
                     failures = 0

@@ -92,7 +92,7 @@ class NodeLog:
 
     def _is_running(self, pod: PodState) -> bool:
         return not self._board.closed and any(
-            now.uid == pod.uid and now.container == pod.container and now.running for now in self._board.all()
+            now.container == pod.container and now.running for now in self._board.all()
         )
 
     def _lines(self, pod: PodState, since: str) -> Iterator[str]:

@@ -33,7 +33,7 @@ class PodState:
     Attributes:
         node: index of the node; node 0 has rank 0.
         created: time, RFC 3339 in UTC; such times are in the order of their strings.
-        container: id of the container that runs or has run last; empty before the first.
+        container: the pod's uid and the id of its container that runs or has run last; empty before the first.
         running: it runs now.
         exit_code: of the container that ended last; None where none has ended.
         finished: when that was, to the second.
@@ -65,13 +65,14 @@ def pod_state(pod: Json) -> PodState:
     state, last_state = container.get("state") or {}, container.get("lastState") or {}
     ended = state.get("terminated") or last_state.get("terminated") or {}
     conditions = {entry["type"]: entry for entry in status.get("conditions") or [] if entry["status"] == "True"}
+    container_id = container.get("containerID") or ended.get("containerID")
     labels, annotations = metadata.get("labels") or {}, metadata.get("annotations") or {}
     return PodState(
         name=metadata["name"],
         uid=metadata["uid"],
         node=int(labels.get(_INDEX) or annotations.get(_INDEX) or 0),
         created=metadata.get("creationTimestamp", ""),
-        container=container.get("containerID") or ended.get("containerID", ""),
+        container=f"{metadata['uid']}/{container_id}" if container_id else "",
         running="running" in state,
         exit_code=ended.get("exitCode"),
         finished=ended.get("finishedAt") or "",

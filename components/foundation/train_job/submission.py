@@ -98,7 +98,9 @@ class Submission:
         """The new job; None where there is one of its name."""
         create = self._objects.create_namespaced_custom_object
         try:
-            job = self._api.call(f"creating {self.label}", create, *self._kind, self._manifest, expected={404, 409})
+            job: Json = self._api.call(
+                f"creating {self.label}", create, *self._kind, self._manifest, expected={404, 409}
+            )
         except ApiException as error:
             if error.status == 409:
                 return None
@@ -130,20 +132,21 @@ class Submission:
         return self._adopt()
 
     def _adopt(self) -> Json | None:
-        # JSON Patch: the client sends a merge patch under a type that custom resources do not take.
-        patch = [{"op": "add", "path": "/metadata/ownerReferences", "value": owner_references(self._cluster)}]
+        patch = {"metadata": {"ownerReferences": owner_references(self._cluster)}}  # a merge patch: replaces the list
         adopt = self._objects.patch_namespaced_custom_object
         try:
-            return self._api.call(f"adopting {self.label}", adopt, *self._kind, self.name, patch, expected={404})
+            job: Json = self._api.call(f"adopting {self.label}", adopt, *self._kind, self.name, patch, expected={404})
         except ApiException:
             return None
+        return job
 
     def _read(self) -> Json | None:
         read = self._objects.get_namespaced_custom_object
         try:
-            return self._api.call(f"reading {self.label}", read, *self._kind, self.name, expected={404})
+            job: Json = self._api.call(f"reading {self.label}", read, *self._kind, self.name, expected={404})
         except ApiException:
             return None
+        return job
 
     def _is_ours(self, job: Json) -> bool:
         annotations = job["metadata"].get("annotations") or {}
