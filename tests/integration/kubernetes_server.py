@@ -353,6 +353,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     state: KubernetesServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # small answers in two packets would wait for the client
 
     def log_message(self, format: str, *arguments: object) -> None:
         """Nothing: a test's output is its own."""
