@@ -267,8 +267,9 @@ class ClusterState:
             return 404
         if content_type != "application/merge-patch+json":
             return 415
-        job = self.jobs[name]
-        self._store(TRAIN_JOBS, "MODIFIED", {**job, "metadata": {**job["metadata"], **patch["metadata"]}})
+        with self.changed:
+            job = self.jobs[name]
+            self._store(TRAIN_JOBS, "MODIFIED", {**job, "metadata": {**job["metadata"], **patch["metadata"]}})
         return 200
 
     def list(self, path: str, query: Mapping[str, str]) -> Json:

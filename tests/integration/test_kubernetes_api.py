@@ -7,6 +7,7 @@ import ipaddress
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,22 @@ def test_sigterm_deletes_the_job_and_ends_with_the_code_of_preemption(server: Ku
     assert step.returncode == PREEMPTED_EXIT_CODE, output.decode()
     (job,) = server.jobs.values()
     assert "deletionTimestamp" in job["metadata"]
+
+
+@pytest.mark.fault
+def test_sigterm_leaves_a_job_that_another_attempt_has_taken_over(server: KubernetesServer, run: Run) -> None:
+    def controller(server: KubernetesServer, job: dict[str, Any]) -> None:
+        server.wait_for_request(WATCH_JOBS)
+        owners = [{"apiVersion": "v1", "kind": "Pod", "name": "step-pod-2", "uid": "step-uid-2"}]
+        server.patch_job(JOB, "application/merge-patch+json", {"metadata": {"ownerReferences": owners}})
+        main = threading.main_thread().ident
+        assert main is not None
+        signal.pthread_kill(main, signal.SIGTERM)
+
+    server.controller = controller
+    with pytest.raises(SystemExit):
+        run()
+    assert "deletionTimestamp" not in server.jobs[JOB]["metadata"]
 
 
 def test_a_pod_finds_its_cluster_by_its_service_account(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import pytest
 
 from components.foundation.exit_codes import PREEMPTED_EXIT_CODE
 
-# Rank 1 waits to be stopped, and then ends like a stage that has saved its state. Rank 0 does the same, or ends with the
-# code that it is given, once rank 1 is ready.
+# Rank 1 waits to be stopped, and then ends like a stage that has saved its state. Rank 0 does the same, or ends with
+# the code that it is given, once rank 1 is ready.
 _RANK = f"""
 import os, signal, sys
 signal.signal(signal.SIGTERM, lambda *_: sys.exit({PREEMPTED_EXIT_CODE}))

@@ -193,7 +193,9 @@ def _env(reference: EnvReference) -> Json:
 
 
 def _runtime_patch(pod: Json) -> Json:
-    job = {"spec": {"template": {"spec": pod}}}
+    # In a Kubeflow profile's namespace Istio would add a proxy, which never ends and takes the ranks' connections.
+    template = {"metadata": {"labels": {"sidecar.istio.io/inject": "false"}}, "spec": pod}
+    job = {"spec": {"template": template}}
     return {"template": {"spec": {"replicatedJobs": [{"name": NODE, "template": job}]}}}
 
 

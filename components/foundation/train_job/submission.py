@@ -70,9 +70,14 @@ class Submission:
         )
 
     def delete(self) -> None:
-        """Delete the job with its pods, if it is there and ours; does not wait for the pods' end."""
+        """Delete the job with its pods, if it is there and this step's pod owns it; does not wait for the pods' end.
+
+        Another pod owns it where the step has been started again already: that attempt needs it.
+        """
         job = self._read()
-        if job is None or not self._is_ours(job):
+        owners = (job or {"metadata": {}})["metadata"].get("ownerReferences") or []
+        if job is None or self._cluster.pod_uid not in [owner["uid"] for owner in owners]:
+            log.info("%s: not there, or not this pod's", self.label)
             return
         body = {"propagationPolicy": "Foreground", "preconditions": {"uid": job["metadata"]["uid"]}}
         delete = self._objects.delete_namespaced_custom_object
