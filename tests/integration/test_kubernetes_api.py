@@ -98,27 +98,37 @@ def test_a_refusal_is_not_repeated(server: KubernetesServer, run: Run) -> None:
     assert run.slept == []
 
 
-@pytest.mark.fault
-def test_a_log_that_breaks_loses_no_line_and_repeats_none(
-    server: KubernetesServer, run: Run, caplog: pytest.LogCaptureFixture
-) -> None:
-    same = "2026-11-24T10:00:02.25Z"
-    before = [f"2026-11-24T10:00:01.9Z a {'x' * 30}", f"{same} b", f"{same} b"]
-    after = [f"{same} c", "2026-11-24T10:00:02.3Z e", "2026-11-24T10:00:02.300000001Z f"]
+_SAME = "2026-11-24T10:00:02.25Z"
+_BEFORE = ["2026-11-24T10:00:01.9Z a", f"{_SAME} b", f"{_SAME} b", f"{_SAME} c"]
+_AFTER = ["2026-11-24T10:00:02.3Z d", "2026-11-24T10:00:02.300000001Z e", "2026-11-24T10:00:03Z f"]
 
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "cut",
+    [
+        pytest.param(len("\n".join(_BEFORE)) - 1, id="in the middle of a line"),
+        pytest.param(0, id="in good order, while the container runs on"),
+    ],
+)
+def test_a_log_that_ends_too_early_loses_no_line_and_repeats_none(
+    server: KubernetesServer, run: Run, caplog: pytest.LogCaptureFixture, cut: int
+) -> None:
     def controller(server: KubernetesServer, job: dict[str, Any]) -> None:
         pod = server.set_pod(JOB, 0, running())
-        server.write_log(pod, *before)
+        server.write_log(pod, *_BEFORE)
         server.wait_for_request(FOLLOW_LOG, times=2)
-        server.write_log(pod, *after)
+        server.write_log(pod, *_AFTER)
         server.set_pod(JOB, 0, ended(0))
         server.end_log(pod)
         server.set_condition(JOB, "Complete", reason="AllJobsCompleted")
 
     server.controller = controller
-    server.fault(Fault(FOLLOW_LOG, cut=len("\n".join(before)) - 1))  # in the middle of the third line
+    server.fault(Fault(FOLLOW_LOG, cut=cut))
     run()
-    assert node_lines(caplog) == [f"a {'x' * 30}", "b", "b", "c", "e", "f"]
+    assert node_lines(caplog) == ["a", "b", "b", "c", "d", "e", "f"]
+    resumed = [request for request in server.requests if "sinceTime=2026-11-24T10%3A00%3A02.25Z" in request]
+    assert bool(resumed) == (cut > 0)
 
 
 def test_the_log_of_a_restarted_container_follows_that_of_the_first(

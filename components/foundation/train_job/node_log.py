@@ -124,4 +124,4 @@ class NodeLog:
 def _comparable(stamp: str) -> str:
     """A timestamp -> a string that sorts by time, whatever its number of decimals."""
     match = _TIMESTAMP.match(stamp)
-    return f"{match[1]}.{(match[2] or '').ljust(9, '0')}" if match else stamp
+    return f"{match[1]}.{match[2] or ''}" if match else stamp
