@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Json = dict[str, Any]
-_WAIT_SECONDS = 20
+_WAIT_SECONDS = 60
 
 TRAIN_JOBS = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/team/trainjobs"
 PODS, EVENTS = "/api/v1/namespaces/team/pods", "/api/v1/namespaces/team/events"
