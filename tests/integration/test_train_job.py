@@ -254,11 +254,12 @@ def test_pods_of_before_a_suspension_do_not_make_a_later_failure_a_preemption(
 ) -> None:
     def controller(server: KubernetesServer, job: dict[str, Any]) -> None:
         server.wait_for_request(WATCH_PODS)
+        server.set_pod(JOB, 1, running())
+        server.suspend(JOB, True)
+        server.wait(lambda: "suspended" in caplog.text)
         server.set_pod(JOB, 1, ended(75))
         server.wait(lambda: "exit code 75" in caplog.text)
         server.remove_pods()
-        server.suspend(JOB, True)
-        server.wait(lambda: "suspended" in caplog.text)
         server.suspend(JOB, False)
         server.wait(lambda: "may run" in caplog.text)
         server.end_log(server.set_pod(JOB, 0, ended(1, at="2026-11-24T11:00:00Z"), suffix="fghij"))
@@ -267,6 +268,7 @@ def test_pods_of_before_a_suspension_do_not_make_a_later_failure_a_preemption(
     server.controller = controller
     with pytest.raises(JobFailedError, match="exit code 1"):
         run()
+    assert len(server.created) == 1
 
 
 # A step that is started again.

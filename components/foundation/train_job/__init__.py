@@ -117,8 +117,8 @@ def _follow_one(submission: Submission, job: Json, board: PodBoard) -> Ending:
         suspended = bool(job["spec"].get("suspend"))
         if suspended != was_suspended:
             _log_suspension(submission, suspended)
-        if suspended:
-            board.clear()  # its pods are taken away; how they ended says nothing about those that come later
+        if was_suspended:
+            board.clear()  # its pods were taken away; how they ended says nothing about those that come later
         was_suspended = suspended
     raise AssertionError("a watch has no end")
 
