@@ -259,7 +259,8 @@ class ClusterState:
             return 409
         assert options["propagationPolicy"] == "Foreground"
         metadata = {**job["metadata"], "deletionTimestamp": "2026-11-24T10:00:00Z"}
-        self._store(TRAIN_JOBS, "MODIFIED", {**job, "metadata": metadata})
+        with self.changed:
+            self._store(TRAIN_JOBS, "MODIFIED", {**job, "metadata": metadata})
         return 200
 
     def patch_job(self, name: str, content_type: str, patch: Json) -> int:

@@ -188,11 +188,15 @@ def test_a_queued_job_waits_and_is_resumed(
 
 
 @pytest.mark.fault
-def test_a_job_that_somebody_deletes_is_an_error(server: KubernetesServer, run: Run) -> None:
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_job_that_somebody_deletes_is_an_error(server: KubernetesServer, run: Run, gone: bool) -> None:
     def controller(server: KubernetesServer, job: dict[str, Any]) -> None:
-        server.set_pod(JOB, 0, running())
+        server.end_log(server.set_pod(JOB, 0, running()))
         server.wait_for_request(WATCH_JOBS)
-        server.remove_job(JOB)
+        if gone:
+            server.remove_job(JOB)
+        else:
+            server.delete_job(JOB, {"propagationPolicy": "Foreground"})  # it goes when its pods have gone
 
     server.controller = controller
     with pytest.raises(JobDeletedError, match="deleted by somebody else"):
