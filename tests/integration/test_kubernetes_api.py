@@ -93,9 +93,16 @@ def test_a_server_that_stays_down_is_an_error_after_bounded_pauses(server: Kuber
 
 
 @pytest.mark.fault
-def test_a_refusal_is_not_repeated(server: KubernetesServer, run: Run) -> None:
-    server.fault(Fault("POST", status=403))
-    with pytest.raises(ClusterError, match="refused with 403: scripted 403; grant the step's service account"):
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (403, "refused with 403: scripted 403; grant the step's service account"),
+        (404, r"no such API or namespace \(scripted 404\): install Kubeflow Trainer 2\.2"),
+    ],
+)
+def test_a_refusal_is_not_repeated(server: KubernetesServer, run: Run, status: int, message: str) -> None:
+    server.fault(Fault("POST", status=status))
+    with pytest.raises(ClusterError, match=message):
         run()
     assert run.slept == []
 
