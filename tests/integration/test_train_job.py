@@ -109,7 +109,7 @@ def test_a_failed_job_is_reported_with_its_nodes_logs_and_events(server: Kuberne
         for node, pod in enumerate(pods):
             server.set_pod(JOB, node, running())
             server.write_log(pod, f"2026-11-24T10:00:01Z last words of {node}")
-        server.warn(JOB, "FailedScheduling", "0/4 nodes are available", at="2026-11-24T09:59:00Z")
+        server.warn(JOB, "FailedScheduling", "0/4 nodes are available", at="2026-11-24T10:01:00Z")
         server.warn(pods[1], "BackOff", "Back-off restarting failed container")
         fails(
             server,
@@ -129,8 +129,8 @@ def test_a_failed_job_is_reported_with_its_nodes_logs_and_events(server: Kuberne
         "the last lines of node 0:",
         "  last words of 0",
         "events:",
-        f"  FailedScheduling ({JOB}): 0/4 nodes are available",
         f"  BackOff ({JOB}-node-0-1-abcde): Back-off restarting failed container",
+        f"  FailedScheduling ({JOB}): 0/4 nodes are available",
     ]
     assert len(server.created) == 1
 
