@@ -14,6 +14,10 @@
     |   +-- ConstraintError  the cost threshold is inert or impossible
     |   +-- DivergenceError  a loss, gradient, score or KL divergence is out of hand
     +-- ServiceError         a local server (S3, MLflow) did not start
+    +-- ClusterError         the Kubernetes cluster cannot be reached, or refuses a call
+        +-- JobConflictError there is a TrainJob of our name that is not ours
+        +-- JobDeletedError  somebody else deleted the TrainJob
+        +-- JobFailedError   the TrainJob ended as Failed, or was preempted too often
 
 A message says what is wrong, with the value, and what to do. The command line
 prints the message alone, without a traceback, and exits with status 1.
@@ -74,3 +78,19 @@ class DivergenceError(TrainingError):
 
 class ServiceError(SaferlhfError):
     """A local server did not start or did not become healthy."""
+
+
+class ClusterError(SaferlhfError):
+    """The Kubernetes cluster cannot be reached, or refuses a call."""
+
+
+class JobConflictError(ClusterError):
+    """There is a TrainJob of our name that is not ours."""
+
+
+class JobDeletedError(ClusterError):
+    """Somebody else deleted the TrainJob that a step was following."""
+
+
+class JobFailedError(ClusterError):
+    """The TrainJob ended as Failed, or was preempted too often; the message has its log's end and its events."""

@@ -22,11 +22,9 @@ from torch import Tensor
 
 from components.foundation.backbone import Backbone
 from components.foundation.errors import DivergenceError, IntegrityError, TrainingError
+from components.foundation.exit_codes import PREEMPTED_EXIT_CODE
 from components.foundation.results import read_record, to_json
 from components.foundation.run_context import Stage
-
-PREEMPTED_EXIT_CODE = 75
-"""EX_TEMPFAIL: the stage was asked to stop, has saved its state, and goes on when it is started again."""
 
 _TENSORS, _STATE = "state.safetensors", "state.json"
 

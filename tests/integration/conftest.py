@@ -1,7 +1,8 @@
-"""Real servers for the integration tests: one S3 and one MLflow server per test process."""
+"""Servers for the integration tests: one S3 and one MLflow server per test process, a Kubernetes API per test."""
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from typing import Any
 
 import boto3
 import pytest
+from kubernetes_server import KubernetesServer
+from train_jobs import Run
 
 from components.foundation.checkpoint_store import CheckpointStore
 from pipelines.services import Endpoints, local_services
@@ -45,3 +48,20 @@ def no_given_servers(monkeypatch: pytest.MonkeyPatch) -> None:
     """An environment that names no servers."""
     for name in [name for name in os.environ if name.startswith(("AWS_", "MLFLOW_"))]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def server() -> Iterator[KubernetesServer]:
+    server = KubernetesServer()
+    yield server
+    server.stop()
+    assert server.problems == []
+
+
+@pytest.fixture
+def run(server: KubernetesServer, caplog: pytest.LogCaptureFixture) -> Iterator[Run]:
+    caplog.set_level(logging.INFO, logger="saferlhf")
+    run = Run(server)
+    logging.getLogger().addHandler(run)  # after the one of caplog
+    yield run
+    logging.getLogger().removeHandler(run)

@@ -15,8 +15,9 @@ import pytest
 
 from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import DivergenceError, TrainingError
+from components.foundation.exit_codes import PREEMPTED_EXIT_CODE
 from components.foundation.run_context import finished_uri, open_run, open_stage
-from components.foundation.training_checkpoints import PREEMPTED_EXIT_CODE, TrainingCheckpoints
+from components.foundation.training_checkpoints import TrainingCheckpoints
 from pipelines.services import Endpoints
 
 pytestmark = pytest.mark.xdist_group("resume")
