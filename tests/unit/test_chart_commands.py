@@ -1,0 +1,85 @@
+"""The commands that the chart's containers run are commands that the installed programs understand."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from click import Command
+from mlflow.cli import cli as mlflow_cli
+from mlflow.cli import server as mlflow_server
+from mlflow.server.security_utils import is_allowed_host_header
+
+from pipelines.cli import app
+from tests.unit.helm_chart import find, platform_values, pods, render
+
+
+def server_arguments(**mlflow: Any) -> dict[str, Any]:
+    """How MLflow's own command line reads the Deployment's arguments."""
+    deployment = find(render(platform_values("eks", mlflow=mlflow)), "Deployment", "saferlhf-mlflow")
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert container["command"] == ["mlflow", "server"]
+    return mlflow_server.make_context("server", list(container["args"]), resilient_parsing=False).params
+
+
+def test_mlflow_serves_artifacts_from_s3_to_all_interfaces() -> None:
+    read = server_arguments()
+    assert (read["host"], read["port"], read["workers"]) == ("0.0.0.0", 5000, "2")
+    assert (read["serve_artifacts"], read["artifacts_destination"]) == (True, "s3://example-saferlhf/mlflow")
+    assert server_arguments(artifactsUri="s3://other/place")["artifacts_destination"] == "s3://other/place"
+
+
+@pytest.mark.parametrize(
+    ("host", "answered"),
+    [
+        ("saferlhf-mlflow.team-a.svc.cluster.local:5000", True),  # steps
+        ("saferlhf-mlflow:5000", True),
+        ("localhost:8080", True),  # kubectl port-forward
+        ("mlflow.example.com", True),  # allowedHosts
+        ("evil.example.com", False),
+        ("saferlhf-mlflow.team-b.svc.cluster.local:5000", False),
+    ],
+)
+def test_mlflow_answers_to_the_names_that_it_has_in_the_cluster(host: str, answered: bool) -> None:
+    """By default it would refuse the Service's name."""
+    allowed = server_arguments()["allowed_hosts"].split(",")
+    assert is_allowed_host_header(allowed, host) is answered
+
+
+def test_mlflows_database_command_exists() -> None:
+    job = find(render(platform_values("eks")), "Job", "saferlhf-mlflow-migrate")
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    command: Command = mlflow_cli
+    for word in container["command"][1:]:
+        command = command.commands[word]  # type: ignore[attr-defined]
+    assert container["args"] == ["$(MLFLOW_BACKEND_STORE_URI)"]
+    assert command.make_context("upgrade", ["sqlite:///x"]).params == {"url": "sqlite:///x"}
+
+
+def test_seaweedfs_knows_every_flag() -> None:
+    store = find(render(platform_values("try")), "StatefulSet", "saferlhf-s3")
+    (container,) = store["spec"]["template"]["spec"]["containers"]
+    weed = Path(sys.executable).with_name(container["command"][0])
+    told = subprocess.run([weed, "server", "-h"], capture_output=True, text=True, check=False)
+    known = set(re.findall(r"^  -([\w.]+)", told.stdout + told.stderr, re.MULTILINE))
+    flags = [flag.lstrip("-").partition("=")[0] for flag in container["args"] if flag.startswith("-")]
+    assert [flag for flag in flags if flag not in known | {"logtostderr"}] == []
+
+
+def test_our_own_command_knows_every_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KFP_HOST", "http://kfp")
+    commands: Any = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    read: dict[str, dict[str, Any]] = {}
+    for pod in pods(render(platform_values("try", schedule={"enabled": True}))):
+        for container in pod.containers:
+            if container["command"][0] == "saferlhf":
+                _, name, *rest = [*container["command"], *container.get("args", [])]
+                read[name] = commands[name].make_context(name, rest).params
+    assert read.keys() == {"doctor", "upload"}
+    assert read["upload"]["schedule"] == "0 0 2 * * 1"
+    assert read["upload"]["file"] == Path("/pipeline/pipeline.yaml")
