@@ -55,7 +55,7 @@ def _kfp(environment: Mapping[str, str]) -> str:
 def _needed(environment: Mapping[str, str], name: str) -> str:
     value = environment.get(name, "")
     if not value:
-        raise SettingsError(f"{name} is not set: it comes from the ConfigMap saferlhf-platform, or from your shell")
+        raise SettingsError(f"{name} is not set: the chart sets it in its pods; elsewhere, export it")
     return value
 
 

@@ -301,16 +301,15 @@ def test_the_upload_has_the_pipeline_byte_for_byte(tmp_path: Path) -> None:
 
 
 def test_a_schedule_becomes_arguments_of_the_upload() -> None:
-    schedule = {"enabled": True, "cron": "0 30 1 * * 0", "parameters": {"run_seed": 3, "run_profile": "7b"}}
+    schedule = {"enabled": True, "cron": "0 30 1 * * 0", "parameters": {"run_seed": 10_000_000, "run_id": "weekly"}}
     objects = render(platform_values("eks", schedule=schedule))
     (container,) = find(objects, "Job", "saferlhf-upload")["spec"]["template"]["spec"]["containers"]
     assert container["args"] == [
         "--version=0.1.0",
         "--schedule=0 30 1 * * 0",
         "--service-account=saferlhf",
-        "--parameter=run_id=[[RunUUID]]",
-        "--parameter=run_profile=7b",
-        "--parameter=run_seed=3",
+        "--parameter=run_id=weekly",
+        "--parameter=run_seed=10000000",
         "--parameter=run_uri=s3://example-saferlhf/runs/[[RunUUID]]",
     ]
 
@@ -348,8 +347,8 @@ def test_the_keys_made_for_trying_out_are_long_and_new_each_time() -> None:
 
 
 def test_priority_and_queue_only_where_they_are_asked_for() -> None:
-    objects = rendered("on-prem")
-    assert find(objects, "PriorityClass", "saferlhf-training")["value"] == 100000
+    objects = render(platform_values("on-prem", priorityClass={"value": 5_000_000}))
+    assert find(objects, "PriorityClass", "saferlhf-training")["value"] == 5_000_000
     queue = find(objects, "LocalQueue", "saferlhf")
     assert (queue["apiVersion"], queue["spec"]) == ("kueue.x-k8s.io/v1beta2", {"clusterQueue": "gpus"})
     assert not names(rendered("try"), "PriorityClass") | names(rendered("try"), "LocalQueue")

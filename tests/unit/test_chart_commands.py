@@ -11,12 +11,17 @@ from typing import Any
 import pytest
 import typer.main
 from click import Command
+from kfp import compiler
 from mlflow.cli import cli as mlflow_cli
 from mlflow.cli import server as mlflow_server
 from mlflow.server.security_utils import is_allowed_host_header
+from typer.testing import CliRunner
 
 from pipelines.cli import app
+from pipelines.doctor import SERVICES
+from pipelines.safe_rlhf import build_pipeline
 from tests.unit.helm_chart import find, platform_values, pods, render
+from tests.unit.kfp_server import kfp_server
 
 
 def server_arguments(**mlflow: Any) -> dict[str, Any]:
@@ -71,15 +76,35 @@ def test_seaweedfs_knows_every_flag() -> None:
     assert [flag for flag in flags if flag not in known | {"logtostderr"}] == []
 
 
-def test_our_own_command_knows_every_argument(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KFP_HOST", "http://kfp")
+def test_the_upload_job_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Job's own arguments, with the pipeline of its ConfigMap, against a server that speaks KFP's API."""
+    file = tmp_path / "pipeline.yaml"
+    compiler.Compiler().compile(build_pipeline(1), str(file))
+    values = platform_values("try", schedule={"enabled": True}, pipeline={"file": file.read_text()})
+    objects = render(values)
+    file.write_text(find(objects, "ConfigMap", "saferlhf-pipeline")["data"]["pipeline.yaml"])
+    (container,) = find(objects, "Job", "saferlhf-upload")["spec"]["template"]["spec"]["containers"]
+    arguments = [*container["command"], *container["args"]][1:]
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with kfp_server() as server:
+        monkeypatch.setenv("KFP_HOST", server.url)
+        result = CliRunner().invoke(app, [text.replace("/pipeline/pipeline.yaml", str(file)) for text in arguments])
+        assert result.exit_code == 0, result.output
+        (version,), (schedule,) = server.versions, server.schedules
+    assert version["display_name"].startswith("0.1.0-")
+    assert schedule["trigger"]["cron_schedule"]["cron"] == "0 0 2 * * 1"
+    assert schedule["service_account"] == "saferlhf"
+    assert schedule["runtime_config"]["parameters"] == {
+        "run_id": "[[RunUUID]]",
+        "run_uri": "s3://saferlhf/runs/[[RunUUID]]",
+    }
+
+
+def test_the_doctor_of_every_pod_exists() -> None:
     commands: Any = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    read: dict[str, dict[str, Any]] = {}
-    for pod in pods(render(platform_values("try", schedule={"enabled": True}))):
+    asked = set()
+    for pod in pods(render(platform_values("try"))):
         for container in pod.containers:
-            if container["command"][0] == "saferlhf":
-                _, name, *rest = [*container["command"], *container.get("args", [])]
-                read[name] = commands[name].make_context(name, rest).params
-    assert read.keys() == {"doctor", "upload"}
-    assert read["upload"]["schedule"] == "0 0 2 * * 1"
-    assert read["upload"]["file"] == Path("/pipeline/pipeline.yaml")
+            if container["command"][:2] == ["saferlhf", "doctor"]:
+                asked |= set(commands["doctor"].make_context("doctor", container["command"][2:]).params["services"])
+    assert asked == set(SERVICES)
