@@ -234,11 +234,18 @@ def _errors(doing: str) -> Iterator[None]:
     try:
         yield
     except ApiException as error:
-        if error.status in {401, 403}:
-            hint = "check the service account's token and its rights in the namespace (kfp.multiUser in the chart)"
-        else:
-            hint = "see the log of ml-pipeline in Kubeflow's namespace"
-        raise ClusterError(f"cannot {doing}: KFP answers {error.status} {error.reason}: {hint}") from error
+        answer = f"KFP answers {error.status} {error.reason}{_words(error.body)}"
+        hint = "check the service account's token and its rights in the namespace, else see the log of ml-pipeline"
+        raise ClusterError(f"cannot {doing}: {answer}: {hint}") from error
     except (HTTPError, OSError) as error:
         message = f"cannot {doing}: the pipeline server does not answer: check kfp.host and the network policies"
         raise ClusterError(f"{message} ({error})") from error
+
+
+def _words(body: str | None) -> str:
+    """What KFP itself says in an error; it refuses an upload without rights with 400 and a sentence."""
+    with contextlib.suppress(ValueError, AttributeError):
+        answer = json.loads(body or "")
+        text = answer.get("error_message") or answer.get("message") or answer.get("error")
+        return f" ({text})" if text else ""
+    return ""

@@ -27,8 +27,8 @@ class KfpServer:
 
     url: str = ""
     token: str = ""
-    fail: set[str] = field(default_factory=set)
-    """`METHOD /path` that answer 500."""
+    refuse: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """(status, sentence) with which a call `METHOD /path` is refused."""
     pipelines: list[dict[str, Any]] = field(default_factory=list)
     versions: list[dict[str, Any]] = field(default_factory=list)
     experiments: list[dict[str, Any]] = field(default_factory=list)
@@ -46,8 +46,9 @@ class KfpServer:
             return 200, {"multi_user": bool(self.token)}
         if self.token and authorization != f"Bearer {self.token}":
             return 403, {"error": "no rights"}
-        if call in self.fail:
-            return 500, {"error": "internal"}
+        if call in self.refuse:
+            status, sentence = self.refuse[call]
+            return status, {"error_message": sentence, "error_details": sentence}
         if match := re.fullmatch(r"/pipelines/([^/]+)/versions", path):
             found = [entry for entry in self.versions if entry["pipeline_id"] == match[1]]
             return 200, _page("pipeline_versions", found, query)

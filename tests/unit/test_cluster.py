@@ -90,6 +90,14 @@ def test_a_refused_token_is_explained(compiled: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.fault
+def test_kfps_own_words_are_passed_on(server: KfpServer, compiled: Path) -> None:
+    server.refuse["POST /pipelines/upload_version"] = (400, "pipeline upload denied: permission is required")
+    status, said = saferlhf("upload", str(compiled), "--host", server.url)
+    assert status == 1
+    assert "KFP answers 400 Bad Request (pipeline upload denied: permission is required)" in said
+
+
+@pytest.mark.fault
 def test_a_server_that_is_not_there_is_explained(compiled: Path) -> None:
     with kfp_server() as server:
         url = server.url
@@ -131,8 +139,8 @@ def test_a_schedule_that_cannot_be_made_leaves_the_old_one(server: KfpServer, co
     version = upload_pipeline(client, compiled, "v")
     apply_schedule(client, Schedule(CRON, PARAMETERS), version)
     before = list(server.schedules)
-    server.fail.add("POST /recurringruns")
-    with pytest.raises(ClusterError, match="cannot schedule '0 0 3 \\* \\* 1': KFP answers 500"):
+    server.refuse["POST /recurringruns"] = (500, "no database")
+    with pytest.raises(ClusterError, match=r"cannot schedule '0 0 3 \* \* 1': KFP answers 500 .*no database"):
         apply_schedule(client, Schedule("0 0 3 * * 1", PARAMETERS), version)
     assert server.schedules == before
 
