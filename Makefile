@@ -8,7 +8,7 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lint results bench-bandit clean
+.PHONY: help install run test chart-test lint results bench-bandit clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -29,6 +29,9 @@ run: install ## run the whole pipeline here (PROFILE=smol|tiny WORKDIR=runs SEED
 test: install lint ## check style and types, run all tests
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 2 --dist loadgroup \
 		--at-least golden=15 --at-least end_to_end=12 --at-least fault=100
+
+chart-test: install ## render the Helm chart with each of its values files, and check what comes out
+	$(BIN)/python -m pytest -q tests/unit/test_chart*.py
 
 lint: install ## ruff and mypy
 	$(BIN)/ruff check components pipelines tests

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shlex
 import signal
@@ -76,6 +77,36 @@ def compile_(
 
     compiler.Compiler().compile(build_pipeline(rounds), str(output))
     typer.echo(f"wrote {output}")
+
+
+@app.command()
+def upload(
+    file: Annotated[Path, typer.Argument(help="the pipeline's YAML, from `saferlhf compile`")],
+    host: Annotated[str, typer.Option(envvar="KFP_HOST", help="address of Kubeflow's pipeline server")],
+    version: Annotated[str, typer.Option(help="start of the version's name")] = "saferlhf",
+    namespace: Annotated[str, typer.Option(envvar="KFP_NAMESPACE", help="for a Kubeflow with several users")] = "",
+    token_file: Annotated[str, typer.Option(envvar="KFP_TOKEN_FILE", help="a service account's token")] = "",
+    schedule: Annotated[str, typer.Option(help='six fields, seconds first, or "none" to remove the schedule')] = "",
+    parameter: Annotated[list[str] | None, typer.Option(help="name=value for scheduled runs; may be repeated")] = None,
+    service_account: Annotated[str, typer.Option(help="of scheduled runs")] = "",
+) -> None:
+    """Upload a compiled pipeline to Kubeflow as a new version, unless it is there; set or remove its schedule."""
+    from pipelines.upload import Upload, upload_and_schedule
+
+    wish = Upload(file, version, namespace, schedule, tuple(parameter or ()), service_account)
+    for line in upload_and_schedule(wish, host, token_file):
+        typer.echo(line)
+
+
+@app.command()
+def doctor(services: Annotated[list[str], typer.Argument(help="s3, mlflow, kfp")]) -> None:
+    """Ask services that a run needs whether they answer, with the addresses and keys of the environment."""
+    from pipelines.doctor import examine
+
+    lines, well = examine(services, os.environ)
+    typer.echo("\n".join(lines))
+    if not well:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -14,7 +14,7 @@
     |   +-- ConstraintError  the cost threshold is inert or impossible
     |   +-- DivergenceError  a loss, gradient, score or KL divergence is out of hand
     +-- ServiceError         a local server (S3, MLflow) did not start
-    +-- ClusterError         the Kubernetes cluster cannot be reached, or refuses a call
+    +-- ClusterError         Kubernetes or Kubeflow cannot be reached, or refuses a call
         +-- JobConflictError there is a TrainJob of our name that is not ours
         +-- JobDeletedError  somebody else deleted the TrainJob
         +-- JobFailedError   the TrainJob ended as Failed, or was preempted too often
@@ -81,7 +81,7 @@ class ServiceError(SaferlhfError):
 
 
 class ClusterError(SaferlhfError):
-    """The Kubernetes cluster cannot be reached, or refuses a call."""
+    """Kubernetes or Kubeflow cannot be reached, or refuses a call."""
 
 
 class JobConflictError(ClusterError):

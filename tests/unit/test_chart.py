@@ -1,0 +1,396 @@
+"""The Helm chart, rendered with each of its values files by Helm's own engine."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import helm_python as helm
+import kubernetes_validate
+import pytest
+import yaml
+
+from tests.unit.helm_chart import (
+    CHART,
+    IMAGE,
+    NAMESPACE,
+    PLATFORMS,
+    find,
+    names,
+    platform_values,
+    pods,
+    render,
+    render_text,
+    selects,
+)
+
+DIGEST = re.compile(r".+@sha256:[0-9a-f]{64}")
+EXECUTOR_RIGHTS = {("argoproj.io", "workflowtaskresults"): "create patch", ("", "configmaps"): "get"}
+RIGHTS = {
+    "saferlhf": {
+        ("trainer.kubeflow.org", "trainjobs"): "create get list watch delete",
+        ("", "pods"): "get list watch",
+        ("", "pods/log"): "get list watch",
+        ("", "events"): "get list watch",
+    },
+    "saferlhf-steps": {**EXECUTOR_RIGHTS, ("", "secrets"): "get"},
+    "saferlhf-upload": {
+        ("pipelines.kubeflow.org", "pipelines"): "get list create",
+        ("pipelines.kubeflow.org", "pipelines/versions"): "get list create",
+        ("pipelines.kubeflow.org", "experiments"): "get list create",
+        ("pipelines.kubeflow.org", "jobs"): "get list create delete",
+    },
+}
+
+
+@functools.cache
+def rendered(platform: str) -> list[dict[str, Any]]:
+    return render(platform_values(platform))
+
+
+each_platform = pytest.mark.parametrize("platform", PLATFORMS)
+
+
+@each_platform
+def test_every_values_file_is_linted_without_a_warning(platform: str) -> None:
+    report = helm.lint(CHART, platform_values(platform), strict=True, namespace=NAMESPACE)
+    assert report["errors"] == []
+    assert [m for m in report["messages"] if m["error"] != "icon is recommended"] == []
+
+
+@each_platform
+def test_every_object_is_what_kubernetes_expects(platform: str) -> None:
+    for entry in rendered(platform):
+        if entry["kind"] != "LocalQueue":  # Kueue's own kind: not among the schemas
+            kubernetes_validate.validate(entry, "1.34", strict=True)
+
+
+@each_platform
+def test_every_pod_meets_pod_security_restricted(platform: str) -> None:
+    """The profile's controls, and what it does not ask: numeric user, read-only root, no token, no service links."""
+    for pod in pods(rendered(platform)):
+        context = pod.spec["securityContext"]
+        assert (context["runAsNonRoot"], context["runAsUser"]) == (True, 10001), pod.name
+        assert context["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert pod.spec["automountServiceAccountToken"] is False
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.spec.keys()
+        allowed = {"configMap", "emptyDir", "projected", "persistentVolumeClaim"}
+        assert {kind for volume in pod.spec["volumes"] for kind in volume if kind != "name"} <= allowed
+        for container in pod.containers:
+            security = container["securityContext"]
+            assert security == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            assert not any("hostPort" in port for port in container.get("ports", []))
+            assert {"name": "tmp", "mountPath": "/tmp"} in container["volumeMounts"], pod.name
+
+
+@each_platform
+def test_every_container_has_an_image_by_digest_and_requests_and_limits(platform: str) -> None:
+    for pod in pods(rendered(platform)):
+        for container in pod.containers:
+            assert DIGEST.fullmatch(container["image"]), pod.name
+            for kind in ("requests", "limits"):
+                assert container["resources"][kind].keys() == {"cpu", "memory"}, pod.name
+
+
+@each_platform
+def test_no_object_holds_a_secret_but_the_one_made_for_trying_out(platform: str) -> None:
+    secrets = [entry for entry in rendered(platform) if entry["kind"] == "Secret"]
+    assert [entry["metadata"]["name"] for entry in secrets] == (["saferlhf-s3"] if platform == "try" else [])
+    for pod in pods(rendered(platform)):
+        for container in pod.containers:
+            for variable in container.get("env", []):
+                secret = re.search("KEY|PASSWORD", variable["name"])
+                uri = variable["name"] == "MLFLOW_BACKEND_STORE_URI" and platform != "try"
+                assert not (secret or uri) or "secretKeyRef" in variable["valueFrom"], (pod.name, variable)
+
+
+@each_platform
+def test_the_rights_are_exactly_these(platform: str) -> None:
+    objects = rendered(platform)
+    assert not names(objects, "ClusterRole") | names(objects, "ClusterRoleBinding")
+    expected = {name: dict(rights) for name, rights in RIGHTS.items()}
+    if platform == "eks":  # IAM instead of keys
+        del expected["saferlhf-steps"]["", "secrets"]
+    if platform == "on-prem":  # default-editor has them
+        del expected["saferlhf-steps"]
+    if platform == "try":  # no profiles
+        del expected["saferlhf-upload"]
+    assert names(objects, "Role") == names(objects, "RoleBinding") == set(expected)
+    for name, rights in expected.items():
+        rules = find(objects, "Role", name)["rules"]
+        found = {
+            (g, r): " ".join(rule["verbs"]) for rule in rules for g in rule["apiGroups"] for r in rule["resources"]
+        }
+        assert found == rights
+        for rule in rules:
+            if rule["resources"][0] in {"configmaps", "secrets"}:
+                assert rule["resourceNames"] in (["kfp-launcher"], ["saferlhf-s3"])
+        (subject,) = find(objects, "RoleBinding", name)["subjects"]
+        steps = "default-editor" if platform == "on-prem" else "saferlhf"
+        assert subject["name"] == ("saferlhf-upload" if name == "saferlhf-upload" else steps)
+        assert subject["namespace"] == NAMESPACE
+
+
+@each_platform
+def test_every_rule_says_why(platform: str) -> None:
+    text = render_text(platform_values(platform))["saferlhf/templates/rbac.yaml"]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    rules = [i for i, line in enumerate(lines) if line.startswith("- apiGroups")]
+    assert rules
+    assert all(lines[i - 1].startswith("# ") for i in rules)
+
+
+@each_platform
+def test_the_network_policies_select_every_pod(platform: str) -> None:
+    policies = [entry for entry in rendered(platform) if entry["kind"] == "NetworkPolicy"]
+    deny = find(policies, "NetworkPolicy", "saferlhf-default-deny")["spec"]
+    assert deny["policyTypes"] == ["Ingress", "Egress"]
+    assert not deny.keys() & {"ingress", "egress"}
+    for pod in pods(rendered(platform)):
+        chosen = {p["metadata"]["name"] for p in policies if selects(p["spec"]["podSelector"], pod.labels)}
+        assert {"saferlhf-default-deny", "saferlhf-dns"} < chosen, pod.name
+        assert len(chosen) == 3, (pod.name, chosen)  # these two and the one that is its own
+
+
+def reaches(objects: list[dict[str, Any]], source: dict[str, str], target: dict[str, str], port: int) -> bool:
+    """May a pod open a connection to another pod of the namespace? As Kubernetes decides: both ends must allow it."""
+    policies = [entry["spec"] for entry in objects if entry["kind"] == "NetworkPolicy"]
+
+    def allows(direction: str, own: dict[str, str], peer: dict[str, str]) -> bool:
+        key, side = ("egress", "to") if direction == "Egress" else ("ingress", "from")
+        mine = [p for p in policies if direction in p["policyTypes"] and selects(p["podSelector"], own)]
+        rules = [rule for policy in mine for rule in policy.get(key, [])]
+        return not mine or any(
+            port in {entry["port"] for entry in rule.get("ports", [{"port": port}])}
+            and any(selects(p["podSelector"], peer) for p in rule.get(side, []) if p.keys() == {"podSelector"})
+            for rule in rules
+        )
+
+    return allows("Egress", source, target) and allows("Ingress", target, source)
+
+
+def test_who_reaches_whom() -> None:
+    objects = rendered("try")
+    labels = {pod.name: pod.labels for pod in pods(objects)}
+    step = {"pipelines.kubeflow.org/v2_component": "true"}
+    trainer = {"jobset.sigs.k8s.io/jobset-name": "ppo"}
+    mlflow, store = labels["Deployment/saferlhf-mlflow"], labels["StatefulSet/saferlhf-s3"]
+    upload, test_s3 = labels["Job/saferlhf-upload"], labels["Pod/saferlhf-test-s3"]
+    yes = [(step, mlflow, 5000), (step, store, 8333), (trainer, store, 8333), (trainer, mlflow, 5000)]
+    yes += [(mlflow, store, 8333), (test_s3, store, 8333), (labels["Job/saferlhf-bucket"], store, 8333)]
+    yes += [(trainer, trainer, 29500)]
+    no = [(store, mlflow, 5000), (upload, store, 8333), (upload, mlflow, 5000), (test_s3, mlflow, 5000)]
+    no += [(step, step, 29500), (step, store, 9333), ({"app": "notebook"}, mlflow, 5000), (mlflow, step, 80)]
+    assert [way for way in yes if not reaches(objects, *way)] == []
+    assert [way for way in no if reaches(objects, *way)] == []
+
+
+def test_each_way_out_of_the_namespace_is_named() -> None:
+    """Ports and peers of the steps' egress, by hand, for a store and a judge elsewhere."""
+    judge = {"judge": {"to": [{"ipBlock": {"cidr": "10.9.0.1/32"}}], "port": 8443}}
+    spec = find(render(platform_values("on-prem", networkPolicy=judge)), "NetworkPolicy", "saferlhf-steps")["spec"]
+    kubeflow = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kubeflow"}}}
+    ways = [([entry["port"] for entry in rule["ports"]], rule["to"][0]) for rule in spec["egress"]]
+    assert ([443], {"ipBlock": {"cidr": "10.20.0.0/24"}}) in ways
+    assert ([8888, 8887, 8080], kubeflow) in ways
+    assert ([443, 6443], {"ipBlock": {"cidr": "0.0.0.0/0"}}) in ways
+    assert ([8443], {"ipBlock": {"cidr": "10.9.0.1/32"}}) in ways
+    assert len(ways) == 6  # and cluster DNS, and MLflow
+
+
+def test_without_network_policies_there_are_none() -> None:
+    objects = render(platform_values("gke", networkPolicy={"enabled": False}))
+    assert not names(objects, "NetworkPolicy")
+    steps_free = render(platform_values("gke", networkPolicy={"steps": False}))
+    assert not names(steps_free, "NetworkPolicy") & {"saferlhf-steps", "saferlhf-train-jobs"}
+
+
+def test_the_platform_config_map_holds_the_addresses_that_steps_read() -> None:
+    assert find(rendered("try"), "ConfigMap", "saferlhf-platform")["data"] == {
+        "AWS_ENDPOINT_URL": "http://saferlhf-s3.team-a.svc.cluster.local:8333",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "MLFLOW_TRACKING_URI": "http://saferlhf-mlflow.team-a.svc.cluster.local:5000",
+        "SAFERLHF_STORE_URI": "s3://saferlhf",
+    }
+    assert "AWS_ENDPOINT_URL" not in find(rendered("eks"), "ConfigMap", "saferlhf-platform")["data"]
+
+
+@pytest.mark.parametrize(
+    ("platform", "endpoint", "plain", "credentials"),
+    [
+        ("eks", "s3.eu-west-1.amazonaws.com", False, {"fromEnv": True}),
+        ("gke", "seaweedfs.kubeflow.svc.cluster.local:8333", True, None),
+        ("try", "saferlhf-s3.team-a.svc.cluster.local:8333", True, None),
+    ],
+)
+def test_kfps_launcher_is_told_where_the_store_is(
+    platform: str, endpoint: str, plain: bool, credentials: dict[str, Any] | None
+) -> None:
+    data = find(rendered(platform), "ConfigMap", "kfp-launcher")["data"]
+    store = find(rendered(platform), "ConfigMap", "saferlhf-platform")["data"]["SAFERLHF_STORE_URI"]
+    keys = {"secretName": "saferlhf-s3", "accessKeyKey": "AWS_ACCESS_KEY_ID", "secretKeyKey": "AWS_SECRET_ACCESS_KEY"}
+    default = yaml.safe_load(data["providers"])["s3"]["default"]
+    assert data["defaultPipelineRoot"] == f"{store}/kfp"
+    assert (default["endpoint"], default["disableSSL"], default["forcePathStyle"]) == (endpoint, plain, plain)
+    assert default["credentials"] == (credentials or {"fromEnv": False, "secretRef": keys})
+    assert "kfp-launcher" not in names(rendered("on-prem"), "ConfigMap")
+
+
+def test_iam_roles_are_on_the_accounts_of_steps_and_of_mlflow() -> None:
+    for name, role in (("saferlhf", "saferlhf-steps"), ("saferlhf-mlflow", "saferlhf-mlflow")):
+        annotations = find(rendered("eks"), "ServiceAccount", name)["metadata"]["annotations"]
+        assert annotations == {"eks.amazonaws.com/role-arn": f"arn:aws:iam::111122223333:role/{role}"}
+    assert "saferlhf" not in names(rendered("on-prem"), "ServiceAccount")
+
+
+def test_mlflow_with_a_database_is_migrated_before_it_is_upgraded() -> None:
+    objects = rendered("eks")
+    job = find(objects, "Job", "saferlhf-mlflow-migrate")
+    assert job["metadata"]["annotations"]["helm.sh/hook"] == "pre-install,pre-upgrade"
+    assert find(objects, "PodDisruptionBudget", "saferlhf-mlflow")["spec"]["maxUnavailable"] == 1
+    server = find(objects, "Deployment", "saferlhf-mlflow")["spec"]
+    assert (server["replicas"], server["strategy"]["type"]) == (2, "RollingUpdate")
+    for spec in (job["spec"]["template"]["spec"], server["template"]["spec"]):
+        uri = {"name": "saferlhf-mlflow-database", "key": "uri"}
+        assert {"name": "MLFLOW_BACKEND_STORE_URI", "valueFrom": {"secretKeyRef": uri}} in spec["containers"][0]["env"]
+    assert "initContainers" not in server["template"]["spec"]
+
+
+def test_mlflow_with_sqlite_is_one_server_that_migrates_itself() -> None:
+    objects = rendered("try")
+    spec = find(objects, "Deployment", "saferlhf-mlflow")["spec"]
+    assert spec["strategy"]["type"] == "Recreate"
+    assert spec["template"]["spec"]["initContainers"][0]["command"] == ["mlflow", "db", "upgrade"]
+    claim = find(objects, "PersistentVolumeClaim", "saferlhf-mlflow")
+    assert claim["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
+    assert "PodDisruptionBudget" not in {entry["kind"] for entry in objects}
+
+
+def test_mlflow_of_somebody_else() -> None:
+    mlflow = {"enabled": False, "trackingUri": "https://mlflow.example.com:8443", "existingLogin": "saferlhf-mlflow"}
+    objects = render(platform_values("eks", mlflow=mlflow))
+    assert names(objects, "Deployment") == set()
+    data = find(objects, "ConfigMap", "saferlhf-platform")["data"]
+    assert data["MLFLOW_TRACKING_URI"] == "https://mlflow.example.com:8443"
+    (container,) = find(objects, "Pod", "saferlhf-test-mlflow")["spec"]["containers"]
+    assert {"secretRef": {"name": "saferlhf-mlflow"}} in container["envFrom"]
+    assert {"ports": [{"port": 8443}]} in find(objects, "NetworkPolicy", "saferlhf-steps")["spec"]["egress"]
+
+
+def test_the_upload_has_the_pipeline_byte_for_byte(tmp_path: Path) -> None:
+    text = "# <kfp> & 'co'\nname: {{inputs}}\nunicode: ü\n\n"
+    objects = render(platform_values("eks", pipeline={"file": text}))
+    assert find(objects, "ConfigMap", "saferlhf-pipeline")["data"]["pipeline.yaml"] == text
+    job = find(objects, "Job", "saferlhf-upload")
+    assert job["metadata"]["annotations"]["helm.sh/hook"] == "post-install,post-upgrade"
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert container["args"] == ["--version=0.1.0", "--schedule=none"]
+    theirs = render(platform_values("eks", pipeline={"file": "", "existingConfigMap": "mine", "versionName": "v7"}))
+    assert "saferlhf-pipeline" not in names(theirs, "ConfigMap")
+    spec = find(theirs, "Job", "saferlhf-upload")["spec"]["template"]["spec"]
+    assert {"name": "pipeline", "configMap": {"name": "mine"}} in spec["volumes"]
+    assert "--version=v7" in spec["containers"][0]["args"]
+    assert "saferlhf-upload" not in names(render(platform_values("eks", pipeline={"file": ""})), "Job")
+
+
+def test_a_schedule_becomes_arguments_of_the_upload() -> None:
+    schedule = {"enabled": True, "cron": "0 30 1 * * 0", "parameters": {"run_seed": 10_000_000, "run_id": "weekly"}}
+    objects = render(platform_values("eks", schedule=schedule))
+    (container,) = find(objects, "Job", "saferlhf-upload")["spec"]["template"]["spec"]["containers"]
+    assert container["args"] == [
+        "--version=0.1.0",
+        "--schedule=0 30 1 * * 0",
+        "--service-account=saferlhf",
+        "--parameter=run_id=weekly",
+        "--parameter=run_seed=10000000",
+        "--parameter=run_uri=s3://example-saferlhf/runs/[[RunUUID]]",
+    ]
+
+
+def test_with_profiles_the_upload_carries_a_token_for_kfp_alone() -> None:
+    spec = find(rendered("eks"), "Job", "saferlhf-upload")["spec"]["template"]["spec"]
+    (token,) = [volume["projected"]["sources"] for volume in spec["volumes"] if "projected" in volume]
+    assert token[0]["serviceAccountToken"]["audience"] == "pipelines.kubeflow.org"
+    environment = {variable["name"]: variable["value"] for variable in spec["containers"][0]["env"]}
+    assert environment["KFP_NAMESPACE"] == NAMESPACE
+    alone = find(rendered("try"), "Job", "saferlhf-upload")["spec"]["template"]["spec"]
+    assert not any("projected" in volume for volume in alone["volumes"])
+    assert {variable["name"] for variable in alone["containers"][0]["env"]} == {"HOME", "KFP_HOST"}
+
+
+@each_platform
+def test_helm_test_asks_each_service_from_within(platform: str) -> None:
+    tests = {entry["metadata"]["name"]: entry for entry in rendered(platform) if entry["kind"] == "Pod"}
+    assert set(tests) == {"saferlhf-test-s3", "saferlhf-test-mlflow", "saferlhf-test-kfp"}
+    for name, pod in tests.items():
+        assert pod["metadata"]["annotations"]["helm.sh/hook"] == "test"
+        assert pod["spec"]["containers"][0]["command"] == ["saferlhf", "doctor", name.rpartition("-")[2]]
+
+
+def test_the_keys_made_for_trying_out_are_long_and_new_each_time() -> None:
+    """Offline, Helm's `lookup` finds nothing; `test_chart_upgrade.py` shows that a cluster's keys are kept."""
+    first, second = (find(render(platform_values("try")), "Secret", "saferlhf-s3") for _ in range(2))
+    assert first["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
+    assert [len(base64.b64decode(value)) for value in first["data"].values()] == [20, 40]
+    assert first["data"] != second["data"]
+    own = render(platform_values("try", seaweedfs={"existingSecret": "mine"}))
+    assert not names(own, "Secret")
+    (container,) = find(own, "StatefulSet", "saferlhf-s3")["spec"]["template"]["spec"]["containers"]
+    assert container["envFrom"] == [{"secretRef": {"name": "mine"}}]
+
+
+def test_priority_and_queue_only_where_they_are_asked_for() -> None:
+    objects = render(platform_values("on-prem", priorityClass={"value": 5_000_000}))
+    assert find(objects, "PriorityClass", "saferlhf-training")["value"] == 5_000_000
+    queue = find(objects, "LocalQueue", "saferlhf")
+    assert (queue["apiVersion"], queue["spec"]) == ("kueue.x-k8s.io/v1beta2", {"clusterQueue": "gpus"})
+    assert not names(rendered("try"), "PriorityClass") | names(rendered("try"), "LocalQueue")
+
+
+def test_where_the_pods_may_run_and_other_images() -> None:
+    toleration = {"key": "pool", "operator": "Equal", "value": "system", "effect": "NoSchedule"}
+    other = IMAGE.replace("service", "other")
+    more = {
+        "nodeSelector": {"pool": "system"},
+        "tolerations": [toleration],
+        "imagePullSecrets": ["registry"],
+        "mlflow": {"image": other, "sqlite": {"storageClass": "fast"}},
+        "seaweedfs": {"image": other, "storageClass": "fast"},
+    }
+    objects = render(platform_values("try", **more))
+    for pod in pods(objects):
+        assert pod.spec["nodeSelector"] == {"pool": "system"}
+        assert pod.spec["tolerations"] == [toleration]
+        assert pod.spec["imagePullSecrets"] == [{"name": "registry"}]
+        servers = pod.name in {"Deployment/saferlhf-mlflow", "StatefulSet/saferlhf-s3"}
+        assert {container["image"] for container in pod.containers} == {other if servers else IMAGE}
+    assert find(objects, "PersistentVolumeClaim", "saferlhf-mlflow")["spec"]["storageClassName"] == "fast"
+    (claim,) = find(objects, "StatefulSet", "saferlhf-s3")["spec"]["volumeClaimTemplates"]
+    assert claim["spec"]["storageClassName"] == "fast"
+
+
+@each_platform
+def test_the_notes_say_what_to_do_next(platform: str) -> None:
+    notes = render_text(platform_values(platform))["saferlhf/templates/NOTES.txt"]
+    assert "helm test saferlhf --namespace team-a --logs" in notes
+    assert ("for trying out only" in notes) == (platform == "try")
+    assert (
+        "No pipeline was uploaded"
+        in render_text(platform_values(platform, pipeline={"file": ""}))["saferlhf/templates/NOTES.txt"]
+    )
+
+
+def test_the_package_holds_the_values_files_and_renders_the_same(tmp_path: Path) -> None:
+    archive = helm.package(CHART, destination=tmp_path)
+    values = platform_values("eks")
+    with helm.Chart.load(archive) as chart:
+        packed = chart.render(values, name="saferlhf", namespace=NAMESPACE)
+        assert {f"values-{platform}.yaml" for platform in PLATFORMS} <= {file["name"] for file in chart.files}
+    assert packed == render_text(values)
