@@ -31,7 +31,7 @@ DIGEST = re.compile(r".+@sha256:[0-9a-f]{64}")
 EXECUTOR_RIGHTS = {("argoproj.io", "workflowtaskresults"): "create patch", ("", "configmaps"): "get"}
 RIGHTS = {
     "saferlhf": {
-        ("trainer.kubeflow.org", "trainjobs"): "create get list watch delete",
+        ("trainer.kubeflow.org", "trainjobs"): "create get list watch patch delete",
         ("", "pods"): "get list watch",
         ("", "pods/log"): "get list watch",
         ("", "events"): "get list watch",
