@@ -8,7 +8,7 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lint results clean
+.PHONY: help install run test lint results compiled clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -38,6 +38,10 @@ lint: install ## ruff and mypy
 results: install ## run three seeds (an hour) and write the README's results table
 	for seed in 0 1 2; do $(MAKE) run PROFILE=smol SEED=$$seed WORKDIR=runs/seed-$$seed || exit 1; done
 	$(BIN)/python -m tests.benchmarks.results runs/seed-0 runs/seed-1 runs/seed-2
+
+compiled: install ## compile the pipeline for every platform in pipelines/platforms into pipelines/compiled
+	for file in pipelines/platforms/*.yaml; do \
+		$(BIN)/saferlhf compile --platform $$file -o pipelines/compiled/$$(basename $$file) || exit 1; done
 
 clean: ## remove .venv and caches (work folders are kept)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info
