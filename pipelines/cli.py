@@ -78,14 +78,12 @@ def compile_(
     given = {name: image for name, image in images.items() if image}
     if given and not platform:
         raise SettingsError(f"--image-{next(iter(given))} goes with --platform: without one, no step is placed")
-    from kfp import compiler
-
     from pipelines import executors
+    from pipelines.compiling import compile_to
     from pipelines.platform_file import read_platform
-    from pipelines.safe_rlhf import build_pipeline
 
     cluster = read_platform(platform, given) if platform else None
-    compiler.Compiler().compile(build_pipeline(rounds, cluster), str(output))
+    compile_to(output, rounds, cluster)
     if table:
         typer.echo(executors.table(executors.read_steps(output.read_text(encoding="utf-8"))))
     typer.echo(f"wrote {output}")

@@ -15,8 +15,10 @@ from kfp import kubernetes
 from pipelines.platform_file import Platform, Pool
 from pipelines.stages import STAGES
 
-_CONFIG = ("SAFERLHF_STORE_URI", "MLFLOW_TRACKING_URI", "AWS_DEFAULT_REGION")
-_OPTIONAL_CONFIG = ("AWS_ENDPOINT_URL",)
+Keys = tuple[str, ...]
+
+_CONFIG: Keys = ("SAFERLHF_STORE_URI", "MLFLOW_TRACKING_URI", "AWS_DEFAULT_REGION")
+_OPTIONAL_CONFIG: Keys = ("AWS_ENDPOINT_URL",)
 _STORE_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 _TRACKING_KEYS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 _JUDGE_KEYS = ("SAFERLHF_JUDGE_KEY",)
@@ -99,7 +101,7 @@ def _environment(task: Any, stage: str, platform: Platform) -> None:
     """Addresses from the ConfigMap, keys from Secrets; none of either is written into the pipeline."""
     for keys, optional in ((_CONFIG, False), (_OPTIONAL_CONFIG, True)):
         kubernetes.use_config_map_as_env(task, platform.config_map, {key: key for key in keys}, optional)
-    secrets = {platform.secrets.store: _STORE_KEYS, platform.secrets.tracking: _TRACKING_KEYS}
+    secrets: dict[str, Keys] = {platform.secrets.store: _STORE_KEYS, platform.secrets.tracking: _TRACKING_KEYS}
     if STAGES[stage].judges:
         secrets[platform.secrets.judge] = _JUDGE_KEYS
     for secret, keys in secrets.items():

@@ -12,8 +12,16 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from kubernetes.utils import parse_quantity
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
-from pydantic import field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from components.foundation.errors import SettingsError
 from components.foundation.scheduling import LabelKey, LabelValue, NodeSelector, Toleration, explain
@@ -221,7 +229,9 @@ class Platform(_Part):
                 raise ValueError(f"stage {name} runs on one node, and pool {place.pool!r} has nodes={pool.nodes}")
         for name, pool in self.pools.items():
             if pool.capacity == "spot" and self.spot is None:
-                raise ValueError(f"pool {name!r} is spot capacity, and nothing says how spot nodes are marked: add spot")
+                raise ValueError(
+                    f"pool {name!r} is spot capacity, and nothing says how spot nodes are marked: add spot"
+                )
         return self
 
 

@@ -29,9 +29,7 @@ def build_pipeline(rounds: int, platform: Platform | None = None) -> Any:
     alignment_round = build_round(placement)
     settings = json.dumps(platform.settings if platform else [])
     shown = placement.form_defaults()
-    pipeline = dsl.pipeline(
-        name="safe-rlhf", description="Safe RLHF: reward, cost, and PPO with a Lagrange multiplier"
-    )
+    pipeline = dsl.pipeline(name="safe-rlhf", description="Safe RLHF: reward, cost, and PPO with a Lagrange multiplier")
 
     def safe_rlhf(
         run_id: str = "", run_uri: str = "", run_profile: str = "smol", run_seed: int = 0, run_set: str = settings

@@ -28,7 +28,7 @@ class Toleration(BaseModel):
     operator: Literal["Equal", "Exists"] = "Equal"
     value: LabelValue | None = None
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-    tolerationSeconds: int | None = Field(None, ge=0)  # noqa: N815  Kubernetes' name
+    tolerationSeconds: int | None = Field(None, ge=0)
 
     @model_validator(mode="after")
     def _value_fits_operator(self) -> Toleration:

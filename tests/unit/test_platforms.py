@@ -25,6 +25,8 @@ DIGEST = "sha256:" + "a1" * 32
 
 Tree = dict[str, Any]
 Change = Callable[[Tree], Any]
+Shallow = Callable[..., Any]
+Compiled = Callable[[Tree], list[Step]]
 
 
 @pytest.fixture
@@ -35,13 +37,13 @@ def tree() -> Tree:
 
 
 @pytest.fixture
-def compiled(tmp_path: Path) -> Callable[[Tree], list[Step]]:
+def compiled(tmp_path: Path, shallow: Shallow) -> Compiled:
     """Platform file -> the steps of the pipeline that it compiles to, of one round."""
 
     def steps(tree: Tree) -> list[Step]:
         file = tmp_path / "platform.yaml"
         file.write_text(yaml.safe_dump(tree))
-        pipeline = build_pipeline(1, read_platform(str(file)))
+        pipeline = shallow(build_pipeline, 1, read_platform(str(file)))
         return steps_of(pipeline.pipeline_spec, pipeline.platform_spec)
 
     return steps
@@ -52,7 +54,10 @@ def step_of(steps: list[Step], stage: str) -> Step:
 
 
 REFUSALS: list[tuple[Change, str]] = [
-    (lambda t: t["stages"]["sft"].update(pool="tpu"), "stage sft asks for pool 'tpu', which is none of small, generate"),
+    (
+        lambda t: t["stages"]["sft"].update(pool="tpu"),
+        "stage sft asks for pool 'tpu', which is none of small, generate",
+    ),
     (lambda t: t["stages"].pop("cost_model"), "stage cost_model has no pool: give it one under stages"),
     (lambda t: t["stages"].update(dpo={"pool": "train", "timeout": "1h"}), "unknown stage 'dpo'"),
     (
@@ -73,7 +78,10 @@ REFUSALS: list[tuple[Change, str]] = [
     (lambda t: t["pools"]["generate"].update(nodes=2), "stage collect runs on one node, and pool 'generate' has nodes"),
     (lambda t: t.pop("spot"), "pool 'generate' is spot capacity, and nothing says how spot nodes are marked"),
     (lambda t: t["pools"]["train"].update(capacity="cheap"), "pools.train.capacity='cheap' is refused"),
-    (lambda t: t["pools"]["train"].update(node_selector={"gpu": True}), "pools.train.node_selector.gpu=True is refused"),
+    (
+        lambda t: t["pools"]["train"].update(node_selector={"gpu": True}),
+        "pools.train.node_selector.gpu=True is refused",
+    ),
     (lambda t: t["pools"]["train"].update(node_selector={"a b": "c"}), "pools.train.node_selector.a b"),
     (
         lambda t: t["pools"]["train"].update(tolerations=[{"key": "k", "operator": "Exists", "value": "v"}]),
@@ -127,7 +135,7 @@ def test_a_missing_platform_lists_the_shipped_ones() -> None:
         read_platform("azure")
 
 
-def test_every_stage_may_have_a_pool_of_its_own(tree: Tree, compiled: Callable[[Tree], list[Step]]) -> None:
+def test_every_stage_may_have_a_pool_of_its_own(tree: Tree, compiled: Compiled) -> None:
     stages = (*TRAINING, "collect", "evaluate")
     for number, stage in enumerate(stages, start=1):
         pool = copy.deepcopy(tree["pools"]["train"]) | {"node_selector": {"pool": stage}, "capacity": "on_demand"}
@@ -144,7 +152,7 @@ def test_every_stage_may_have_a_pool_of_its_own(tree: Tree, compiled: Callable[[
     assert not step_of(steps, "annotate").container.resources.HasField("accelerator")
 
 
-def test_spot_is_one_word(tree: Tree, compiled: Callable[[Tree], list[Step]]) -> None:
+def test_spot_is_one_word(tree: Tree, compiled: Compiled) -> None:
     """The marks of spot nodes join the pool's own, and go with the word."""
     spot, tree["pools"]["train"]["capacity"] = compiled(tree), "on_demand"
     on_demand = compiled(tree)
@@ -155,9 +163,7 @@ def test_spot_is_one_word(tree: Tree, compiled: Callable[[Tree], list[Step]]) ->
     assert taints == [["nvidia.com/gpu"], ["nvidia.com/gpu", "cloud.google.com/gke-spot"]]
 
 
-def test_required_affinity_is_one_term_and_preferences_have_weights(
-    tree: Tree, compiled: Callable[[Tree], list[Step]]
-) -> None:
+def test_required_affinity_is_one_term_and_preferences_have_weights(tree: Tree, compiled: Compiled) -> None:
     """Kubernetes takes several required terms for alternatives, and all lines are meant."""
     lines = [{"key": "zone", "values": ["a", "b"]}, {"key": "memory", "operator": "Gt", "values": ["23000"]}]
     preferred = [{"weight": 7, "key": "nvme", "operator": "Exists"}]
@@ -170,9 +176,7 @@ def test_required_affinity_is_one_term_and_preferences_have_weights(
     assert [term.HasField("weight") and term.weight for term in terms] == [False, 7]
 
 
-def test_a_stage_over_several_nodes_is_followed_from_a_small_pod(
-    tree: Tree, compiled: Callable[[Tree], list[Step]]
-) -> None:
+def test_a_stage_over_several_nodes_is_followed_from_a_small_pod(tree: Tree, compiled: Compiled) -> None:
     """Its own pod asks for no accelerator; the pool of the ranks is told to it."""
     tree["pools"]["ppo"] |= {"nodes": 4, "accelerator": {"count": 8}}
     tree["form_pool"] = "train"
@@ -189,7 +193,7 @@ def test_a_stage_over_several_nodes_is_followed_from_a_small_pod(
     assert not any(v.name == "SAFERLHF_POOL" for v in step_of(steps, "sft").container.env)
 
 
-def test_a_stage_may_run_in_another_image(tree: Tree, compiled: Callable[[Tree], list[Step]]) -> None:
+def test_a_stage_may_run_in_another_image(tree: Tree, compiled: Compiled) -> None:
     tree["images"] = {name: f"acme.example/{name}:1.2@{DIGEST}" for name in ("trainer", "rollout", "service")}
     tree["stages"]["evaluate"]["image"] = "rollout"
     steps = compiled(tree)
@@ -199,16 +203,16 @@ def test_a_stage_may_run_in_another_image(tree: Tree, compiled: Callable[[Tree],
     assert images["gate"] == tree["images"]["service"]
 
 
-def test_settings_of_the_file_are_the_forms_default(tree: Tree) -> None:
+def test_settings_of_the_file_are_the_forms_default(shallow: Shallow) -> None:
     platform = read_platform(str(PLATFORMS / "local.yaml"))
-    inputs = build_pipeline(1, platform).pipeline_spec.root.input_definitions.parameters
+    inputs = shallow(build_pipeline, 1, platform).pipeline_spec.root.input_definitions.parameters
     assert inputs["run_set"].default_value.string_value == '["dtype=float32"]'
 
 
 @pytest.mark.parametrize("platform", ["", *shipped_platforms()])
-def test_a_run_needs_no_input(platform: str) -> None:
+def test_a_run_needs_no_input(shallow: Shallow, platform: str) -> None:
     """Every field of the run form has a default; names are grouped by their prefix, and few."""
-    pipeline = build_pipeline(1, read_platform(platform) if platform else None)
+    pipeline = shallow(build_pipeline, 1, read_platform(platform) if platform else None)
     inputs = pipeline.pipeline_spec.root.input_definitions.parameters
     assert all(definition.is_optional for definition in inputs.values())
     run = {"run_id", "run_uri", "run_profile", "run_seed", "run_set"}
@@ -216,8 +220,8 @@ def test_a_run_needs_no_input(platform: str) -> None:
     assert set(inputs) == run | pool
 
 
-def test_the_form_shows_the_nodes_of_its_pool_and_its_steps_take_them_from_there() -> None:
-    pipeline = build_pipeline(2, read_platform("gke"))
+def test_the_form_shows_the_nodes_of_its_pool_and_its_steps_take_them_from_there(shallow: Shallow) -> None:
+    pipeline = shallow(build_pipeline, 2, read_platform("gke"))
     inputs = pipeline.pipeline_spec.root.input_definitions.parameters
     selector, tolerations = inputs["pool_node_selector"], inputs["pool_tolerations"]
     assert dict(selector.default_value.struct_value) == {"cloud.google.com/gke-accelerator": "nvidia-a100-80gb"}
@@ -288,7 +292,6 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "sentence"),
         [
-            (("--platform", "azure"), "no platform 'azure'"),
             (("--platform", "gke", "--image-service", "acme/service:2"), "acme/service:2 is not pinned"),
             (("--image-trainer", f"acme/trainer@{DIGEST}"), "--image-trainer goes with --platform"),
         ],
