@@ -73,8 +73,9 @@ class Placement:
     def _on_pool(self, task: Any, stage: str, platform: Platform, choice: PoolChoice) -> None:
         pool = platform.pool_of(stage)
         if pool.nodes > 1:
-            task.set_env_variable("SAFERLHF_POOL", json.dumps(_train_job_pool(stage, platform), sort_keys=True))
-            pool = platform.pool_of("start_run")  # this step only submits the TrainJob and follows it
+            task.set_env_variable("SAFERLHF_TRAIN_JOB", json.dumps(_train_job(stage, platform), sort_keys=True))
+            kubernetes.set_timeout(task, 0)  # the job has a deadline of its own, which waiting for nodes is no part of
+            pool = platform.pool_of("start_run")  # this pod only submits the job and follows it
         _resources(task, pool)
         if pool is self._form_pool:
             kubernetes.add_node_selector_json(task, choice.node_selector)
@@ -141,12 +142,25 @@ def _affinity(task: Any, pool: Pool) -> None:
         kubernetes.add_node_affinity(task, [line.model_dump(exclude={"weight"})], weight=line.weight)
 
 
-def _train_job_pool(stage: str, platform: Platform) -> dict[str, Any]:
-    """What a step that submits a TrainJob must know of the nodes that the ranks run on."""
-    pool = platform.pool_of(stage)
+def _train_job(stage: str, platform: Platform) -> dict[str, Any]:
+    """What the stage's own pod must know to submit its TrainJob; named as the fields of `TrainJobSpec`."""
+    pool, place = platform.pool_of(stage), platform.stages[stage]
+    resources = {"cpu": pool.cpu.limit, "memory": pool.memory.limit}
+    if pool.accelerator is not None and pool.gpus:
+        resources[pool.accelerator.resource] = str(pool.gpus)
     return {
         "image": platform.image_of(stage),
-        **pool.model_dump(include={"accelerator", "affinity", "cpu", "memory", "nodes", "queue", "shm"}),
+        "nodes": pool.nodes,
+        "processes_per_node": pool.gpus or 1,
+        "resources": resources,
+        "shared_memory": pool.shm or "",
+        "service_account": platform.service_account,
         "node_selector": platform.node_selector(pool),
-        "tolerations": [toleration.manifest() for toleration in platform.tolerations(pool)],
+        "tolerations": [
+            {"key": toleration.key or "", "value": toleration.value or "", "effect": toleration.effect or ""}
+            for toleration in platform.tolerations(pool)
+        ],
+        "queue": pool.queue or "",
+        "deadline_seconds": place.timeout_seconds,
+        "retries": place.retries,
     }

@@ -228,6 +228,11 @@ class Platform(_Part):
             if pool.nodes > 1 and not trains:
                 raise ValueError(f"stage {name} runs on one node, and pool {place.pool!r} has nodes={pool.nodes}")
         for name, pool in self.pools.items():
+            if pool.nodes > 1 and (pool.affinity != Affinity() or name == self.form_pool):
+                raise ValueError(
+                    f"pool {name!r} has nodes={pool.nodes}, and a TrainJob takes its nodes from node_selector and "
+                    "tolerations in this file: it can have no affinity, and not be form_pool"
+                )
             if pool.capacity == "spot" and self.spot is None:
                 raise ValueError(
                     f"pool {name!r} is spot capacity, and nothing says how spot nodes are marked: add spot"

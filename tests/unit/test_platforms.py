@@ -76,6 +76,11 @@ REFUSALS: list[tuple[Change, str]] = [
     (lambda t: t["pools"]["ppo"].update(shm="160Gi"), "shm=160Gi must be less than memory.limit=160Gi"),
     (lambda t: t["pools"]["train"].update(gpus=8), "unknown field 'pools.train.gpus'"),
     (lambda t: t["pools"]["generate"].update(nodes=2), "stage collect runs on one node, and pool 'generate' has nodes"),
+    (
+        lambda t: (t["pools"]["train"].update(nodes=2), t.update(form_pool="train")),
+        "pool 'train' has nodes=2, and a TrainJob takes its nodes from node_selector",
+    ),
+    (lambda t: t["pools"]["ppo"].update(nodes=2), "it can have no affinity, and not be form_pool"),
     (lambda t: t.pop("spot"), "pool 'generate' is spot capacity, and nothing says how spot nodes are marked"),
     (lambda t: t["pools"]["train"].update(capacity="cheap"), "pools.train.capacity='cheap' is refused"),
     (
@@ -177,20 +182,34 @@ def test_required_affinity_is_one_term_and_preferences_have_weights(tree: Tree, 
 
 
 def test_a_stage_over_several_nodes_is_followed_from_a_small_pod(tree: Tree, compiled: Compiled) -> None:
-    """Its own pod asks for no accelerator; the pool of the ranks is told to it."""
-    tree["pools"]["ppo"] |= {"nodes": 4, "accelerator": {"count": 8}}
+    """Its own pod asks for no accelerator; it is told what to ask for in a TrainJob."""
+    tree["pools"]["ppo"] |= {"nodes": 4, "accelerator": {"count": 8}, "affinity": {}, "capacity": "spot"}
     tree["form_pool"] = "train"
     steps = compiled(tree)
     step = step_of(steps, "ppo_lagrangian")
     assert not step.container.resources.HasField("accelerator")
     assert step.container.resources.resource_memory_limit == tree["pools"]["small"]["memory"]["limit"]
-    told = json.loads({variable.name: variable.value for variable in step.container.env}["SAFERLHF_POOL"])
-    assert told["nodes"] == 4
-    assert told["accelerator"] == {"resource": "nvidia.com/gpu", "count": 8}
-    assert told["image"] == tree["images"]["trainer"]
-    assert told["node_selector"] == tree["pools"]["ppo"]["node_selector"]
-    assert told["queue"] == "saferlhf"
-    assert not any(v.name == "SAFERLHF_POOL" for v in step_of(steps, "sft").container.env)
+    assert step.pod.active_deadline_seconds == 0
+    assert json.loads({variable.name: variable.value for variable in step.container.env}["SAFERLHF_TRAIN_JOB"]) == {
+        "image": tree["images"]["trainer"],
+        "nodes": 4,
+        "processes_per_node": 8,
+        "resources": {"cpu": "12", "memory": "160Gi", "nvidia.com/gpu": "8"},
+        "shared_memory": "32Gi",
+        "service_account": "saferlhf",
+        "node_selector": {
+            "cloud.google.com/gke-accelerator": "nvidia-a100-80gb",
+            "cloud.google.com/gke-spot": "true",
+        },
+        "tolerations": [
+            {"key": "nvidia.com/gpu", "value": "", "effect": "NoSchedule"},
+            {"key": "cloud.google.com/gke-spot", "value": "true", "effect": "NoSchedule"},
+        ],
+        "queue": "saferlhf",
+        "deadline_seconds": 86400,
+        "retries": 5,
+    }
+    assert not any(v.name == "SAFERLHF_TRAIN_JOB" for v in step_of(steps, "sft").container.env)
 
 
 def test_a_stage_may_run_in_another_image(tree: Tree, compiled: Compiled) -> None:
@@ -218,6 +237,12 @@ def test_a_run_needs_no_input(shallow: Shallow, platform: str) -> None:
     run = {"run_id", "run_uri", "run_profile", "run_seed", "run_set"}
     pool = {"pool_node_selector", "pool_tolerations"} if platform not in ("", "local") else set()
     assert set(inputs) == run | pool
+
+
+def test_a_run_without_an_id_is_named_after_kubeflows(shallow: Shallow) -> None:
+    start = shallow(build_pipeline, 1, None).pipeline_spec.root.dag.tasks["start-run"].inputs.parameters
+    assert start["kfp_run_id"].runtime_value.constant.string_value == "{{$.pipeline_job_uuid}}"
+    assert start["run_id"].component_input_parameter == "run_id"
 
 
 def test_the_form_shows_the_nodes_of_its_pool_and_its_steps_take_them_from_there(shallow: Shallow) -> None:
