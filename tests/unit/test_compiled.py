@@ -74,7 +74,7 @@ def test_what_holds_for_every_step(steps: dict[str, list[Step]], name: str) -> N
         assert "latest" not in step.container.image
         assert not step.task.caching_options.enable_cache, where
         assert 1 <= step.task.retry_policy.max_retry_count <= 10, where
-        assert step.task.retry_policy.backoff_duration.seconds >= 60, where
+        assert 30 <= step.task.retry_policy.backoff_duration.seconds <= 120, where
         assert step.task.retry_policy.backoff_factor == 2.0, where
         assert step.task.retry_policy.backoff_max_duration.seconds == 900, where
         assert 900 <= step.pod.active_deadline_seconds <= 24 * 3600, where

@@ -134,6 +134,14 @@ def test_what_is_no_platform_file_is_refused(tmp_path: Path, text: str, sentence
         read_platform(str(file), {"trainer": f"acme/trainer@{DIGEST}"})
 
 
+def test_the_example_of_the_documentation_is_a_platform_file(tmp_path: Path) -> None:
+    _, _, rest = (PLATFORMS / "README.md").read_text(encoding="utf-8").partition("```yaml\n")
+    (tmp_path / "mine.yaml").write_text(rest.partition("```")[0])
+    platform = read_platform(str(tmp_path / "mine.yaml"))
+    assert (platform.name, platform.pool_of("ppo_lagrangian").gpus) == ("my-cluster", 1)
+    assert platform.stages["ppo_lagrangian"].timeout_seconds == 24 * 3600
+
+
 @pytest.mark.fault
 def test_a_missing_platform_lists_the_shipped_ones() -> None:
     with pytest.raises(SettingsError, match="no platform 'azure': give a file, or one of eks, gke, local, on_prem"):
