@@ -80,7 +80,7 @@ def table(steps: list[Step]) -> str:
 def row(step: Step) -> dict[str, str]:
     """What the step asks of the cluster, as texts by column name."""
     resources, retry, user = step.container.resources, step.task.retry_policy, step.pod.security_context
-    back_off, longest = retry.backoff_duration.seconds, retry.backoff_max_duration.seconds
+    back_off, within = retry.backoff_duration.seconds, retry.backoff_max_duration.seconds
     return {
         "stage": step.stage,
         "image": _short(step.container.image),
@@ -94,7 +94,7 @@ def row(step: Step) -> dict[str, str]:
         "tolerates": _tolerations(step.pod),
         "shm": next((mount.size_limit for mount in step.pod.empty_dir_mounts if mount.mount_path == "/dev/shm"), "-"),
         "queue": step.pod.pod_metadata.labels.get("kueue.x-k8s.io/queue-name", "-"),
-        "retries": f"{retry.max_retry_count} after {back_off}s x {retry.backoff_factor:g} to {longest}s",
+        "retries": f"{retry.max_retry_count} after {back_off}s x {retry.backoff_factor:g} in {within // 3600}h",
         "timeout": f"{step.pod.active_deadline_seconds}s",
         "cached": "yes" if step.task.caching_options.enable_cache else "no",
         "secrets": ",".join(secret.secret_name for secret in step.pod.secret_as_env) or "-",

@@ -23,7 +23,6 @@ _STORE_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 _TRACKING_KEYS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 _JUDGE_KEYS = ("SAFERLHF_JUDGE_KEY",)
 _QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
-_LONGEST_BACK_OFF = "15m"
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,8 @@ def _identity(task: Any, stage: str, platform: Platform) -> None:
 
 def _patience(task: Any, stage: str, platform: Platform) -> None:
     place = platform.stages[stage]
-    task.set_retry(place.retries, place.back_off, backoff_factor=2.0, backoff_max_duration=_LONGEST_BACK_OFF)
+    within = f"{place.patience_seconds}s"  # KFP's default of an hour would end every longer step at its first failure
+    task.set_retry(place.retries, place.back_off, backoff_factor=2.0, backoff_max_duration=within)
     kubernetes.set_timeout(task, place.timeout_seconds)
 
 
@@ -102,10 +102,13 @@ def _environment(task: Any, stage: str, platform: Platform) -> None:
     """Addresses from the ConfigMap, keys from Secrets; none of either is written into the pipeline."""
     for keys, optional in ((_CONFIG, False), (_OPTIONAL_CONFIG, True)):
         kubernetes.use_config_map_as_env(task, platform.config_map, {key: key for key in keys}, optional)
-    secrets: dict[str, Keys] = {platform.secrets.store: _STORE_KEYS, platform.secrets.tracking: _TRACKING_KEYS}
+    secrets: list[tuple[str, Keys]] = [
+        (platform.secrets.store, _STORE_KEYS),
+        (platform.secrets.tracking, _TRACKING_KEYS),
+    ]
     if STAGES[stage].judges:
-        secrets[platform.secrets.judge] = _JUDGE_KEYS
-    for secret, keys in secrets.items():
+        secrets.append((platform.secrets.judge, _JUDGE_KEYS))
+    for secret, keys in secrets:
         kubernetes.use_secret_as_env(task, secret, {key: key for key in keys}, optional=True)
 
 

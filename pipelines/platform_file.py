@@ -37,6 +37,13 @@ Memory = Annotated[str, BeforeValidator(str), Field(pattern=r"^\d+(Ki|Mi|Gi|Ti|M
 Duration = Annotated[str, BeforeValidator(str), Field(pattern=r"^[1-9]\d*[smh]$")]
 
 
+_WAIT_FOR_NODE = 24 * 3600
+
+
+def _seconds(duration: str) -> int:
+    return int(duration[:-1]) * {"s": 1, "m": 60, "h": 3600}[duration[-1]]
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -129,13 +136,19 @@ class StagePlace(_Part):
 
     pool: str
     image: ImageName | None = Field(None, description="empty: the stage's usual image")
-    retries: int = Field(2, ge=0, le=10)
-    back_off: Duration = Field("1m", description="before the first retry; doubles with each, up to 15 minutes")
+    retries: int = Field(2, ge=0, le=8)
+    back_off: Duration = Field("1m", description="before the first retry; doubles with each")
     timeout: Duration = Field(description="of one attempt")
 
     @property
     def timeout_seconds(self) -> int:
-        return int(self.timeout[:-1]) * {"s": 1, "m": 60, "h": 3600}[self.timeout[-1]]
+        return _seconds(self.timeout)
+
+    @property
+    def patience_seconds(self) -> int:
+        """From the first attempt's start to the last one's end, if each uses its timeout and waits a day for a node."""
+        pauses = _seconds(self.back_off) * (2**self.retries - 1)
+        return (self.retries + 1) * (self.timeout_seconds + _WAIT_FOR_NODE) + pauses
 
 
 class Images(_Part):

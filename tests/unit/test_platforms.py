@@ -230,6 +230,19 @@ def test_a_stage_may_run_in_another_image(tree: Tree, compiled: Compiled) -> Non
     assert images["gate"] == tree["images"]["service"]
 
 
+def test_one_secret_may_hold_all_keys(tree: Tree, compiled: Compiled) -> None:
+    tree["secrets"] = {"store": "keys", "tracking": "keys", "judge": "keys"}
+    secrets = step_of(compiled(tree), "annotate").pod.secret_as_env
+    assert {secret.secret_name for secret in secrets} == {"keys"}
+    assert [key.env_var for secret in secrets for key in secret.key_to_env] == [
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "MLFLOW_TRACKING_USERNAME",
+        "MLFLOW_TRACKING_PASSWORD",
+        "SAFERLHF_JUDGE_KEY",
+    ]
+
+
 def test_settings_of_the_file_are_the_forms_default(shallow: Shallow) -> None:
     platform = read_platform(str(PLATFORMS / "local.yaml"))
     inputs = shallow(build_pipeline, 1, platform).pipeline_spec.root.input_definitions.parameters
