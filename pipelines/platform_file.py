@@ -147,7 +147,7 @@ class StagePlace(_Part):
     @property
     def patience_seconds(self) -> int:
         """From the first attempt's start to the last one's end, if each uses its timeout and waits a day for a node."""
-        pauses = _seconds(self.back_off) * (2**self.retries - 1)
+        pauses = _seconds(self.back_off) * ((1 << self.retries) - 1)
         return (self.retries + 1) * (self.timeout_seconds + _WAIT_FOR_NODE) + pauses
 
 
