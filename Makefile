@@ -8,7 +8,7 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test chart-test lint results bench-bandit clean
+.PHONY: help install run test chart-test lint results bench-bandit compiled clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -44,6 +44,10 @@ results: install ## run three seeds (an hour) and write the README's results tab
 
 bench-bandit: install ## fixed cost weights against the multiplier: draw the picture of ppo_lagrangian's README
 	$(BIN)/python -m tests.benchmarks.fixed_nu -o components/ppo_lagrangian/fixed_nu.svg
+
+compiled: install ## compile the pipeline for every platform in pipelines/platforms into pipelines/compiled
+	for file in pipelines/platforms/*.yaml; do \
+		$(BIN)/saferlhf compile --platform $$file -o pipelines/compiled/$$(basename $$file) || exit 1; done
 
 clean: ## remove .venv and caches (work folders are kept)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from components.foundation.errors import SaferlhfError
+from components.foundation.errors import SaferlhfError, SettingsError
 from components.foundation.settings import resolve_settings
 from pipelines import registry
 
@@ -68,15 +68,34 @@ def settings(profile: Profile = "smol", seed: Seed = 0, set_: Overrides = None) 
 
 @app.command(name="compile")
 def compile_(
-    output: Annotated[Path, typer.Option("--output", "-o", help="YAML file to write")], rounds: int = 3
+    output: Annotated[Path, typer.Option("--output", "-o", help="YAML file to write")],
+    rounds: Annotated[int, typer.Option(min=1, max=20)] = 3,
+    platform: Annotated[str, typer.Option(help="gke, eks, on_prem, local, or a platform file of your own")] = "",
+    image_trainer: Annotated[str, typer.Option(help="NAME@sha256:DIGEST, instead of the platform file's")] = "",
+    image_rollout: Annotated[str, typer.Option(help="the same")] = "",
+    image_service: Annotated[str, typer.Option(help="the same")] = "",
+    table: Annotated[bool, typer.Option("--table", help="print what each step asks of the cluster")] = False,
 ) -> None:
-    """Compile the pipeline to the YAML that Kubeflow Pipelines runs."""
-    from kfp import compiler
+    """Compile the pipeline to the YAML that Kubeflow Pipelines runs, placed on a cluster's pools by --platform."""
+    if output.suffix not in (".yaml", ".yml"):
+        raise SettingsError(f"--output {output} must end with .yaml")
+    images = {"trainer": image_trainer, "rollout": image_rollout, "service": image_service}
+    given = {name: image for name, image in images.items() if image}
+    if given and not platform:
+        raise SettingsError(f"--image-{next(iter(given))} goes with --platform: without one, no step is placed")
+    from pipelines import executors
+    from pipelines.compiling import compile_to
+    from pipelines.platform_file import read_platform
 
-    from pipelines.safe_rlhf import build_pipeline
-
-    compiler.Compiler().compile(build_pipeline(rounds), str(output))
+    cluster = read_platform(platform, given) if platform else None
+    compile_to(output, rounds, cluster)
+    if table:
+        typer.echo(executors.table(executors.read_steps(output.read_text(encoding="utf-8"))))
     typer.echo(f"wrote {output}")
+    if cluster is not None:
+        typer.echo(f"start its runs with the service account {cluster.service_account}")
+        if cluster.has_placeholder_images:
+            typer.echo("its images are examples: give yours with --image-trainer, -rollout and -service", err=True)
 
 
 @app.command()

@@ -11,6 +11,7 @@ import os
 import signal
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,12 @@ def _run_pipeline(run: LocalRun, screen: Screen) -> None:
         "run_seed": run.settings.seed,
         "run_set": json.dumps(list(run.overrides)),
     }
-    with tempfile.TemporaryDirectory(prefix="saferlhf-kfp-") as root, contextlib.redirect_stdout(screen):
+    with (
+        tempfile.TemporaryDirectory(prefix="saferlhf-kfp-") as root,
+        contextlib.redirect_stdout(screen),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", module=r"kfp\.local")  # "display_name has no effect", for every step
         local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=root, raise_on_error=True)
         try:
             build_pipeline(run.settings.rounds)(**arguments)

@@ -1,8 +1,11 @@
 """Safe RLHF as a pipeline: prepare -> SFT -> rounds -> register -> gate -> promote -> report, as the paper's figure.
 
-The same object runs on a laptop (`pipelines/local.py`) and compiles to the YAML that a cluster runs.
+The same pipeline runs on a laptop (`pipelines/local.py`) and compiles to the YAML that a cluster runs; with a platform,
+its steps are placed on that cluster's pools.
 """
 
+import json
+from collections.abc import Sequence
 from typing import Any
 
 from kfp import dsl
@@ -12,49 +15,90 @@ from components.prepare_data.component import prepare_data, start_run
 from components.promote.component import gate, register, set_alias
 from components.report.component import report
 from components.sft.component import sft
-from pipelines.alignment_round import alignment_round
+from pipelines.alignment_round import build_round
+from pipelines.placement import Placement, PoolChoice
+from pipelines.platform_file import Platform
 
 
-def build_pipeline(rounds: int) -> Any:
-    """The pipeline with so many rounds; each round is a nested pipeline, drawn as one box."""
+def build_pipeline(rounds: int, platform: Platform | None = None) -> Any:
+    """The pipeline with so many rounds. Every parameter has a default: a run needs no input.
 
-    @dsl.pipeline(name="safe-rlhf", description="Safe RLHF: reward, cost, and PPO with a Lagrange multiplier")
-    def safe_rlhf(run_uri: str, run_id: str, run_profile: str = "smol", run_seed: int = 0, run_set: str = "[]") -> None:
+    Where the platform file names a `form_pool`, the run form shows that pool's node selector and tolerations.
+    """
+    placement = Placement(platform)
+    alignment_round = build_round(placement)
+    settings = json.dumps(platform.settings if platform else [])
+    shown = placement.form_defaults()
+    pipeline = dsl.pipeline(name="safe-rlhf", description="Safe RLHF: reward, cost, and PPO with a Lagrange multiplier")
+
+    def safe_rlhf(
+        run_id: str = "", run_uri: str = "", run_profile: str = "smol", run_seed: int = 0, run_set: str = settings
+    ) -> None:
+        safe_rlhf_on_pool(run_id, run_uri, run_profile, run_seed, run_set, shown.node_selector, shown.tolerations)
+
+    def safe_rlhf_on_pool(
+        run_id: str = "",
+        run_uri: str = "",
+        run_profile: str = "smol",
+        run_seed: int = 0,
+        run_set: str = settings,
+        pool_node_selector: dict[str, str] = shown.node_selector,
+        pool_tolerations: list[dict[str, Any]] = shown.tolerations,
+    ) -> None:
         start = start_run(
-            run_uri=run_uri, run_id=run_id, profile=run_profile, seed=run_seed, overrides=run_set, rounds=rounds
+            run_uri=run_uri,
+            run_id=run_id,
+            kfp_run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
+            profile=run_profile,
+            seed=run_seed,
+            overrides=run_set,
+            rounds=rounds,
+            pool_node_selector=pool_node_selector,
+            pool_tolerations=pool_tolerations,
         )
-        data = prepare_data(run_uri=start.output)
-        base = sft(run_uri=start.output, data_uri=data.output)
-        baseline = evaluate(
+        choice = PoolChoice(pool_node_selector, pool_tolerations)
+        _figure(start, [alignment_round] * rounds, placement, choice)
+
+    return pipeline(safe_rlhf_on_pool if placement.has_form_pool else safe_rlhf)
+
+
+def _figure(start: Any, rounds: Sequence[Any], placement: Placement, choice: PoolChoice) -> None:
+    """The figure's boxes; each round is a nested pipeline, drawn as one."""
+    data = prepare_data(run_uri=start.output)
+    base = sft(run_uri=start.output, data_uri=data.output)
+    baseline = evaluate(
+        run_uri=start.output,
+        round_number=0,
+        data_uri=data.output,
+        sft_uri=base.output,
+        policy_uri=base.output,
+        reward_model_uri="",
+        cost_model_uri="",
+        baseline_uri="",
+    )
+    policy_uri, preferences_uri = base.output, data.output
+    for number, alignment_round in enumerate(rounds, start=1):
+        done = alignment_round(
             run_uri=start.output,
-            round_number=0,
+            round_number=number,
             data_uri=data.output,
             sft_uri=base.output,
-            policy_uri=base.output,
-            reward_model_uri="",
-            cost_model_uri="",
-            baseline_uri="",
+            policy_uri=policy_uri,
+            preferences_uri=preferences_uri,
+            baseline_uri=baseline.outputs["Output"],
+            pool_node_selector=choice.node_selector,
+            pool_tolerations=choice.tolerations,
         )
-        policy_uri, preferences_uri = base.output, data.output
-        for number in range(1, rounds + 1):
-            done = alignment_round(
-                run_uri=start.output,
-                round_number=number,
-                data_uri=data.output,
-                sft_uri=base.output,
-                policy_uri=policy_uri,
-                preferences_uri=preferences_uri,
-                baseline_uri=baseline.outputs["Output"],
-            ).set_display_name(f"round {number}")
-            policy_uri, preferences_uri = done.outputs["policy_uri"], done.outputs["preferences_uri"]
-        version = register(run_uri=start.output, policy_uri=policy_uri).after(done)
-        decision = gate(run_uri=start.output, version=version.output)
-        with dsl.If(decision.output == "promote"):
-            winner = set_alias(run_uri=start.output, version=version.output, alias="champion")
-        with dsl.Else():
-            other = set_alias(run_uri=start.output, version=version.output, alias="challenger")
-        page = report(run_uri=start.output, alias=dsl.OneOf(winner.output, other.output))
-        for task in (start, data, base, baseline, version, decision, winner, other, page):
-            task.set_caching_options(False)
-
-    return safe_rlhf
+        done.set_display_name(f"round {number}").set_caching_options(False)
+        policy_uri, preferences_uri = done.outputs["policy_uri"], done.outputs["preferences_uri"]
+    version = register(run_uri=start.output, policy_uri=policy_uri).after(done)
+    decision = gate(run_uri=start.output, version=version.output)
+    with dsl.If(decision.output == "promote"):
+        winner = set_alias(run_uri=start.output, version=version.output, alias="champion")
+    with dsl.Else():
+        other = set_alias(run_uri=start.output, version=version.output, alias="challenger")
+    page = report(run_uri=start.output, alias=dsl.OneOf(winner.output, other.output))
+    placement.place(choice, start, data, base, baseline, version, decision, winner, other, page)
+    baseline.set_display_name("evaluate the SFT model")
+    winner.set_display_name("make it champion")
+    other.set_display_name("make it challenger")

@@ -1,16 +1,30 @@
 """KFP face of the first two steps: start a run, prepare its data."""
 
+from typing import Any
+
 from kfp import dsl
 
 from components.foundation.image import SERVICE_IMAGE
 
 
 @dsl.component(base_image=SERVICE_IMAGE, packages_to_install=[], install_kfp_package=False)
-def start_run(run_uri: str, run_id: str, profile: str, seed: int, overrides: str, rounds: int) -> str:
-    """Resolve the settings (`overrides` is a JSON list of key=value), check S3 and MLflow, write run.json."""
+def start_run(
+    run_uri: str,
+    run_id: str,
+    kfp_run_id: str,
+    profile: str,
+    seed: int,
+    overrides: str,
+    rounds: int,
+    pool_node_selector: dict[str, str],
+    pool_tolerations: list[dict[str, Any]],
+) -> str:
+    """Resolve the settings (`overrides` is a JSON list of key=value), check S3, MLflow and the pool, write run.json."""
+    from components.foundation.scheduling import check_pool_choice
     from components.prepare_data.start_run import run_start_run
 
-    return run_start_run(run_uri, run_id, profile, seed, overrides, rounds)
+    check_pool_choice(pool_node_selector, pool_tolerations)
+    return run_start_run(run_uri, run_id or kfp_run_id, profile, seed, overrides, rounds)
 
 
 @dsl.component(base_image=SERVICE_IMAGE, packages_to_install=[], install_kfp_package=False)

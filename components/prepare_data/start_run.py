@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
 
 from components.foundation.errors import SettingsError
 from components.foundation.progress import configure_logging
@@ -12,19 +14,26 @@ from components.foundation.settings import resolve_settings
 
 log = logging.getLogger("saferlhf")
 
+_RUN_ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+
 
 def run_start_run(run_uri: str, run_id: str, profile: str, seed: int, overrides: str, rounds: int) -> str:
     """Stage: settings -> the run's URI; the run's description is stored there.
 
     Args:
+        run_uri: empty: `runs/<run_id>` under the setting `store.uri`, whose default is then $SAFERLHF_STORE_URI.
+        run_id: names the run in the store and in MLflow.
         overrides: JSON list of `key=value` strings.
         rounds: how many the pipeline was built with.
 
     Raises:
-        SettingsError: a setting is refused, or asks for another number of rounds than the pipeline has.
+        SettingsError: the run's id or a setting is refused, or asks for another number of rounds than the pipeline has.
     """
     configure_logging()
-    settings = resolve_settings(profile, seed, [f"rounds={rounds}", *json.loads(overrides)])
+    if not _RUN_ID.fullmatch(run_id):
+        raise SettingsError(f"run_id={run_id!r} is refused: use up to 63 lower-case letters, digits and hyphens")
+    settings = resolve_settings(profile, seed, [*_store(run_uri), f"rounds={rounds}", *_read_overrides(overrides)])
+    run_uri = run_uri or f"{settings.store.uri.rstrip('/')}/runs/{run_id}"
     if settings.rounds != rounds:
         raise SettingsError(
             f"rounds={settings.rounds} is asked of a pipeline that was compiled with {rounds}: compile it anew"
@@ -32,3 +41,18 @@ def run_start_run(run_uri: str, run_id: str, profile: str, seed: int, overrides:
     create_run(run_uri, run_id, settings)
     log.info("run %s, settings %s", run_id, settings.digest()[:12])
     return run_uri
+
+
+def _store(run_uri: str) -> list[str]:
+    uri = os.environ.get("SAFERLHF_STORE_URI", "")
+    return [f"store.uri={uri}"] if uri and not run_uri else []
+
+
+def _read_overrides(text: str) -> list[str]:
+    try:
+        overrides = json.loads(text or "[]")
+    except ValueError:
+        overrides = None
+    if not isinstance(overrides, list) or not all(isinstance(item, str) for item in overrides):
+        raise SettingsError(f'run_set={text!r} is refused: write a JSON list of settings, such as ["ppo.steps=20"]')
+    return overrides

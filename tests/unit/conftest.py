@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,18 @@ from components.foundation.base_model import make_tiny
 MakeTiny = Callable[[str], Path]
 LoadTiny = Callable[[str], Backbone]
 LoadPlain = Callable[[Path], Any]
+Shallow = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def shallow() -> Shallow:
+    """Calls a function on a stack of its own: at each setting of a task, KFP reads the source of the whole stack."""
+
+    def call(function: Callable[..., Any], *arguments: Any) -> Any:
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(function, *arguments).result()
+
+    return call
 
 
 @pytest.fixture(scope="session")

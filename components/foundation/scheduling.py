@@ -1,0 +1,78 @@
+"""Which nodes a step may run on, in Kubernetes' own terms: node selectors and tolerations.
+
+A platform file gives them when the pipeline is compiled; the run form may give others for one pool. Both are checked
+here, because Kubernetes would leave a pod with a mistyped one waiting for ever.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from components.foundation.errors import SettingsError
+
+_NAME = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+LabelKey = Annotated[str, Field(pattern=rf"^([a-z0-9]([a-z0-9.-]{{0,251}}[a-z0-9])?/)?{_NAME}$")]
+LabelValue = Annotated[str, Field(pattern=rf"^({_NAME})?$")]
+NodeSelector = dict[LabelKey, LabelValue]
+"""Labels that a node must have, each with this value."""
+
+
+class Toleration(BaseModel):
+    """A taint that does not keep a step off a node; fields are named as in Kubernetes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    key: LabelKey | None = None
+    operator: Literal["Equal", "Exists"] = "Equal"
+    value: LabelValue | None = None
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    tolerationSeconds: int | None = Field(None, ge=0)
+
+    @model_validator(mode="after")
+    def _value_fits_operator(self) -> Toleration:
+        if self.operator == "Exists" and self.value is not None:
+            raise ValueError(f"operator Exists takes no value, and here is {self.value!r}: write Equal, or no value")
+        if self.operator == "Equal" and self.key is None:
+            raise ValueError("a toleration without a key needs operator Exists")
+        return self
+
+    def manifest(self) -> dict[str, Any]:
+        """As it stands in a pod."""
+        return self.model_dump(exclude_none=True)
+
+
+def check_pool_choice(node_selector: Any, tolerations: Any) -> None:
+    """Check what a run form gives for the pool that it may choose.
+
+    Raises:
+        SettingsError: `pool_node_selector` is no object of texts, or `pool_tolerations` no list of tolerations.
+    """
+    for name, kind, value in (
+        ("pool_node_selector", NodeSelector, node_selector),
+        ("pool_tolerations", list[Toleration], tolerations),
+    ):
+        try:
+            TypeAdapter(kind).validate_python(value)
+        except ValidationError as error:
+            raise SettingsError(explain(error, name)) from None
+
+
+def explain(error: ValidationError, subject: str) -> str:
+    """One sentence that names each field that is refused, with its value."""
+    parts = []
+    for item in error.errors():
+        field = ".".join(str(part) for part in item["loc"] if part != "[key]")
+        reason = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            parts.append(f"unknown field {field!r}")
+        elif item["type"] == "missing":
+            parts.append(f"{field} is missing")
+        elif item["type"] == "value_error":
+            parts.append(f"{field}: {reason}" if field else reason)
+        elif field:
+            parts.append(f"{field}={item['input']!r} is refused: {reason}")
+        else:
+            parts.append(f"{item['input']!r} is refused: {reason}")
+    return f"{subject}: " + "; ".join(parts)

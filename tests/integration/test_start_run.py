@@ -1,0 +1,61 @@
+"""The first step on a cluster: nobody says where the run goes, or how it is called."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+import pytest
+
+from components.foundation.checkpoint_store import CheckpointStore
+from components.foundation.errors import SettingsError
+from components.foundation.run_context import open_run
+from components.prepare_data.component import start_run
+from pipelines.services import Endpoints
+
+
+def start(**given: Any) -> str:
+    arguments = {
+        "run_uri": "",
+        "run_id": "",
+        "kfp_run_id": str(uuid.uuid4()),
+        "profile": "tiny",
+        "seed": 0,
+        "overrides": "[]",
+        "rounds": 1,
+        "pool_node_selector": {},
+        "pool_tolerations": [],
+    }
+    uri: str = start_run.python_func(**arguments | given)
+    return uri
+
+
+@pytest.fixture
+def platform_store(services: Endpoints, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The store's URI as the platform's ConfigMap gives it."""
+    uri = f"s3://saferlhf-test/{uuid.uuid4().hex}"
+    monkeypatch.setenv("SAFERLHF_STORE_URI", uri)
+    return uri
+
+
+def test_a_run_is_named_after_kubeflows_and_lies_in_the_platforms_store(platform_store: str) -> None:
+    kfp_run_id = str(uuid.uuid4())
+    uri = start(kfp_run_id=kfp_run_id)
+    assert uri == f"{platform_store}/runs/{kfp_run_id}"
+    context = open_run(uri)
+    assert (context.run_id, context.settings.store.uri) == (kfp_run_id, platform_store)
+
+
+def test_what_is_given_counts_more(platform_store: str) -> None:
+    other = f"s3://saferlhf-test/{uuid.uuid4().hex}"
+    there = f'["store.uri={other}"]'
+    assert start(run_id="mine", overrides=there) == f"{other}/runs/mine"
+    assert start(run_uri=f"{other}/runs/here", run_id="here", overrides=there) == f"{other}/runs/here"
+
+
+@pytest.mark.fault
+def test_a_pool_that_no_node_can_match_is_refused_before_anything_is_written(platform_store: str) -> None:
+    with pytest.raises(SettingsError, match="pool_node_selector: gpu=True is refused"):
+        start(run_id="refused", pool_node_selector={"gpu": True})
+    assert not CheckpointStore(platform_store).has_text(f"{platform_store}/runs/refused/run.json")
+    assert start(run_id="refused", pool_node_selector={"gpu": "true"}) == f"{platform_store}/runs/refused"

@@ -1,0 +1,284 @@
+"""The pipeline as it is compiled for each shipped platform, read back field by field.
+
+.venv/bin/python -m tests.unit.test_compiled     prints the table of every platform
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from google.protobuf import json_format
+
+from pipelines.compiling import compile_to
+from pipelines.executors import Step, read_steps, row, table
+from pipelines.platform_file import read_platform
+from pipelines.stages import STAGES
+
+COMPILED = Path(__file__).parents[2] / "pipelines" / "compiled"
+NAMES = ("local", "gke", "eks", "on_prem")
+KUBERNETES = ("1.31", "1.37")
+ROUND = ("collect", "annotate", "reward_model", "cost_model", "ppo_lagrangian", "evaluate")
+SECRET_KEYS = {
+    "saferlhf-s3": {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"},
+    "saferlhf-mlflow": {"MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"},
+    "saferlhf-judge": {"SAFERLHF_JUDGE_KEY"},
+}
+
+Shallow = Callable[..., Any]
+
+
+def golden(name: str) -> str:
+    return (COMPILED / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def steps() -> dict[str, list[Step]]:
+    """Platform -> its steps, parsed strictly into KFP's messages."""
+    return {name: read_steps(golden(name)) for name in NAMES}
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", NAMES)
+def test_the_stored_pipeline_is_what_compiles_today(shallow: Shallow, tmp_path: Path, name: str) -> None:
+    shallow(compile_to, tmp_path / "p.yaml", 3, read_platform(name))
+    stored, now = golden(name).splitlines(), (tmp_path / "p.yaml").read_text(encoding="utf-8").splitlines()
+    changes = "\n".join(list(difflib.unified_diff(stored, now, "stored", "now", lineterm="", n=1))[:40])
+    assert not changes, f"pipelines/compiled/{name}.yaml is out of date: run `make compiled`, read the diff\n{changes}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_stage_of_every_round_is_there_once(steps: dict[str, list[Step]], name: str) -> None:
+    assert {step.stage for step in steps[name]} == set(STAGES)
+    for number in (1, 2, 3):
+        assert sorted(s.stage for s in steps[name] if s.path[0] == f"round {number}") == sorted(ROUND)
+    assert len(steps[name]) == 3 * len(ROUND) + 9
+    paths = [step.path for step in steps[name]]
+    assert len(set(paths)) == len(paths), "no two boxes look alike"
+    assert ("evaluate the SFT model",) in paths
+    assert ("round 3", "PPO-Lagrangian") in paths
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_holds_for_every_step(steps: dict[str, list[Step]], name: str) -> None:
+    for step in steps[name]:
+        where = "/".join(step.path)
+        assert re.fullmatch(r"registry\.example\.com/saferlhf/[a-z]+@sha256:[0-9a-f]{64}", step.container.image), where
+        assert "latest" not in step.container.image
+        assert not step.task.caching_options.enable_cache, where
+        assert 1 <= step.task.retry_policy.max_retry_count <= 5, where
+        assert 30 <= step.task.retry_policy.backoff_duration.seconds <= 120, where
+        assert step.task.retry_policy.backoff_factor == 2.0, where
+        assert 900 <= step.pod.active_deadline_seconds <= 24 * 3600, where
+        user = step.pod.security_context
+        assert (user.run_as_user, user.run_as_group, user.run_as_non_root) == (10001, 10001, True), where
+        resources = step.container.resources
+        for field in ("cpu_request", "cpu_limit", "memory_request", "memory_limit"):
+            assert getattr(resources, f"resource_{field}"), where
+        environment = {variable.name: variable.value for variable in step.container.env}
+        assert environment == {"SAFERLHF_IMAGE_DIGEST": step.container.image.partition("@")[2]}, where
+        assert "pip install" not in " ".join(step.container.command)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_last_attempt_has_its_time_too(steps: dict[str, list[Step]], name: str) -> None:
+    """Argo counts `maxDuration` from the start of the first attempt, and ends what runs later."""
+    for step in steps[name]:
+        retry = step.task.retry_policy
+        pauses = sum(retry.backoff_duration.seconds * 2**number for number in range(retry.max_retry_count))
+        attempts = (retry.max_retry_count + 1) * step.pod.active_deadline_seconds
+        waiting = retry.backoff_max_duration.seconds - attempts - pauses
+        assert waiting == (retry.max_retry_count + 1) * 24 * 3600, step.stage
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_addresses_come_from_the_config_map_and_keys_from_secrets(steps: dict[str, list[Step]], name: str) -> None:
+    for step in steps[name]:
+        required, optional = step.pod.config_map_as_env
+        assert {required.config_map_name, optional.config_map_name} == {"saferlhf-platform"}
+        assert [key.env_var for key in required.key_to_env] == [
+            "SAFERLHF_STORE_URI",
+            "MLFLOW_TRACKING_URI",
+            "AWS_DEFAULT_REGION",
+        ]
+        assert [key.env_var for key in optional.key_to_env] == ["AWS_ENDPOINT_URL"]
+        assert (required.optional, optional.optional) == (False, True)
+        secrets = {secret.secret_name: secret for secret in step.pod.secret_as_env}
+        judge = {"saferlhf-judge"} if step.stage in ("annotate", "evaluate") else set()
+        assert set(secrets) == {"saferlhf-s3", "saferlhf-mlflow"} | judge
+        for secret_name, secret in secrets.items():
+            assert secret.optional, "with workload identity there are no keys"
+            assert {key.secret_key for key in secret.key_to_env} == SECRET_KEYS[secret_name]
+            assert all(key.secret_key == key.env_var for key in secret.key_to_env)
+
+
+EXPECTED = {  # stage: image, cpu, memory, accelerators, shm, queue, retries, seconds
+    ("gke", "ppo_lagrangian"): ("trainer", "10 to 12", "128Gi to 160Gi", 1, "32Gi", "saferlhf", 5, 86400),
+    ("gke", "sft"): ("trainer", "8 to 12", "96Gi to 128Gi", 1, "16Gi", "saferlhf", 5, 21600),
+    ("gke", "collect"): ("rollout", "4 to 8", "24Gi to 32Gi", 1, "8Gi", "saferlhf", 5, 14400),
+    ("gke", "evaluate"): ("trainer", "4 to 8", "24Gi to 32Gi", 1, "8Gi", "saferlhf", 5, 14400),
+    ("gke", "annotate"): ("service", "500m to 2", "2Gi to 4Gi", 0, "-", "-", 2, 14400),
+    ("eks", "reward_model"): ("trainer", "8 to 12", "96Gi to 128Gi", 1, "16Gi", "saferlhf", 5, 21600),
+    ("eks", "gate"): ("service", "500m to 2", "2Gi to 4Gi", 0, "-", "-", 2, 900),
+    ("on_prem", "cost_model"): ("trainer", "8 to 16", "128Gi to 160Gi", 1, "32Gi", "saferlhf", 2, 21600),
+    ("on_prem", "report"): ("service", "500m to 2", "2Gi to 4Gi", 0, "-", "-", 2, 1800),
+    ("local", "ppo_lagrangian"): ("trainer", "1 to 4", "4Gi to 8Gi", 0, "1Gi", "-", 1, 86400),
+}
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize(("name", "stage"), EXPECTED)
+def test_what_a_stage_gets(steps: dict[str, list[Step]], name: str, stage: str) -> None:
+    image, cpu, memory, accelerators, shm, queue, retries, seconds = EXPECTED[name, stage]
+    found = [step for step in steps[name] if step.stage == stage]
+    assert found
+    for step in found:
+        cells = row(step)
+        assert cells["image"].startswith(f"{image}@")
+        assert (cells["cpu"], cells["memory"], cells["shm"], cells["queue"]) == (cpu, memory, shm, queue)
+        assert cells["accelerator"] == (f"{accelerators} x nvidia.com/gpu" if accelerators else "-")
+        assert cells["retries"].startswith(f"{retries} after ")
+        assert cells["timeout"] == f"{seconds}s"
+        assert (cells["cached"], cells["user"]) == ("no", "10001:10001")
+        for mount in step.pod.empty_dir_mounts:
+            assert (mount.mount_path, mount.medium) == ("/dev/shm", "Memory")
+
+
+@pytest.mark.parametrize("name", ["gke", "eks", "on_prem"])
+def test_only_steps_that_run_a_model_get_an_accelerator(steps: dict[str, list[Step]], name: str) -> None:
+    for step in steps[name]:
+        has = step.container.resources.HasField("accelerator")
+        assert has == (step.stage in ("sft", *set(ROUND) - {"annotate"})), step.stage
+
+
+@pytest.mark.parametrize("version", KUBERNETES)
+@pytest.mark.parametrize("name", NAMES)
+def test_kubernetes_accepts_the_pods(steps: dict[str, list[Step]], name: str, version: str) -> None:
+    """The pod of every step, put together as KFP's driver does, against Kubernetes' own schema."""
+    defaults = form_defaults(name)
+    seen = set()
+    for step in steps[name]:
+        pod = pod_of(step, defaults)
+        text = json.dumps(pod, sort_keys=True)
+        if text not in seen:
+            kubernetes_validate.validate(pod, version, strict=True)
+            seen.add(text)
+    assert len(seen) > len(STAGES) // 2
+
+
+def test_the_schema_check_would_notice(steps: dict[str, list[Step]]) -> None:
+    pod = pod_of(steps["gke"][0], form_defaults("gke"))
+    pod["spec"]["containers"][0]["resources"]["limit"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(pod, KUBERNETES[-1], strict=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_of_this_machine_is_in_the_file(name: str) -> None:
+    for path in (Path.cwd(), Path.home(), COMPILED.parents[1]):
+        assert len(path.parts) < 3 or str(path) not in golden(name)
+    assert not re.search(r"20\d\d-\d\d-\d\d", golden(name))
+
+
+def form_defaults(name: str) -> dict[str, Any]:
+    """What the run form gives when nobody changes it."""
+    pipeline = next(yaml.load_all(golden(name), Loader=yaml.CSafeLoader))
+    inputs = pipeline["root"]["inputDefinitions"]["parameters"]
+    return {key: definition["defaultValue"] for key, definition in inputs.items()}
+
+
+def pod_of(step: Step, form: dict[str, Any]) -> dict[str, Any]:
+    """The pod that KFP makes of a step, as far as the pipeline decides it."""
+    container, pod = step.container, step.pod
+    resources = container.resources
+    limits = {"cpu": resources.resource_cpu_limit, "memory": resources.resource_memory_limit}
+    if resources.HasField("accelerator"):
+        limits[resources.accelerator.resource_type] = resources.accelerator.resource_count
+    environment: list[dict[str, Any]] = [{"name": v.name, "value": v.value} for v in container.env]
+    for source, kind in ((pod.config_map_as_env, "config_map"), (pod.secret_as_env, "secret")):
+        for item in source:
+            for key in item.key_to_env:
+                reference = {
+                    "name": getattr(item, f"{kind}_name"),
+                    "key": getattr(key, f"{kind}_key"),
+                    "optional": item.optional,
+                }
+                field = "configMapKeyRef" if kind == "config_map" else "secretKeyRef"
+                environment.append({"name": key.env_var, "valueFrom": {field: reference}})
+    spec: dict[str, Any] = {
+        "activeDeadlineSeconds": pod.active_deadline_seconds,
+        "nodeSelector": node_selector(pod, form),
+        "tolerations": tolerations(pod, form),
+        "affinity": affinity(pod),
+        "containers": [
+            {
+                "name": "main",
+                "image": container.image,
+                "command": list(container.command),
+                "args": list(container.args),
+                "env": environment,
+                "resources": {
+                    "requests": {"cpu": resources.resource_cpu_request, "memory": resources.resource_memory_request},
+                    "limits": limits,
+                },
+                "volumeMounts": [{"name": m.volume_name, "mountPath": m.mount_path} for m in pod.empty_dir_mounts],
+                "securityContext": {
+                    "runAsUser": pod.security_context.run_as_user,
+                    "runAsGroup": pod.security_context.run_as_group,
+                    "runAsNonRoot": pod.security_context.run_as_non_root,
+                },
+            }
+        ],
+        "volumes": [
+            {"name": m.volume_name, "emptyDir": {"medium": m.medium, "sizeLimit": m.size_limit}}
+            for m in pod.empty_dir_mounts
+        ],
+    }
+    metadata = {"name": step.stage.replace("_", "-"), "labels": dict(pod.pod_metadata.labels)}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
+
+
+def node_selector(pod: Any, form: dict[str, Any]) -> dict[str, str]:
+    if pod.node_selector.HasField("node_selector_json"):
+        chosen: dict[str, str] = form[pod.node_selector.node_selector_json.component_input_parameter]
+        return chosen
+    return dict(pod.node_selector.labels)
+
+
+def tolerations(pod: Any, form: dict[str, Any]) -> list[dict[str, Any]]:
+    found = []
+    for toleration in pod.tolerations:
+        if toleration.HasField("toleration_json"):
+            found += form[toleration.toleration_json.component_input_parameter]
+        else:
+            found.append(json_format.MessageToDict(toleration))
+    return found
+
+
+def affinity(pod: Any) -> dict[str, Any]:
+    """Terms without a weight are alternatives of the requirement."""
+    required, preferred = [], []
+    for term in pod.node_affinity:
+        expressions = [json_format.MessageToDict(line) for line in term.match_expressions]
+        if term.HasField("weight"):
+            preferred.append({"weight": term.weight, "preference": {"matchExpressions": expressions}})
+        else:
+            required.append({"matchExpressions": expressions})
+    node: dict[str, Any] = {}
+    if required:
+        node["requiredDuringSchedulingIgnoredDuringExecution"] = {"nodeSelectorTerms": required}
+    if preferred:
+        node["preferredDuringSchedulingIgnoredDuringExecution"] = preferred
+    return {"nodeAffinity": node} if node else {}
+
+
+if __name__ == "__main__":
+    for platform in NAMES:
+        print(f"{platform}\n\n{table(read_steps(golden(platform)))}\n")
