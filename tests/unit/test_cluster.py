@@ -164,7 +164,6 @@ def test_the_command_uploads_schedules_and_removes_the_schedule(server: KfpServe
     [
         (["--schedule", "0 2 * * 1"], "has 5 fields and needs 6"),
         (["--schedule", CRON, "--parameter", "run_sed=1"], "has no parameter run_sed: it has run_id"),
-        (["--schedule", CRON, "--parameter", "run_id=a"], "needs a value for run_uri"),
         (["--schedule", CRON, "--parameter", "run_id"], "'run_id' has no value"),
     ],
 )
@@ -187,6 +186,12 @@ def test_parameters_have_the_type_that_the_pipeline_declares(compiled: Path, tmp
         typed_parameters(broken, {})
     with pytest.raises(SettingsError, match="cannot be read"):
         typed_parameters(tmp_path / "none.yaml", {})
+    required = tmp_path / "required.yaml"
+    required.write_text(
+        "pipelineInfo: {name: safe-rlhf}\nroot: {inputDefinitions: {parameters: {run_uri: {parameterType: STRING}}}}\n"
+    )
+    with pytest.raises(SettingsError, match="needs a value for run_uri: add --parameter run_uri=VALUE"):
+        typed_parameters(required, {})
 
 
 def test_the_doctor_counts_the_versions_of_the_pipeline(server: KfpServer, compiled: Path) -> None:
