@@ -13,6 +13,7 @@
     |   +-- GateError        a model is not good enough for the next stage to stand on
     |   +-- ConstraintError  the cost threshold is inert or impossible
     +-- ServiceError         a local server (S3, MLflow) did not start
+        +-- RolloutError     the rollout server did not start, died, or answered nonsense
 
 A message says what is wrong, with the value, and what to do. The command line
 prints the message alone, without a traceback, and exits with status 1.
@@ -69,3 +70,7 @@ class ConstraintError(TrainingError):
 
 class ServiceError(SaferlhfError):
     """A local server did not start or did not become healthy."""
+
+
+class RolloutError(ServiceError):
+    """The rollout server did not start, died, did not answer in time, or answered nonsense."""

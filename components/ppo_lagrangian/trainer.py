@@ -25,7 +25,7 @@ from components.foundation.batching import (
 )
 from components.foundation.optimization import make_optimizer, optimizer_step
 from components.foundation.policy import ACTOR
-from components.foundation.rollout import RolloutEngine, Sampling
+from components.foundation.rollout import Rollout, RolloutEngine, Sampling
 from components.foundation.settings import PpoSettings
 from components.ppo_lagrangian.multiplier import (
     MultiplierState,
@@ -41,9 +41,11 @@ from components.ppo_lagrangian.objective import (
     combine_advantages,
     critic_loss,
     generalized_advantages,
+    importance_weights,
     macro_action_advantages,
     ngram_actions,
     perplexity_actions,
+    rollout_drift,
     shape_rewards,
     whiten,
 )
@@ -78,6 +80,8 @@ class Episode:
         batch: prompts and sampled answers.
         log_probs, reference_log_probs: [B, T].
         reward, cost: the two appraisals of the answers.
+        weights: [B, T] importance weights, where the engine drew from another distribution than the actor's.
+        drift: mean |log pi - log q| of the answer tokens, q what the engine drew from.
     """
 
     batch: SequenceBatch
@@ -85,6 +89,8 @@ class Episode:
     reference_log_probs: Tensor
     reward: Appraisal
     cost: Appraisal
+    weights: Tensor | None = None
+    drift: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,7 @@ class StepMetrics:
     cost_critic_loss: float
     rollout_tokens_per_second: float
     ended_share: float
+    drift: float
 
 
 class PpoLagrangian:
@@ -150,13 +157,13 @@ class PpoLagrangian:
         """One rollout batch and its update."""
         s = self._settings
         # 1 roll out
-        sampling = Sampling(s.temperature, s.max_new_tokens, seed=self._seed * 1_000_003 + step)
+        sampling = Sampling(s.temperature, s.max_new_tokens, self._seed * 1_000_003 + step, s.top_p, s.top_k)
         started = time.perf_counter()
-        answers = self._engine.generate(prompts, sampling)
+        rollout = self._engine.generate(prompts, sampling)
         rollout_seconds = time.perf_counter() - started
-        sequences = [TokenSequence(tuple(p), a) for p, a in zip(prompts, answers, strict=True)]
+        sequences = [TokenSequence(tuple(p), a) for p, a in zip(prompts, rollout.answers, strict=True)]
         # 2 score
-        episode = score_episode(self._backbone, sequences, s)
+        episode = weigh_tokens(score_episode(self._backbone, sequences, s), rollout, s.importance_cap)
         # 3 shape, 4 advantages
         advantages = compute_advantages(episode, s, self.multiplier.value)
         # 5 update
@@ -178,7 +185,8 @@ class PpoLagrangian:
             reward_critic_loss=losses[REWARD_CRITIC],
             cost_critic_loss=losses[COST_CRITIC],
             rollout_tokens_per_second=tokens / rollout_seconds,
-            ended_share=sum(a[-1] == self._backbone.eos_token_id for a in answers) / len(answers),
+            ended_share=sum(a[-1] == self._backbone.eos_token_id for a in rollout.answers) / len(rollout.answers),
+            drift=episode.drift,
         )
 
     def _update(self, episode: Episode, advantages: Advantages, step: int) -> dict[str, float]:
@@ -217,12 +225,13 @@ class PpoLagrangian:
         ptx = 0.0
         with self._backbone.role(ACTOR, train=True):
             loss, clipped = actor_loss(
-                token_log_probs(self._answer_logits(batch) / self._settings.temperature, batch.answers),
+                token_log_probs(self._answer_logits(batch), batch.answers, self._settings.temperature),
                 episode.log_probs[rows],
                 advantages[rows],
                 batch.answer_mask,
                 clip_ratio=self._settings.clip_ratio,
                 total_tokens=int(batch.answer_mask.sum()),
+                weights=None if episode.weights is None else episode.weights[rows],
             )
             loss.backward()
             if demonstrations is not None:
@@ -307,6 +316,16 @@ def score_episode(backbone: Backbone, sequences: Sequence[TokenSequence], settin
     )
 
 
+def weigh_tokens(episode: Episode, rollout: Rollout, cap: float) -> Episode:
+    """The episode with its drift, and with importance weights where the rollout was not exact."""
+    drawn = torch.zeros_like(episode.log_probs)
+    for row, log_probs in zip(drawn, rollout.log_probs, strict=True):
+        row[: len(log_probs)] = torch.tensor(log_probs)
+    mask = episode.batch.answer_mask
+    weights = None if rollout.exact else importance_weights(episode.log_probs, drawn, mask, cap=cap)
+    return replace(episode, weights=weights, drift=float(rollout_drift(episode.log_probs, drawn, mask)))
+
+
 def _collated(backbone: Backbone, sequences: Sequence[TokenSequence]) -> SequenceBatch:
     """A batch with the trunk's output, which all roles share."""
     batch = collate(sequences, backbone.eos_token_id, backbone.device)
@@ -378,7 +397,7 @@ def _measure_log_probs(backbone: Backbone, role: str, batch: SequenceBatch, temp
     def measure(rows: Tensor) -> Tensor:
         part = batch.rows(rows)
         logits = backbone.answer_logits(part.input_ids, part.attention_mask, part.answer_length, part.trunk)
-        return token_log_probs(logits / temperature, part.answers)
+        return token_log_probs(logits, part.answers, temperature)
 
     with backbone.role(role):
         chunks = torch.arange(len(batch.input_ids), device=backbone.device).split(_ROWS_PER_FORWARD)

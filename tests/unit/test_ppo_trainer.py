@@ -270,7 +270,7 @@ def test_a_step_is_a_function_of_its_seed(load_roles: Callable[[str], Backbone])
 def test_sampling_and_scoring_agree_on_log_probabilities(load_roles: Callable[[str], Backbone]) -> None:
     """The engine samples from the distribution that the update measures: at temperature 0 its tokens are the argmax."""
     backbone = load_roles("head")
-    answers = TransformersEngine(backbone, ACTOR).generate(PROMPTS, Sampling(0.0, 6, seed=0))
+    answers = TransformersEngine(backbone, ACTOR).generate(PROMPTS, Sampling(0.0, 6, seed=0)).answers
     batch = collate(
         [TokenSequence(p, a) for p, a in zip(PROMPTS, answers, strict=True)], backbone.eos_token_id, backbone.device
     )
