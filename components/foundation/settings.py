@@ -123,7 +123,8 @@ class PpoSettings(_Section):
     )
     top_k: int = Field(0, ge=0, description="draw among so many most likely tokens (0: all)")
     engine: Literal["transformers", "vllm"] = Field(
-        "transformers", description="what draws the answers: the training weights themselves, or vLLM in its own process"
+        "transformers",
+        description="what draws the answers: the training weights themselves, or vLLM in its own process",
     )
     vllm_python: str = Field(
         "", description="interpreter that has vLLM, e.g. .venv-vllm/bin/python; empty: SAFERLHF_VLLM_PYTHON names it"

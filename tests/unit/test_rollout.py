@@ -64,7 +64,9 @@ def test_greedy_equals_a_naive_loop(
 ) -> None:
     """As the reference against the plain base model; as the actor against its merged and exported weights."""
     backbone = with_actor(load_tiny(architecture))
-    answers = {role: TransformersEngine(backbone, role).generate(PROMPTS, GREEDY).answers for role in (REFERENCE, "actor")}
+    answers = {
+        role: TransformersEngine(backbone, role).generate(PROMPTS, GREEDY).answers for role in (REFERENCE, "actor")
+    }
     assert len(set(answers["actor"])) > 2
     backbone.merge_role("actor")
     backbone.export(tmp_path)

@@ -50,7 +50,7 @@ def find_vllm_python(setting: str) -> Path:
     path = Path(name).absolute()
     if not os.access(path, os.X_OK) or path.is_dir():
         raise SettingsError(
-            f"ppo.vllm_python or {PYTHON_VARIABLE} names {name}, which is no program: `make vllm` makes .venv-vllm, and "
+            f"ppo.vllm_python or {PYTHON_VARIABLE} names {name}, which is no program: `make vllm` makes .venv-vllm and "
             "its interpreter is .venv-vllm/bin/python"
         )
     return path
