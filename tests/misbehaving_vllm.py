@@ -87,7 +87,7 @@ class Handler(BaseHTTPRequestHandler):
 if __name__ == "__main__":
     Handler.how = sys.argv[1]
     child = subprocess.Popen(["sleep", "600"])
-    print(f"server pids {os.getpid()} {child.pid}", flush=True)
+    print(f"server pids {os.getpid()} {child.pid}", *sys.argv[2:], flush=True)
     if Handler.how == "does not start":
         sys.exit("no accelerator was found")
     ThreadingHTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()

@@ -76,6 +76,22 @@ def test_a_server_that_fails_is_stopped_and_named(actor: Backbone, tmp_path: Pat
         assert all(has_ended(int(pid)) for pid in named.groups())
 
 
+def test_the_server_is_started_by_the_settings(actor: Backbone, tmp_path: Path) -> None:
+    """Its command line is at the end of the log of a server that does not start."""
+    settings = PpoSettings(vllm_memory_share=0.25, max_prompt_tokens=50, max_new_tokens=30)
+    for weights, lora in (("adapter", True), ("full", False)):
+        update = {"vllm_python": fake_vllm(tmp_path, "does not start"), "vllm_weights": weights}
+        with (
+            closing(VllmEngine(actor, ACTOR, tmp_path, settings.model_copy(update=update))) as engine,
+            pytest.raises(RolloutError) as caught,
+        ):
+            engine.generate(PROMPTS, SAMPLING)
+        told = str(caught.value)
+        for words in (f"--model {tmp_path}", "--dtype float32", "--max-model-len 80", "--gpu-memory-utilization 0.25"):
+            assert words in told
+        assert ("--max-lora-rank 8" in told, "--enable-lora" in told) == (lora, lora)
+
+
 @pytest.mark.fault
 def test_nonsense_is_refused_whatever_it_is(actor: Backbone, tmp_path: Path) -> None:
     for how in NONSENSE:
@@ -108,9 +124,9 @@ def test_the_server_does_not_outlive_its_owner(tmp_path: Path, number: signal.Si
     arguments = [fake_vllm(tmp_path, "behaves"), str(tmp_path), str(int(number))]
     owner = subprocess.run([sys.executable, "-c", _OWNER, *arguments], check=False)
     assert owner.returncode == -number
-    pids = re.findall(r"\d+", (tmp_path / "vllm.log").read_text())
-    assert len(pids) == 2
-    assert all(has_ended(int(pid)) for pid in pids)
+    pids = re.search(r"server pids (\d+) (\d+)", (tmp_path / "vllm.log").read_text())
+    assert pids is not None
+    assert all(has_ended(int(pid)) for pid in pids.groups())
 
 
 @pytest.mark.fault

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import os
 import shutil
 import tempfile
 import time
@@ -51,9 +52,14 @@ class VllmEngine:
         self._folder = tempfile.TemporaryDirectory(prefix="saferlhf-vllm-")
         self._syncs = 0
         self._model = _BASE
-        environment = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-        # The endpoint that reloads all weights is among those for development; it is opened only where it is needed.
-        environment |= {"VLLM_SERVER_DEV_MODE" if self._full_weights else "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+        environment = {
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            # GiB; left to itself, vLLM would size its cache by all of the machine's memory
+            "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
+            # The endpoint that reloads all weights is among those for development: opened only where it is needed.
+            "VLLM_SERVER_DEV_MODE" if self._full_weights else "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        }
         self._server = VllmServer(
             find_vllm_python(settings.vllm_python),
             self._arguments(model_folder, settings),

@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +175,7 @@ class VllmServer:
         return RolloutError(f"the vLLM server {what}. It was stopped; the end of its log:\n{tail}")
 
     @contextlib.contextmanager
-    def _failures(self) -> Any:
+    def _failures(self) -> Iterator[None]:
         try:
             yield
         except httpx.TimeoutException as error:
