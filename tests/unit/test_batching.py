@@ -225,7 +225,7 @@ def test_chunked_log_probs_and_gradients_equal_the_plain_formula(
 
 
 def test_gradients_of_half_precision_logits_are_rounded_once() -> None:
-    """bfloat16 keeps 8 bits: the gradient is the exact one to within half of the last bit, 2**-9."""
+    """bfloat16 keeps 8 bits: the gradient is the exact one to within half of the last of them, 2**-8."""
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(3, 4, 5_000, generator=generator).bfloat16().requires_grad_()
     exact = logits.detach().double().requires_grad_()
@@ -235,7 +235,7 @@ def test_gradients_of_half_precision_logits_are_rounded_once() -> None:
     assert logits.grad is not None
     assert exact.grad is not None
     assert logits.grad.dtype == torch.bfloat16
-    torch.testing.assert_close(logits.grad.double(), exact.grad, atol=1e-9, rtol=2**-9 * 1.01)
+    torch.testing.assert_close(logits.grad.double(), exact.grad, atol=1e-9, rtol=2**-8 * 1.01)
 
 
 class LargestFloat32(TorchDispatchMode):
