@@ -28,7 +28,9 @@ _MODULE = "vllm.entrypoints.openai.api_server"  # not `vllm serve`: that command
 _START_SECONDS = 600.0
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 5.0
-_LOG_TAIL_LINES = 30
+_LOG_TAIL_LINES = 15
+_EXCEPTIONS_TOLD = 5
+_EXCEPTION = re.compile(r"\b[A-Z]\w*(Error|Exception): .*")
 _LEAK_REPORT = re.compile(r"nanobind: | - leaked | - \.\.\. skipped")  # what a library says at every end
 _CONNECTIONS = 256  # as many sequences as vLLM decodes together
 _FOREIGN_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
@@ -168,11 +170,15 @@ class VllmServer:
             return asyncio.run(post_all())
 
     def failure(self, what: str) -> RolloutError:
-        """Stop the process; the error that says what it did, with the end of its log."""
+        """Stop the process; the error that says what it did, with the exceptions in its log and the log's end.
+
+        vLLM's processes die one after the other, each with a traceback: the cause stands far above the end.
+        """
         self.stop()
         lines = [line for line in self._log.read_text(errors="replace").splitlines() if not _LEAK_REPORT.match(line)]
-        tail = "\n".join(lines[-_LOG_TAIL_LINES:])
-        return RolloutError(f"the vLLM server {what}. It was stopped; the end of its log:\n{tail}")
+        exceptions = [found[0] for line in lines if (found := _EXCEPTION.search(line))]
+        told = [*dict.fromkeys(exceptions)][:_EXCEPTIONS_TOLD] + ["..."] + lines[-_LOG_TAIL_LINES:]
+        return RolloutError(f"the vLLM server {what}. It was stopped; the end of its log:\n" + "\n".join(told))
 
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:
