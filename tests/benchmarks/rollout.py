@@ -47,7 +47,7 @@ def measure(name: str, engine: RolloutEngine, backbone: Backbone, prompts: list[
     engine.generate(prompts[:1], SAMPLING)
     first = time.perf_counter() - started
     speeds = []
-    for _ in range(3):
+    for _ in range(2):
         started = time.perf_counter()
         rollout = engine.generate(prompts, SAMPLING)
         speeds.append(sum(map(len, rollout.answers)) / (time.perf_counter() - started))
