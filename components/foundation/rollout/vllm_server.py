@@ -177,8 +177,8 @@ class VllmServer:
         self.stop()
         lines = [line for line in self._log.read_text(errors="replace").splitlines() if not _LEAK_REPORT.match(line)]
         exceptions = [found[0] for line in lines if (found := _EXCEPTION.search(line))]
-        told = [*dict.fromkeys(exceptions)][:_EXCEPTIONS_TOLD] + ["..."] + lines[-_LOG_TAIL_LINES:]
-        return RolloutError(f"the vLLM server {what}. It was stopped; the end of its log:\n" + "\n".join(told))
+        told = "\n".join([*list(dict.fromkeys(exceptions))[:_EXCEPTIONS_TOLD], "...", *lines[-_LOG_TAIL_LINES:]])
+        return RolloutError(f"the vLLM server {what}. It was stopped; the end of its log:\n{told}")
 
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:
