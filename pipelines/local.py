@@ -22,6 +22,7 @@ import psutil
 from components.foundation.base_model import check_base_model
 from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import SaferlhfError, SettingsError, TrackingError, TrainingError
+from components.foundation.rollout.vllm_server import find_vllm_python
 from components.foundation.settings import Settings
 from components.foundation.tracking import RunStatus, Tracker
 from pipelines.memory import PeakMemory
@@ -64,6 +65,8 @@ def run_here(run: LocalRun) -> Path:
         screen.line(f"S3 at {endpoints.s3_url}, MLflow at {endpoints.tracking_uri}, run {run.run_id}")
         CheckpointStore(run.settings.store.uri).ensure_bucket()
         check_base_model(run.settings.base_model)
+        if run.settings.ppo.engine == "vllm":
+            find_vllm_python(run.settings.ppo.vllm_python)
         if run.resumed and not CheckpointStore(run.settings.store.uri).has_text(f"{run.run_uri}/run.json"):
             raise SettingsError(
                 f"there is no run {run.run_id} in {run.work_dir} to resume: leave --resume out to start one"

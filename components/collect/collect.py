@@ -34,14 +34,14 @@ def run_collect(
         encoder = ChatEncoder(backbone.tokenizer, settings.ppo.max_prompt_tokens, settings.ppo.max_new_tokens)
         asked = [record for record in chosen for _ in range(settings.collect.answers_per_prompt)]
         sampling = Sampling(settings.collect.temperature, settings.ppo.max_new_tokens, stage.seed)
-        answers = TransformersEngine(backbone, role).generate([encoder.prompt(r.prompt) for r in asked], sampling)
-        texts = [backbone.text(a) for a in answers]
+        rollout = TransformersEngine(backbone, role).generate([encoder.prompt(r.prompt) for r in asked], sampling)
+        texts = [backbone.text(a) for a in rollout.answers]
         write_records(
             stage.folder / "answers.jsonl",
             [CollectedAnswer(r.prompt, text, r.kind, r.harm_category) for r, text in zip(asked, texts, strict=True)],
         )
-        stage.mlflow.log_metrics({"collect/prompts": len(chosen), "collect/answers": len(answers)}, 0)
-        return stage.commit(stage.folder, step=len(answers), parents=[data_uri, sft_uri, policy_uri, preferences_uri])
+        stage.mlflow.log_metrics({"collect/prompts": len(chosen), "collect/answers": len(texts)}, 0)
+        return stage.commit(stage.folder, step=len(texts), parents=[data_uri, sft_uri, policy_uri, preferences_uri])
 
 
 def choose_prompts(

@@ -151,9 +151,9 @@ def _answer(stage: Stage, backbone: Backbone, role: str, prompts: Sequence[Promp
     seed = stage.context.seed(STAGE, 0)  # the same in every round: two evaluations differ by their policies alone
     sampling = Sampling(settings.evaluate.temperature, settings.evaluate.max_new_tokens, seed)
     progress = Progress(STAGE, len(prompts), "answers")
-    answers = engine.generate([encoder.prompt(p.prompt) for p in prompts], sampling)
+    rollout = engine.generate([encoder.prompt(p.prompt) for p in prompts], sampling)
     progress.update(len(prompts))
-    return [backbone.text(ids) for ids in answers]
+    return [backbone.text(ids) for ids in rollout.answers]
 
 
 def _scored(

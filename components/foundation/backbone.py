@@ -72,6 +72,13 @@ class Backbone:
     def hidden_size(self) -> int:
         return int(self._model.config.hidden_size)
 
+    @property
+    def vocabulary_size(self) -> int:
+        return int(self._model.get_input_embeddings().num_embeddings)
+
+    def lora_rank(self, role: str) -> int:
+        return self._lora[role].rank
+
     def add_role(self, role: str, lora: LoraSettings, *, scored: bool) -> None:
         """New adapter, initialised to change nothing; `scored` adds a linear head (fp32, zero bias)."""
         import_transformers()
@@ -259,6 +266,25 @@ class Backbone:
     def export(self, folder: Path) -> None:
         """Write the base weights (after `merge_role`: the merged policy) as a plain Hugging Face folder."""
         save_causal_lm(self._model, self.tokenizer, folder, self.dtype)
+
+    def export_adapter(self, role: str, folder: Path) -> None:
+        """Write a role's adapter in PEFT's format, for other programs that hold the base weights."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        adapter = {name: t for name, t in self._role_state(role).items() if not name.startswith("head.")}
+        save_file(adapter, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        self._peft.peft_config[role].save_pretrained(folder)
+
+    def export_merged(self, role: str, folder: Path) -> None:
+        """Write what `merge_role` and `export` would, and leave base and adapters as they are."""
+        folded = {f"{name}.weight": m for name, m in self._model.named_modules() if role in getattr(m, "lora_A", ())}
+        weights = {}
+        for name, tensor in self._model.state_dict().items():
+            plain = name.replace(".base_layer.", ".")
+            if ".lora_" not in name:
+                weights[plain] = tensor.float() + folded[plain].get_delta_weight(role) if plain in folded else tensor
+        save_causal_lm(self._model, self.tokenizer, folder, self.dtype, weights)
 
     def _forward(self, module: Any, input_ids: Tensor, attention_mask: Tensor, **more: Any) -> Any:
         with self._mixed_precision():

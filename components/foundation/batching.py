@@ -144,10 +144,48 @@ def last_answer_token(per_token: Tensor, answer_mask: Tensor) -> Tensor:
     return per_token.gather(-1, last.clamp(min=0)).squeeze(-1)
 
 
-def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
-    """[B, T, V] logits, [B, T] ids -> [B, T] log-probability of each id, in fp32."""
-    chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).float()
-    return chosen - torch.logsumexp(logits.float(), dim=-1)
+_CHUNK_ELEMENTS = 1 << 20
+"""Logits that are held in fp32 at a time: 4 MB."""
+
+
+def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
+    """[B, T, V] logits, [B, T] ids -> [B, T] log-probability of each id at the temperature, in fp32.
+
+    Vocabularies are large: [B, T, V] in fp32 would be the largest tensor of a training step. It is never held, neither
+    here nor in the backward pass; a few rows at a time are.
+    """
+    flat: Tensor = _TokenLogProbs.apply(logits.flatten(0, 1), tokens.flatten(), temperature)  # type: ignore[no-untyped-call]
+    return flat.view(tokens.shape)
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """[N, V] logits, [N] ids -> [N] log-probabilities; its gradient is (1[id] - softmax) / temperature."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+        chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).float() / temperature
+        chunks = logits.split(_rows_in_chunk(logits))
+        normalizers = torch.cat([torch.logsumexp(rows.float() / temperature, dim=-1) for rows in chunks])
+        ctx.save_for_backward(logits, tokens, normalizers)
+        ctx.temperature = temperature
+        return chosen - normalizers
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        logits, tokens, normalizers = ctx.saved_tensors
+        scaled = gradients[0] / ctx.temperature
+        result = torch.empty_like(logits)
+        for rows in torch.arange(len(logits), device=logits.device).split(_rows_in_chunk(logits)):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            weight = scaled[part].unsqueeze(-1)
+            softmax = logits[part].to(torch.float32, copy=True).div_(ctx.temperature)
+            softmax.sub_(normalizers[part].unsqueeze(-1)).exp_()
+            result[part] = softmax.mul_(-weight).scatter_add_(-1, tokens[part].unsqueeze(-1), weight)
+        return result, None, None
+
+
+def _rows_in_chunk(logits: Tensor) -> int:
+    return max(1, _CHUNK_ELEMENTS // logits.shape[-1])
 
 
 def answer_cross_entropy(logits: Tensor, batch: SequenceBatch) -> Tensor:

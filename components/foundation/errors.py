@@ -14,6 +14,7 @@
     |   +-- ConstraintError  the cost threshold is inert or impossible
     |   +-- DivergenceError  a loss, gradient, score or KL divergence is out of hand
     +-- ServiceError         a local server (S3, MLflow) did not start
+    |   +-- RolloutError     the rollout server did not start, died, or answered nonsense
     +-- ClusterError         Kubernetes or Kubeflow cannot be reached, or refuses a call
         +-- JobConflictError there is a TrainJob of our name that is not ours
         +-- JobDeletedError  somebody else deleted the TrainJob
@@ -78,6 +79,10 @@ class DivergenceError(TrainingError):
 
 class ServiceError(SaferlhfError):
     """A local server did not start or did not become healthy."""
+
+
+class RolloutError(ServiceError):
+    """The rollout server did not start, died, did not answer in time, or answered nonsense."""
 
 
 class ClusterError(SaferlhfError):

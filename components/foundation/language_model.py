@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +121,10 @@ def check_model_folder(folder: Path) -> None:
         raise ModelError(f"{folder / 'config.json'} is not JSON: {error}") from error
 
 
-def save_causal_lm(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
-    """Write a plain folder that `transformers` loads with no code of ours.
+def save_causal_lm(
+    model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, weights: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Write a plain folder that `transformers` loads with no code of ours; `weights` in place of the model's own.
 
     The weights are written by safetensors itself: `save_pretrained` would import DeepSpeed for it.
     """
@@ -131,7 +134,7 @@ def save_causal_lm(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     state = {
         name: tensor.detach().to(dtype).cpu().contiguous()
-        for name, tensor in model.state_dict().items()
+        for name, tensor in (weights or model.state_dict()).items()
         if name not in tied
     }
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})

@@ -121,6 +121,26 @@ class PpoSettings(_Section):
     max_prompt_tokens: int = Field(48, ge=4)
     max_new_tokens: int = Field(40, ge=1)
     temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="draw among the fewest most likely tokens that hold this probability (1: all)"
+    )
+    top_k: int = Field(0, ge=0, description="draw among so many most likely tokens (0: all)")
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="what draws the answers: the training weights themselves, or vLLM in its own process",
+    )
+    vllm_python: str = Field(
+        "", description="interpreter that has vLLM, e.g. .venv-vllm/bin/python; empty: SAFERLHF_VLLM_PYTHON names it"
+    )
+    vllm_weights: Literal["adapter", "full"] = Field(
+        "adapter", description="what vLLM takes over before every rollout batch: the LoRA adapter or all weights"
+    )
+    vllm_memory_share: float = Field(
+        0.4, gt=0, lt=1, description="share of a GPU's memory that vLLM takes; training needs the rest"
+    )
+    importance_cap: float = Field(
+        2.0, ge=1, description="largest weight by which a token counts that the engine drew at another probability"
+    )
     critics: Literal["adapter", "head"] = Field(
         "adapter",
         description="adapter: each critic has an adapter and a head; head: a head on the hidden states that the reward "

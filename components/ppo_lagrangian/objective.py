@@ -131,13 +131,40 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
     return (values - mean) * torch.rsqrt(variance + 1e-8) * mask
 
 
+def rollout_drift(log_probs: Tensor, drawn_log_probs: Tensor, mask: Tensor) -> Tensor:
+    """Scalar: mean over answer tokens of |log pi - log q|, in nats; [B, T] each, q what the engine drew from."""
+    return ((log_probs - drawn_log_probs).abs() * mask).sum() / mask.sum().clamp(min=1)
+
+
+def importance_weights(log_probs: Tensor, drawn_log_probs: Tensor, mask: Tensor, *, cap: float) -> Tensor:
+    """Truncated importance weights `min(pi / q, cap)` -> [B, T], 1 outside the mask (arXiv 0806.2810, per token).
+
+    Tokens were drawn from the engine's q, and the surrogate is an expectation under the trainer's pi. The cap bounds
+    the variance; what it cuts off is a bias.
+
+    Args:
+        log_probs, drawn_log_probs: [B, T] log pi and log q of the drawn tokens.
+    """
+    return torch.exp((log_probs - drawn_log_probs) * mask).clamp(max=cap)
+
+
 def actor_loss(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, *, clip_ratio: float, total_tokens: int
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_ratio: float,
+    total_tokens: int,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Clipped surrogate (arXiv 1707.06347), summed over tokens and divided by `total_tokens`.
 
     `total_tokens` counts the answer tokens of the *whole* optimiser batch, so the sum of the losses of its
     micro-batches is the same however the episodes fall into them.
+
+    Args:
+        weights: [B, T] importance weights of the tokens; None where the policy's own distribution was drawn from.
 
     Returns:
         (scalar loss, number of tokens whose ratio was clipped).
@@ -145,6 +172,8 @@ def actor_loss(
     ratio = torch.exp((log_probs - old_log_probs) * mask)
     clipped = ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
     surrogate = torch.minimum(ratio * advantages, clipped * advantages)
+    if weights is not None:
+        surrogate = surrogate * weights
     clipped_tokens = (((ratio - 1).abs() > clip_ratio) & mask.bool()).sum()
     return -(surrogate * mask).sum() / total_tokens, clipped_tokens
 

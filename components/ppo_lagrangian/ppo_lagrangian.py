@@ -11,6 +11,7 @@ import logging
 import math
 import random
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from components.foundation.policy import ACTOR
 from components.foundation.preference import Demonstration, PromptRecord, read_jsonl
 from components.foundation.progress import Progress
 from components.foundation.results import PpoTrace, PreferenceModelResult, from_json, read_record, to_json
-from components.foundation.rollout.transformers_engine import TransformersEngine
+from components.foundation.rollout.engines import make_engine
 from components.foundation.run_context import open_stage
 from components.foundation.settings import Settings
 from components.foundation.training_checkpoints import TrainingCheckpoints
@@ -90,10 +91,11 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
         compares = settings.ppo.advantage_source == "preference_oracle"
         constraint = label_constraint(settings) if compares else gate_folders(reward_folder, cost_folder, settings)
         judge = make_judge(settings.annotate)
-        backbone = Backbone.load(store.fetch(inputs.sft), settings.dtype, stage.seed)
+        sft_folder = store.fetch(inputs.sft)
+        backbone = Backbone.load(sft_folder, settings.dtype, stage.seed)
         actor_folder = None if inputs.policy == inputs.sft else store.fetch(inputs.policy) / "actor"
         place_roles(backbone, settings, actor_folder, reward_folder, cost_folder)
-        engine = TransformersEngine(backbone, ACTOR)
+        engine = make_engine(settings.ppo, backbone, ACTOR, sft_folder)
         encoder = ChatEncoder(backbone.tokenizer, settings.ppo.max_prompt_tokens, settings.ppo.max_new_tokens)
         data_folder = store.fetch(inputs.data)
         prompts = read_jsonl(data_folder / "prompts.jsonl", PromptRecord)
@@ -128,7 +130,7 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
             progress.update(step + 1)
             return metrics
 
-        with TrainingCheckpoints(stage, backbone, inputs.parents()) as checkpoints:
+        with closing(engine), TrainingCheckpoints(stage, backbone, inputs.parents()) as checkpoints:
             trace = train_policy(trainer, train_step, settings.ppo.steps, PpoTrace(constraint.threshold), checkpoints)
         out = stage.folder / "out"
         backbone.save_role(ACTOR, out / "actor")
@@ -305,5 +307,6 @@ def tracked_metrics(metrics: StepMetrics) -> dict[str, float]:
         "critic/cost_loss": metrics.cost_critic_loss,
         "rollout/tokens_per_second": metrics.rollout_tokens_per_second,
         "rollout/ended_share": metrics.ended_share,
+        "rollout/drift": metrics.drift,
         "policy/skipped_updates": metrics.skipped_updates,
     }

@@ -25,7 +25,7 @@ from components.foundation.batching import (
 )
 from components.foundation.optimization import UpdateGuard, cosine_factor, make_optimizer, set_learning_rate
 from components.foundation.policy import ACTOR
-from components.foundation.rollout import RolloutEngine, Sampling
+from components.foundation.rollout import Rollout, RolloutEngine, Sampling
 from components.foundation.settings import PpoSettings
 from components.ppo_lagrangian.health import check_kl, check_scores
 from components.ppo_lagrangian.multiplier import CostConstraint
@@ -36,9 +36,11 @@ from components.ppo_lagrangian.objective import (
     combine_advantages,
     critic_loss,
     generalized_advantages,
+    importance_weights,
     macro_action_advantages,
     ngram_actions,
     perplexity_actions,
+    rollout_drift,
     shape_rewards,
     whiten,
 )
@@ -75,6 +77,8 @@ class Episode:
         reward, cost: the two appraisals of the answers.
         costs: one each answer, or each that was judged; the multiplier constrains their mean.
         mean_reward: of the answers, for people to read.
+        weights: [B, T] importance weights, where the engine drew from another distribution than the actor's.
+        drift: mean |log pi - log q| of the answer tokens, q what the engine drew from.
     """
 
     batch: SequenceBatch
@@ -84,6 +88,8 @@ class Episode:
     cost: Appraisal
     costs: list[float]
     mean_reward: float
+    weights: Tensor | None = None
+    drift: float = 0.0
 
     @property
     def mean_kl(self) -> float:
@@ -122,6 +128,7 @@ class StepMetrics:
     rollout_tokens_per_second: float
     ended_share: float
     skipped_updates: int
+    drift: float
 
 
 class PpoLagrangian:
@@ -163,16 +170,17 @@ class PpoLagrangian:
         """
         s = self._settings
         # 1 roll out
-        sampling = Sampling(s.temperature, s.max_new_tokens, seed=self._seed * 1_000_003 + step)
+        sampling = Sampling(s.temperature, s.max_new_tokens, self._seed * 1_000_003 + step, s.top_p, s.top_k)
         started = time.perf_counter()
-        answers = self._engine.generate(prompts, sampling)
+        rollout = self._engine.generate(prompts, sampling)
         rollout_seconds = time.perf_counter() - started
-        sequences = [TokenSequence(tuple(p), a) for p, a in zip(prompts, answers, strict=True)]
+        sequences = [TokenSequence(tuple(p), a) for p, a in zip(prompts, rollout.answers, strict=True)]
         # 2 score
         episode = score(sequences) if score else score_episode(self._backbone, sequences, s, self._constraint.floor)
         check_scores("reward", episode.reward.score.tolist(), step)
         check_scores("cost", episode.cost.score.tolist(), step)
         check_kl(episode.mean_kl, s.max_kl, step)
+        episode = weigh_tokens(episode, rollout, s.importance_cap)
         # 3 shape, 4 advantages
         advantages = compute_advantages(episode, s, self.multiplier.value)
         # 5 update
@@ -193,8 +201,9 @@ class PpoLagrangian:
             reward_critic_loss=losses[REWARD_CRITIC],
             cost_critic_loss=losses[COST_CRITIC],
             rollout_tokens_per_second=tokens / rollout_seconds,
-            ended_share=sum(a[-1] == self._backbone.eos_token_id for a in answers) / len(answers),
+            ended_share=sum(a[-1] == self._backbone.eos_token_id for a in rollout.answers) / len(rollout.answers),
             skipped_updates=self._guard.skipped,
+            drift=episode.drift,
         )
 
     def _update(self, episode: Episode, advantages: Advantages, step: int) -> dict[str, float]:
@@ -237,12 +246,13 @@ class PpoLagrangian:
         ptx = 0.0
         with self._backbone.role(ACTOR, train=True):
             loss, clipped = actor_loss(
-                token_log_probs(self._answer_logits(batch) / self._settings.temperature, batch.answers),
+                token_log_probs(self._answer_logits(batch), batch.answers, self._settings.temperature),
                 episode.log_probs[rows],
                 advantages[rows],
                 batch.answer_mask,
                 clip_ratio=self._settings.clip_ratio,
                 total_tokens=int(batch.answer_mask.sum()),
+                weights=None if episode.weights is None else episode.weights[rows],
             )
             loss.backward()
             if demonstrations is not None:
@@ -306,6 +316,16 @@ def missing_eos(backbone: Backbone, sequences: Sequence[TokenSequence], penalty:
     """[B] the penalty for each answer that was cut off, 0 for the others."""
     cut_off = [s.answer[-1] != backbone.eos_token_id for s in sequences]
     return penalty * torch.tensor(cut_off, dtype=torch.float32, device=backbone.device)
+
+
+def weigh_tokens(episode: Episode, rollout: Rollout, cap: float) -> Episode:
+    """The episode with its drift, and with importance weights where the rollout was not exact."""
+    drawn = torch.zeros_like(episode.log_probs)
+    for row, log_probs in zip(drawn, rollout.log_probs, strict=True):
+        row[: len(log_probs)] = torch.tensor(log_probs)
+    mask = episode.batch.answer_mask
+    weights = None if rollout.exact else importance_weights(episode.log_probs, drawn, mask, cap=cap)
+    return replace(episode, weights=weights, drift=float(rollout_drift(episode.log_probs, drawn, mask)))
 
 
 def collated(backbone: Backbone, sequences: Sequence[TokenSequence]) -> SequenceBatch:
@@ -381,7 +401,7 @@ def measure_log_probs(backbone: Backbone, role: str, batch: SequenceBatch, tempe
     def measure(rows: Tensor) -> Tensor:
         part = batch.rows(rows)
         logits = backbone.answer_logits(part.input_ids, part.attention_mask, part.answer_length, part.trunk)
-        return token_log_probs(logits / temperature, part.answers)
+        return token_log_probs(logits, part.answers, temperature)
 
     with backbone.role(role):
         chunks = torch.arange(len(batch.input_ids), device=backbone.device).split(_ROWS_PER_FORWARD)

@@ -170,6 +170,7 @@ def test_output_is_ours_alone(first_run: tuple[dict[str, Any], str]) -> None:
     [
         ("ppo.stepz=3", ["unknown setting", "ppo.stepz"]),
         ("ppo.clip_ratio=2", ["ppo.clip_ratio", "2"]),
+        ("ppo.engine=vllm", ["needs vLLM", "make vllm"]),
         ("data.preferences=/nowhere.jsonl", ["/nowhere.jsonl", "does not exist"]),
         ("base_model=/nowhere", ["/nowhere", "does not exist"]),
     ],

@@ -7,6 +7,7 @@ import os
 import signal
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from typing import Any
 import pytest
 
 from components.foundation.checkpoint_store import CheckpointStore
-from components.foundation.errors import DivergenceError, TrainingError
+from components.foundation.errors import DivergenceError, RolloutError, TrainingError
 from components.foundation.exit_codes import PREEMPTED_EXIT_CODE
 from components.foundation.run_context import finished_uri, open_run, open_stage
 from components.foundation.training_checkpoints import TrainingCheckpoints
 from pipelines.services import Endpoints
+from tests.misbehaving_vllm import fake_vllm
 
 pytestmark = pytest.mark.xdist_group("resume")
 
@@ -262,6 +264,54 @@ def test_training_that_diverges_names_its_last_checkpoint_which_stays(
         TrainingCheckpoints(stage, backbone, []),
     ):
         raise DivergenceError("out of hand")
+
+
+@pytest.mark.fault
+def test_a_rollout_server_that_dies_costs_the_step_it_died_in(runs: Runs, tmp_path: Path) -> None:
+    """It answers the first batch and dies in the second: the stage ends with an error that says so, and the checkpoint
+    of the first step is whole."""
+    import torch
+
+    from components.foundation.backbone import Backbone
+    from components.foundation.base_model import resolve_base_model
+    from components.foundation.policy import ACTOR
+    from components.foundation.results import PpoTrace
+    from components.foundation.rollout.vllm_engine import VllmEngine
+    from components.ppo_lagrangian.multiplier import CostConstraint
+    from components.ppo_lagrangian.ppo_lagrangian import train_policy
+    from components.ppo_lagrangian.trainer import COST, COST_CRITIC, REWARD, REWARD_CRITIC, PpoLagrangian
+
+    with open_stage(runs.peaceful, "ppo_lagrangian", 9) as stage:
+        settings = stage.context.settings
+        folder = resolve_base_model("tiny", stage.context.store)
+        ppo = settings.ppo.model_copy(
+            update={"vllm_python": fake_vllm(tmp_path, "dies in the second batch"), "ptx_coefficient": 0.0}
+        )
+
+        def trainer() -> tuple[Backbone, PpoLagrangian]:
+            backbone = Backbone.load(folder, "float32", seed=0)
+            backbone.add_role(ACTOR, settings.lora, scored=False)
+            for role in (REWARD, COST, REWARD_CRITIC, COST_CRITIC):
+                backbone.add_role(role, settings.lora, scored=True)
+            return backbone, PpoLagrangian(
+                backbone, VllmEngine(backbone, ACTOR, folder, ppo), ppo, CostConstraint(0.0), 0
+            )
+
+        prompts = [(256, 72, 105, 256)] * 4
+        backbone, dying = trainer()
+        with (
+            closing(dying._engine),
+            TrainingCheckpoints(stage, backbone, []) as checkpoints,
+            pytest.raises(RolloutError, match="died or hung up"),
+        ):
+            train_policy(dying, lambda step: dying.step(prompts, step), 3, PpoTrace(0.0), checkpoints)
+        saved = {role: backbone.role_tensors(role) for role in dying.optimizers}
+        backbone, fresh = trainer()
+        with TrainingCheckpoints(stage, backbone, []) as checkpoints:
+            assert checkpoints.restore(fresh.optimizers).step == 1
+        for role, tensors in saved.items():
+            assert all(torch.equal(tensors[name], t) for name, t in backbone.role_tensors(role).items())
+        fresh._engine.close()
 
 
 def test_a_checkpoint_is_due_by_steps_or_by_time(runs: Runs) -> None:

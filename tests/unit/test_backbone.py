@@ -289,6 +289,42 @@ def test_an_exported_policy_is_plain_transformers(
     assert torch.equal(logits_of(again, REFERENCE), expected)
 
 
+@every_architecture
+def test_a_policy_is_exported_merged_while_training_goes_on(
+    load_tiny: LoadTiny, architecture: str, tmp_path: Path
+) -> None:
+    """The same folder as merging for good would give, and roles that are not touched."""
+    backbone = with_roles(load_tiny(architecture), "actor", "reward")
+    before = [logits_of(backbone, role) for role in (REFERENCE, "actor")]
+    backbone.export_merged("actor", tmp_path / "live")
+    assert all(torch.equal(logits_of(backbone, r), old) for r, old in zip((REFERENCE, "actor"), before, strict=True))
+    backbone.merge_role("actor")
+    backbone.export(tmp_path / "merged")
+    live, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("live", "merged"))
+    assert live.keys() == merged.keys()
+    for name in live:
+        torch.testing.assert_close(live[name], merged[name], atol=1e-6, rtol=1e-5)
+
+
+@every_architecture
+def test_an_exported_adapter_is_one_of_peft(
+    load_tiny: LoadTiny, tiny_folder: MakeTiny, load_plain: LoadPlain, architecture: str, tmp_path: Path
+) -> None:
+    """PEFT alone puts it on the plain base model; a head stays at home."""
+    from peft import PeftModel
+
+    backbone = with_roles(load_tiny(architecture), "actor", "reward")
+    for role in ("actor", "reward"):
+        backbone.export_adapter(role, tmp_path / role)
+        plain = PeftModel.from_pretrained(load_plain(tiny_folder(architecture)), str(tmp_path / role)).eval()
+        expected = logits_of(backbone, role)
+        for row, sequence in enumerate(SEQUENCES):
+            with torch.no_grad():
+                ids = torch.tensor([[*sequence.prompt, *sequence.answer]], device=backbone.device)
+                logits = plain(ids).logits[0, len(sequence.prompt) - 1 : -1]
+            torch.testing.assert_close(expected[row, : len(sequence.answer)], logits, atol=1e-4, rtol=1e-4)
+
+
 def test_a_bfloat16_policy_is_exported_in_bfloat16(
     tiny_folder: MakeTiny, load_plain: LoadPlain, tmp_path: Path
 ) -> None:

@@ -11,10 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from components.foundation.batching import (
     ChatEncoder,
     TokenSequence,
+    answer_cross_entropy,
     batches_by_length,
     collate,
     last_answer_token,
@@ -190,6 +192,76 @@ def test_log_probs_equal_log_softmax(shape: tuple[int, int, int], scale: float, 
     tokens = torch.randint(shape[2], shape[:2], generator=generator)
     expected = torch.log_softmax(logits.double(), dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(token_log_probs(logits, tokens).double(), expected, atol=1e-5 * max(1, scale), rtol=1e-5)
+
+
+def plain_log_probs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The formula, all at once."""
+    scaled = logits / temperature
+    return scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(scaled, dim=-1)
+
+
+# [B, T, V]: rows that fill a part of one chunk, several chunks with a rest, and chunks of one row
+CHUNKED_SHAPES = [(2, 3, 50), (3, 5, 150_000), (1, 2, 1_100_000)]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("shape", CHUNKED_SHAPES)
+def test_chunked_log_probs_and_gradients_equal_the_plain_formula(
+    shape: tuple[int, int, int], temperature: float
+) -> None:
+    """In float32 against float64: 1e-5 for values, and 1e-6 for gradients, which are at most 1 / temperature."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(shape, generator=generator) * 3).requires_grad_()
+    exact = logits.detach().double().requires_grad_()
+    tokens = torch.randint(shape[2], shape[:2], generator=generator)
+    weights = torch.randn(shape[:2], generator=generator)
+    found, expected = token_log_probs(logits, tokens, temperature), plain_log_probs(exact, tokens, temperature)
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-6)
+    (found * weights).sum().backward()
+    (expected * weights.double()).sum().backward()
+    assert logits.grad is not None
+    assert exact.grad is not None
+    torch.testing.assert_close(logits.grad.double(), exact.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_gradients_of_half_precision_logits_are_rounded_once() -> None:
+    """bfloat16 keeps 8 bits: the gradient is the exact one to within half of the last of them, 2**-8."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(3, 4, 5_000, generator=generator).bfloat16().requires_grad_()
+    exact = logits.detach().double().requires_grad_()
+    tokens = torch.randint(5_000, (3, 4), generator=generator)
+    token_log_probs(logits, tokens, 0.7).sum().backward()
+    plain_log_probs(exact, tokens, 0.7).sum().backward()
+    assert logits.grad is not None
+    assert exact.grad is not None
+    assert logits.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.grad.double(), exact.grad, atol=1e-9, rtol=2**-8 * 1.01)
+
+
+class LargestFloat32(TorchDispatchMode):
+    """Elements of the largest float32 tensor that any operation gave."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        result = function(*arguments, **(named or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float32:
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_the_logits_are_never_held_in_full_precision() -> None:
+    """Neither forwards nor backwards, with gradient or without: a chunk of a million is the most."""
+    batch = collate([TokenSequence((1,), tuple(range(32))) for _ in range(3)], 0, CPU)
+    logits = torch.zeros(3, 32, 40_000, dtype=torch.bfloat16, requires_grad=True)
+    with LargestFloat32() as largest, torch.no_grad():
+        token_log_probs(logits, batch.answers)
+    assert 0 < largest.elements <= 1 << 20
+    with LargestFloat32() as largest:
+        answer_cross_entropy(logits, batch).backward()
+    assert 0 < largest.elements <= 1 << 20
+    assert logits.grad is not None
+    assert logits.grad[0, 0, 0].item() == pytest.approx((1 / 40_000 - 1) / 96, rel=2**-8)
 
 
 def test_log_probs_of_half_precision_logits_are_computed_in_full_precision() -> None:

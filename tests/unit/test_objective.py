@@ -17,9 +17,11 @@ from components.ppo_lagrangian.objective import (
     combine_advantages,
     critic_loss,
     generalized_advantages,
+    importance_weights,
     macro_action_advantages,
     ngram_actions,
     perplexity_actions,
+    rollout_drift,
     shape_rewards,
     whiten,
 )
@@ -237,3 +239,51 @@ def test_costs_count_from_their_floor_up() -> None:
     assert aggregate_cost(scores, -1.0).tolist() == [-1.0, 0.0, 2.0]
     # the safe answer pays for the unsafe one in the first mean only
     assert aggregate_cost(scores, None).mean() < 0 < aggregate_cost(scores, 0.0).mean()
+
+
+@given(lengths=LENGTHS, cap=st.floats(1.0, 5.0), clip=st.floats(0.05, 0.5), seed=st.integers(0, 1000))
+@settings(deadline=None, max_examples=60)
+def test_weighted_surrogate_and_drift_equal_a_loop_over_tokens(
+    lengths: list[int], cap: float, clip: float, seed: int
+) -> None:
+    """Each token counts min(pi_old / q, cap) times; where nothing is drawn, nothing counts."""
+    mask = mask_of(lengths)
+    old, drawn, new, advantages = (random_like(mask, seed + i) for i in range(4))
+    weights = importance_weights(old, drawn, mask, cap=cap)
+    loss, _ = actor_loss(new, old, advantages, mask, clip_ratio=clip, total_tokens=10, weights=weights)
+    expected, drift, count = 0.0, 0.0, 0
+    for b, length in enumerate(lengths):
+        for t in range(length):
+            weight = min(math.exp(old[b, t].item() - drawn[b, t].item()), cap)
+            assert weights[b, t].item() == pytest.approx(weight)
+            ratio, advantage = math.exp(new[b, t].item() - old[b, t].item()), advantages[b, t].item()
+            expected -= weight * min(ratio * advantage, min(max(ratio, 1 - clip), 1 + clip) * advantage) / 10
+            drift += abs(old[b, t].item() - drawn[b, t].item())
+            count += 1
+    assert loss.item() == pytest.approx(expected, abs=1e-9)
+    assert rollout_drift(old, drawn, mask).item() == pytest.approx(drift / max(count, 1), abs=1e-9)
+    assert (weights[~mask] == 1).all()
+
+
+@pytest.mark.golden
+def test_importance_weights_by_hand() -> None:
+    """Half as likely, as likely, three times as likely for the trainer as for the engine; the cap is 2."""
+    log_probs = torch.tensor([[0.1, 0.4, 0.6, 0.5]]).log()
+    drawn = torch.tensor([[0.2, 0.4, 0.2, 0.1]]).log()
+    mask = torch.tensor([[True, True, True, False]])
+    weights = importance_weights(log_probs, drawn, mask, cap=2.0)
+    torch.testing.assert_close(weights, torch.tensor([[0.5, 1.0, 2.0, 1.0]]))
+    assert rollout_drift(log_probs, drawn, mask).item() == pytest.approx((math.log(2) + math.log(3)) / 3)
+    equal = importance_weights(log_probs, log_probs.clone(), mask, cap=2.0)
+    assert torch.equal(equal, torch.ones(1, 4))
+
+
+def test_weights_get_no_gradient() -> None:
+    """They are constants: the derivative of the loss is that of the surrogate, weight by weight."""
+    mask = mask_of([3])
+    old, drawn, advantages = (random_like(mask, i) for i in range(3))
+    weights = importance_weights(old, drawn, mask, cap=2.0)
+    new = old.clone().requires_grad_()
+    loss, _ = actor_loss(new, old, advantages, mask, clip_ratio=0.2, total_tokens=3, weights=weights)
+    loss.backward()
+    torch.testing.assert_close(new.grad, -weights * advantages / 3)

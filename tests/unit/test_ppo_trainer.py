@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from components.foundation.backbone import REFERENCE, Backbone
 from components.foundation.batching import SequenceBatch, TokenSequence, answer_cross_entropy, collate, token_log_probs
 from components.foundation.policy import ACTOR
 from components.foundation.preference import Demonstration, PromptRecord
-from components.foundation.rollout import Sampling
+from components.foundation.rollout import Rollout, Sampling
 from components.foundation.rollout.transformers_engine import TransformersEngine
 from components.foundation.settings import LoraSettings, PpoSettings, resolve_settings
 from components.ppo_lagrangian.multiplier import CostConstraint
@@ -27,6 +28,7 @@ from components.ppo_lagrangian.trainer import (
     PpoLagrangian,
     compute_advantages,
     score_episode,
+    weigh_tokens,
 )
 
 LoadTiny = Callable[[str], Backbone]
@@ -293,10 +295,69 @@ def test_a_step_is_a_function_of_its_seed(load_roles: Callable[[str], Backbone])
 def test_sampling_and_scoring_agree_on_log_probabilities(load_roles: Callable[[str], Backbone]) -> None:
     """The engine samples from the distribution that the update measures: at temperature 0 its tokens are the argmax."""
     backbone = load_roles("head")
-    answers = TransformersEngine(backbone, ACTOR).generate(PROMPTS, Sampling(0.0, 6, seed=0))
+    answers = TransformersEngine(backbone, ACTOR).generate(PROMPTS, Sampling(0.0, 6, seed=0)).answers
     batch = collate(
         [TokenSequence(p, a) for p, a in zip(PROMPTS, answers, strict=True)], backbone.eos_token_id, backbone.device
     )
     with backbone.role(ACTOR):
         logits = backbone.answer_logits(batch.input_ids, batch.attention_mask, batch.answer_length)
     assert torch.equal(logits.argmax(-1)[batch.answer_mask], batch.answers[batch.answer_mask])
+
+
+class DriftingEngine:
+    """The transformers engine, whose log-probabilities are shifted and which does not call itself exact."""
+
+    def __init__(self, backbone: Backbone, shift: float) -> None:
+        self._engine, self._shift = TransformersEngine(backbone, ACTOR), shift
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
+        rollout = self._engine.generate(prompts, sampling)
+        shifted = [tuple(value + self._shift for value in row) for row in rollout.log_probs]
+        return Rollout(rollout.answers, shifted, exact=False)
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def test_the_plain_engine_has_no_drift_and_its_tokens_weigh_the_same(load_roles: Callable[[str], Backbone]) -> None:
+    backbone = load_roles("head")
+    _randomize(backbone, ACTOR, 7)
+    rollout = TransformersEngine(backbone, ACTOR).generate(PROMPTS, Sampling(0.7, 6, seed=0))
+    sequences = [TokenSequence(p, a) for p, a in zip(PROMPTS, rollout.answers, strict=True)]
+    settings = SETTINGS.model_copy(update={"temperature": 0.7})
+    episode = weigh_tokens(score_episode(backbone, sequences, settings), rollout, cap=2.0)
+    assert episode.weights is None
+    assert 0 <= episode.drift < 1e-4
+
+
+@pytest.mark.golden
+def test_tokens_of_a_truncated_draw_weigh_the_probability_that_was_kept(
+    load_roles: Callable[[str], Backbone],
+) -> None:
+    """Among the 5 most likely tokens q = pi / Z, so pi / q = Z, the sum of their probabilities."""
+    backbone = load_roles("head")
+    _randomize(backbone, ACTOR, 7)
+    rollout = TransformersEngine(backbone, ACTOR).generate(PROMPTS, Sampling(1.0, 6, seed=0, top_k=5))
+    sequences = [TokenSequence(p, a) for p, a in zip(PROMPTS, rollout.answers, strict=True)]
+    episode = weigh_tokens(score_episode(backbone, sequences, SETTINGS), rollout, cap=2.0)
+    batch = episode.batch
+    with backbone.role(ACTOR):
+        logits = backbone.answer_logits(batch.input_ids, batch.attention_mask, batch.answer_length)
+    kept = torch.softmax(logits, dim=-1).topk(5).values.sum(dim=-1)
+    assert episode.weights is not None
+    torch.testing.assert_close(episode.weights, torch.where(batch.answer_mask, kept, 1.0), atol=1e-4, rtol=1e-4)
+    assert episode.drift == pytest.approx(-kept[batch.answer_mask].log().mean().item(), abs=1e-4)
+
+
+def test_an_update_counts_a_token_by_its_weight_up_to_the_cap(load_roles: Callable[[str], Backbone]) -> None:
+    """All tokens half as likely for the trainer: half the loss. Far likelier: the cap times the loss."""
+    losses = []
+    for shift in (0.0, math.log(2), -10.0):
+        backbone = load_roles("head")
+        settings = SETTINGS.model_copy(update={"minibatch_size": 4, "whiten_advantages": False})
+        metrics = PpoLagrangian(backbone, DriftingEngine(backbone, shift), settings, 0.0, 0).step(PROMPTS, step=0)
+        assert metrics.drift == pytest.approx(abs(shift), abs=1e-4)
+        losses.append(metrics.actor_loss)
+    assert abs(losses[0]) > 1e-3
+    assert losses[1] == pytest.approx(losses[0] / 2, rel=1e-3)
+    assert losses[2] == pytest.approx(losses[0] * SETTINGS.importance_cap, rel=1e-3)

@@ -10,7 +10,7 @@ from torch import Tensor
 from components.foundation.backbone import Backbone, position_ids
 from components.foundation.batching import batches_by_length
 from components.foundation.language_model import import_transformers
-from components.foundation.rollout import Sampling
+from components.foundation.rollout import Rollout, Sampling
 
 
 class TransformersEngine:
@@ -21,23 +21,30 @@ class TransformersEngine:
         self._role = role
         self._batch_size = batch_size
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[tuple[int, ...]]:
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
         """See `RolloutEngine.generate`. Prompts of like length share a batch, so little of it is padding."""
         generator = torch.Generator(self._backbone.device).manual_seed(sampling.seed)
         answers: list[tuple[int, ...]] = [()] * len(prompts)
+        log_probs: list[tuple[float, ...]] = [()] * len(prompts)
         for rows in batches_by_length([len(prompt) for prompt in prompts], self._batch_size):
-            for row, answer in zip(rows, self._decode([prompts[i] for i in rows], sampling, generator), strict=True):
-                answers[row] = answer
-        return answers
+            decoded = self._decode([prompts[i] for i in rows], sampling, generator)
+            for row, drawn in zip(rows, decoded, strict=True):
+                answers[row] = tuple(token for token, _ in drawn)
+                log_probs[row] = tuple(log_prob for _, log_prob in drawn)
+        return Rollout(answers, log_probs, exact=not sampling.truncated)
+
+    def close(self) -> None:
+        """Nothing was started."""
 
     def _decode(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, generator: torch.Generator
-    ) -> list[tuple[int, ...]]:
+    ) -> list[list[tuple[int, float]]]:
+        """Every prompt's answer as (token, its log-probability)."""
         cache = import_transformers().DynamicCache()
         eos = self._backbone.eos_token_id
         tokens, mask = _pad_left(prompts, eos, self._backbone.device)
         positions = position_ids(mask)
-        answers: list[list[int]] = [[] for _ in prompts]
+        answers: list[list[tuple[int, float]]] = [[] for _ in prompts]
         going = torch.arange(len(prompts), device=self._backbone.device)  # rows that have not ended
         # no_grad, not inference_mode: tensors made there could not enter a later graph of the same weights
         with self._backbone.role(self._role), torch.no_grad():
@@ -45,9 +52,9 @@ class TransformersEngine:
                 logits = self._backbone.decode_step(tokens, mask, positions, cache)
                 # a number for every row, ended or not: what a row draws does not depend on when the others end
                 uniform = torch.rand(len(prompts), 1, generator=generator, device=logits.device)[going]
-                token = draw(logits, sampling.temperature, uniform)
-                for row, drawn in zip(going.tolist(), token.tolist(), strict=True):
-                    answers[row].append(drawn)
+                token, log_prob = draw(logits, sampling, uniform)
+                for row, *drawn in zip(going.tolist(), token.tolist(), log_prob.tolist(), strict=True):
+                    answers[row].append((drawn[0], drawn[1]))
                 keep = (token != eos).nonzero().squeeze(-1)
                 if len(keep) == 0:
                     break
@@ -57,19 +64,40 @@ class TransformersEngine:
                 tokens = token.unsqueeze(-1)
                 mask = torch.cat([mask, torch.ones_like(tokens)], dim=-1)
                 positions = positions[:, -1:] + 1
-        return [tuple(answer) for answer in answers]
+        return answers
 
 
-def draw(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
-    """[B, V] logits and [B, 1] uniform numbers in [0, 1) -> [B] sampled ids; temperature 0 takes the most likely one.
+def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, V] logits and [B, 1] uniform numbers in [0, 1) -> ([B] sampled ids, [B] their log-probabilities).
 
     Inverse transform sampling: one random number a row instead of one a vocabulary entry.
     """
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    cumulative = torch.softmax(logits.float() / temperature, dim=-1).cumsum(dim=-1)
-    index = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(-1)
-    return index.clamp(max=logits.shape[-1] - 1)
+    if sampling.temperature == 0:
+        token = logits.argmax(dim=-1)
+        return token, torch.zeros(token.shape, device=token.device)
+    logits = logits.float() / sampling.temperature
+    if sampling.truncated:
+        logits = truncate(logits, sampling.top_p, sampling.top_k)
+    probabilities = torch.softmax(logits, dim=-1)
+    cumulative = probabilities.cumsum(dim=-1)
+    index = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    index = index.clamp(max=logits.shape[-1] - 1)
+    return index.squeeze(-1), probabilities.gather(-1, index).squeeze(-1).log()
+
+
+def truncate(logits: Tensor, top_p: float, top_k: int) -> Tensor:
+    """[B, V] logits -> the same, with -inf for what is not among the `top_k` and then the `top_p` most likely.
+
+    Of top_p, the token that reaches the sum is kept, so at least one always is (nucleus sampling, arXiv 1904.09751).
+    """
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    if top_k:
+        ordered[:, top_k:] = -torch.inf
+    probabilities = torch.softmax(ordered, dim=-1)
+    sum_before = probabilities.cumsum(dim=-1) - probabilities
+    beyond = sum_before >= top_p
+    beyond[:, 0] = False
+    return torch.full_like(logits, -torch.inf).scatter(-1, order, ordered.masked_fill(beyond, -torch.inf))
 
 
 def _pad_left(prompts: Sequence[Sequence[int]], padding_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
