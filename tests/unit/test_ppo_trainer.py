@@ -355,7 +355,9 @@ def test_an_update_counts_a_token_by_its_weight_up_to_the_cap(load_roles: Callab
     for shift in (0.0, math.log(2), -10.0):
         backbone = load_roles("head")
         settings = SETTINGS.model_copy(update={"minibatch_size": 4, "whiten_advantages": False})
-        metrics = PpoLagrangian(backbone, DriftingEngine(backbone, shift), settings, 0.0, 0).step(PROMPTS, step=0)
+        metrics = PpoLagrangian(backbone, DriftingEngine(backbone, shift), settings, CostConstraint(0.0), 0).step(
+            PROMPTS, step=0
+        )
         assert metrics.drift == pytest.approx(abs(shift), abs=1e-4)
         losses.append(metrics.actor_loss)
     assert abs(losses[0]) > 1e-3
