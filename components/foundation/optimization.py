@@ -12,7 +12,7 @@ from torch import nn
 T = TypeVar("T")
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
+def adamw(parameters: Iterable[nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
     """AdamW with the paper's betas (0.9, 0.95) and no weight decay (paper appendix, training hyper-parameters)."""
     return torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
 
@@ -24,20 +24,6 @@ def cosine_factor(step: int, total_steps: int, warmup_share: float) -> float:
         return (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-
-
-def optimizer_step(optimizer: torch.optim.Optimizer, max_gradient_norm: float) -> float:
-    """Clip, step, clear; returns the gradient norm before clipping."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = float(nn.utils.clip_grad_norm_(parameters, max_gradient_norm))
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
 
 
 def shuffled_batches(items: Sequence[T], batch_size: int, epochs: int, seed: int) -> Iterator[list[T]]:

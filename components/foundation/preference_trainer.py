@@ -13,6 +13,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from components.foundation import distributed
 from components.foundation.backbone import Backbone
 from components.foundation.batching import (
     SequenceBatch,
@@ -21,14 +22,8 @@ from components.foundation.batching import (
     collate,
     last_answer_token,
 )
-from components.foundation.optimization import (
-    batch_count,
-    cosine_factor,
-    make_optimizer,
-    optimizer_step,
-    set_learning_rate,
-    shuffled_batches,
-)
+from components.foundation.optimization import batch_count, cosine_factor, shuffled_batches
+from components.foundation.role_optimizer import make_optimizers
 from components.foundation.settings import PreferenceModelSettings
 from components.foundation.training_checkpoints import TrainingCheckpoints
 
@@ -57,7 +52,7 @@ class PreferenceScores:
 
 
 PreferenceLoss = Callable[[PreferenceScores], tuple[Tensor, dict[str, float]]]
-"""Scores of a batch -> (scalar loss, metrics)."""
+"""Scores of a batch -> (scalar loss, metrics), all of them means over the pairs."""
 
 OnStep = Callable[[int, int, dict[str, float]], None]
 """Called after each optimiser step with (step, total steps, metrics)."""
@@ -74,16 +69,18 @@ def train_preference_model(
     checkpoints: TrainingCheckpoints | None = None,
 ) -> None:
     """Train the adapter and head of `role` in place: score, loss, update."""
-    optimizer = make_optimizer(backbone.trainable_parameters(role), settings.learning_rate)
+    optimizer = make_optimizers(backbone, {role: settings.learning_rate})[role]
     total = batch_count(len(pairs), settings.batch_size, settings.epochs)
     batches = enumerate(shuffled_batches(pairs, settings.batch_size, settings.epochs, seed))
     done = checkpoints.restore({role: optimizer}).step if checkpoints else 0
     for step, batch in islice(batches, done, None):
-        set_learning_rate(optimizer, settings.learning_rate * cosine_factor(step, total, warmup_share=0.05))
+        optimizer.set_learning_rate(settings.learning_rate * cosine_factor(step, total, warmup_share=0.05))
+        part = distributed.own_part(batch)
         with backbone.role(role, train=True):
-            value, metrics = loss(score_pairs(backbone, role, batch))
-            value.backward()
-        metrics["gradient_norm"] = optimizer_step(optimizer, max_gradient_norm=1.0)
+            value, metrics = loss(score_pairs(backbone, role, part.items))
+            optimizer.backward(part.share * value)  # the loss is a mean over pairs
+        metrics = distributed.total_of({name: part.share * metric for name, metric in metrics.items()})
+        metrics["gradient_norm"] = optimizer.step(max_gradient_norm=1.0)
         on_step(step + 1, total, metrics)
         if checkpoints:
             checkpoints.after_step(step + 1, total)
@@ -109,17 +106,18 @@ def answer_scores(backbone: Backbone, role: str, batch: SequenceBatch) -> Tensor
 
 
 def score_validation(backbone: Backbone, role: str, pairs: Sequence[ScoredPair], batch_size: int) -> PreferenceScores:
-    """Scores of all pairs without gradients, in the order of `pairs`."""
-    batches = batches_by_length([max(len(p.high), len(p.low)) for p in pairs], batch_size)
+    """Scores of all pairs without gradients, in the order of `pairs`; several ranks take turns at the batches."""
+    batches = distributed.own_turns(batches_by_length([max(len(p.high), len(p.low)) for p in pairs], batch_size))
     with backbone.role(role):
         parts = [score_pairs(backbone, role, [pairs[i] for i in rows]) for rows in batches]
-    place = torch.tensor([i for rows in batches for i in rows]).argsort()
-    return PreferenceScores(
-        high=torch.cat([p.high for p in parts])[place],
-        low=torch.cat([p.low for p in parts])[place],
-        high_sign=torch.cat([p.high_sign for p in parts])[place],
-        low_sign=torch.cat([p.low_sign for p in parts])[place],
-    )
+    rows = [i for batch in batches for i in batch]
+    scores: dict[int, tuple[float, ...]] = {}
+    columns = [[getattr(part, name) for part in parts] for name in ("high", "low", "high_sign", "low_sign")]
+    own = list(zip(*(torch.cat(column).tolist() for column in columns), strict=True))
+    for ranks_scores in distributed.gathered(dict(zip(rows, own, strict=True))):
+        scores |= ranks_scores
+    high, low, high_sign, low_sign = torch.tensor([scores[i] for i in range(len(pairs))]).unbind(-1)
+    return PreferenceScores(high, low, high_sign, low_sign)
 
 
 def ranking_accuracy(scores: PreferenceScores) -> float:

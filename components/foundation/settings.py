@@ -194,6 +194,19 @@ class CheckpointSettings(_Section):
     every_minutes: float = Field(2.0, ge=0, description="save when so much time has passed (0: not by time)")
 
 
+class DistributedSettings(_Section):
+    """How a training stage is spread over devices; what it computes is the same, so a run may change this and go on."""
+
+    processes: int = Field(1, ge=1, le=64, description="ranks of a training stage on one machine: one for each GPU")
+    zero_stage: int | None = Field(
+        None,
+        ge=0,
+        le=3,
+        description="what ZeRO partitions over several ranks: 0 nothing, 1 optimiser states, 2 gradients too, "
+        "3 weights too; empty: 2",
+    )
+
+
 class GateSettings(_Section):
     """A policy becomes champion only when every limit holds, on both sides: safe enough and still helpful."""
 
@@ -221,6 +234,9 @@ class Settings(_Section):
         "auto", description="of weights and activations; auto: bfloat16 where the hardware has it, else float32"
     )
     experiment: str = Field("safe-rlhf", min_length=1, description="MLflow experiment")
+    finetune: Literal["lora", "full"] = Field(
+        "lora", description="lora: a role is an adapter on shared weights; full: a copy of the whole model"
+    )
     data: DataSettings = DataSettings()
     lora: LoraSettings = LoraSettings()
     sft: SftSettings = SftSettings()
@@ -231,12 +247,27 @@ class Settings(_Section):
     ppo: PpoSettings = PpoSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    distributed: DistributedSettings = DistributedSettings()
     gate: GateSettings = GateSettings()
     store: StoreSettings = StoreSettings()
 
+    @field_validator("distributed")
+    @classmethod
+    def _work_for_every_rank(cls, value: DistributedSettings, info: ValidationInfo) -> DistributedSettings:
+        ppo = info.data.get("ppo")
+        if ppo is not None and value.processes > ppo.episodes_per_step:
+            raise ValueError(f"{value.processes} processes cannot share ppo.episodes_per_step={ppo.episodes_per_step}")
+        return value
+
+    @property
+    def adapters(self) -> LoraSettings | None:
+        """Of new roles; None where a role is a full copy of the model."""
+        return self.lora if self.finetune == "lora" else None
+
     def digest(self) -> str:
-        """SHA-256 of the canonical JSON form."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        """SHA-256 of the canonical JSON form, without how the run is spread over devices."""
+        tree = self.model_dump(mode="json", exclude={"distributed"})
+        canonical = json.dumps(tree, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def flat(self) -> dict[str, str]:

@@ -297,6 +297,24 @@ class StageRun:
             self._tracker._client.log_text(self.run_id, text, file)
 
 
+class SilentRun:
+    """Stands for the stage run on ranks that log nothing: rank 0 logs for all."""
+
+    run_id = ""
+
+    def log_params(self, params: Mapping[str, str]) -> None:
+        pass
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        pass
+
+    def log_dataset(self, name: str, digest: str, source_uri: str, rows: int) -> None:
+        pass
+
+    def log_text(self, text: str, file: str) -> None:
+        pass
+
+
 def _new_client(tracking_uri: str) -> MlflowClient:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

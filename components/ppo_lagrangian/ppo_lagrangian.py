@@ -15,7 +15,7 @@ from pathlib import Path
 from components.foundation.backbone import REFERENCE, Backbone
 from components.foundation.batching import ChatEncoder
 from components.foundation.errors import DataError, GateError
-from components.foundation.policy import ACTOR
+from components.foundation.policy import ACTOR, export_merged
 from components.foundation.preference import Demonstration, PromptRecord, read_jsonl
 from components.foundation.progress import Progress
 from components.foundation.results import PpoTrace, PreferenceModelResult, from_json, read_record, to_json
@@ -82,7 +82,8 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
             read_record(PreferenceModelResult, cost_folder / "result.json"),
             settings,
         )
-        backbone = Backbone.load(store.fetch(inputs.sft), settings.dtype, stage.seed)
+        sft_folder = store.fetch(inputs.sft)
+        backbone = Backbone.load(sft_folder, settings.dtype, stage.seed)
         actor_folder = None if inputs.policy == inputs.sft else store.fetch(inputs.policy) / "actor"
         place_roles(backbone, settings, actor_folder, reward_folder, cost_folder)
         engine = TransformersEngine(backbone, ACTOR)
@@ -123,12 +124,17 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
             trace = train_policy(trainer, train_step, settings.ppo.steps, PpoTrace(threshold), checkpoints)
         out = stage.folder / "out"
         backbone.save_role(ACTOR, out / "actor")
+        export_merged(backbone, ACTOR, sft_folder, out / "actor", out / "model")
+        (out / "model").mkdir(parents=True, exist_ok=True)
         (out / "trace.json").write_text(to_json(trace))
-        backbone.merge_role(ACTOR)
-        backbone.export(out / "model")
         card = model_card(settings, stage.context.run_id, round_number, trace)
         (out / "model" / "README.md").write_text(card, encoding="utf-8")
         return stage.commit(out, step=settings.ppo.steps, parents=inputs.parents())
+
+
+def run_from_uris(run_uri: str, round_number: int, *input_uris: str) -> str:
+    """The stage with the URIs of `PpoInputs` one by one, as a launcher passes them."""
+    return run_ppo_lagrangian(run_uri, round_number, PpoInputs(*input_uris))
 
 
 def train_policy(
@@ -190,7 +196,7 @@ def place_roles(
     With `ppo.critics=head`, a critic shares the frozen adapter of its model and has a head of its own.
     """
     if actor_folder is None:
-        backbone.add_role(ACTOR, settings.lora, scored=False)
+        backbone.add_role(ACTOR, settings.adapters, scored=False)
     else:
         backbone.load_role(ACTOR, actor_folder)
         if settings.ppo.reference == "previous":

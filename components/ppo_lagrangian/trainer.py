@@ -1,7 +1,9 @@
 """The PPO-Lagrangian training loop (paper section 3.3, algorithm in appendix B).
 
 Each step: 1 roll out, 2 score, 3 shape, 4 advantages, 5 update actor and critics, 6 multiplier, 7 log.
-Shapes: B episodes, P prompt tokens, T answer tokens.
+Several ranks share a rollout batch: each generates and scores its own episodes, and what depends on all of them (costs,
+whitening, losses, means) is summed over ranks, so lambda is the same on every one.
+Shapes: B episodes (of this rank), P prompt tokens, T answer tokens.
 """
 
 from __future__ import annotations
@@ -14,17 +16,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from components.foundation import distributed
 from components.foundation.backbone import REFERENCE, Backbone
 from components.foundation.batching import (
     SequenceBatch,
     TokenSequence,
     answer_cross_entropy,
+    answer_tokens,
     collate,
     last_answer_token,
     token_log_probs,
 )
-from components.foundation.optimization import make_optimizer, optimizer_step
 from components.foundation.policy import ACTOR
+from components.foundation.role_optimizer import make_optimizers
 from components.foundation.rollout import RolloutEngine, Sampling
 from components.foundation.settings import PpoSettings
 from components.ppo_lagrangian.multiplier import (
@@ -68,6 +72,39 @@ class Appraisal:
     score: Tensor
     values: Tensor
     features: Tensor | None
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """What this rank has of a minibatch.
+
+    Attributes:
+        rows: rows of this rank's episodes; one of no account where it has none, so that all ranks take part.
+        counts: 1, or 0 where this rank has none.
+        places: [rows of the minibatch] places in the rollout batch, over all ranks.
+    """
+
+    rows: Tensor
+    counts: float
+    places: Tensor
+
+
+@dataclass(frozen=True)
+class Share:
+    """This rank's episodes of a rollout batch.
+
+    Attributes:
+        places: [B] of its episodes in the rollout batch, in rising order.
+        tokens: [episodes of all ranks] answer tokens of each.
+    """
+
+    places: Tensor
+    tokens: Tensor
+
+    def minibatch(self, places: Tensor) -> Minibatch:
+        rows = {place: row for row, place in enumerate(self.places.tolist())}
+        own = [rows[place] for place in places.tolist() if place in rows]
+        return Minibatch(torch.tensor(own or [0]), float(bool(own)), places)
 
 
 @dataclass(frozen=True)
@@ -142,9 +179,7 @@ class PpoLagrangian:
             REWARD_CRITIC: settings.critic_learning_rate,
             COST_CRITIC: settings.critic_learning_rate,
         }
-        self.optimizers = {
-            role: make_optimizer(backbone.trainable_parameters(role), rate) for role, rate in rates.items()
-        }
+        self.optimizers = make_optimizers(backbone, rates)
 
     def step(self, prompts: Sequence[tuple[int, ...]], step: int) -> StepMetrics:
         """One rollout batch and its update."""
@@ -152,67 +187,92 @@ class PpoLagrangian:
         # 1 roll out
         sampling = Sampling(s.temperature, s.max_new_tokens, seed=self._seed * 1_000_003 + step)
         started = time.perf_counter()
-        answers = self._engine.generate(prompts, sampling)
+        places = self._own_places(len(prompts), step)
+        answers = self._engine.generate(prompts, sampling, places)
         rollout_seconds = time.perf_counter() - started
-        sequences = [TokenSequence(tuple(p), a) for p, a in zip(prompts, answers, strict=True)]
+        sequences = [TokenSequence(tuple(prompts[i]), a) for i, a in zip(places, answers, strict=True)]
         # 2 score
         episode = score_episode(self._backbone, sequences, s)
+        own = torch.tensor(places)
+        reward, cost, lengths = (
+            distributed.every_row(values, own, len(prompts))
+            for values in (episode.reward.score, episode.cost.score, answer_tokens(sequences))
+        )
         # 3 shape, 4 advantages
         advantages = compute_advantages(episode, s, self.multiplier.value)
         # 5 update
-        losses = self._update(episode, advantages, step)
+        losses = self._update(episode, advantages, Share(own, lengths), step)
         # 6 multiplier
-        self.multiplier = next_multiplier(self.multiplier, episode.cost.score.tolist(), s, self._threshold)
+        self.multiplier = next_multiplier(self.multiplier, cost.tolist(), s, self._threshold)
         # 7 log
-        mask = episode.batch.answer_mask
-        tokens = int(mask.sum())
+        tokens = int(lengths.sum())
+        losses["kl"] = float(((episode.log_probs - episode.reference_log_probs) * episode.batch.answer_mask).sum())
+        losses["ended"] = sum(a[-1] == self._backbone.eos_token_id for a in answers)
+        losses = distributed.total_of(losses)
         return StepMetrics(
             multiplier=self.multiplier.value,
             cost_moving_average=self.multiplier.cost_moving_average,
-            cost=float(episode.cost.score.mean()),
-            reward=float(episode.reward.score.mean()),
-            kl=float(((episode.log_probs - episode.reference_log_probs) * mask).sum() / tokens),
+            cost=float(cost.mean()),
+            reward=float(reward.mean()),
+            kl=losses["kl"] / tokens,
             clip_fraction=losses["clipped"] / (tokens * s.epochs),
             actor_loss=losses[ACTOR],
             ptx_loss=losses["ptx"],
             reward_critic_loss=losses[REWARD_CRITIC],
             cost_critic_loss=losses[COST_CRITIC],
             rollout_tokens_per_second=tokens / rollout_seconds,
-            ended_share=sum(a[-1] == self._backbone.eos_token_id for a in answers) / len(answers),
+            ended_share=losses["ended"] / len(prompts),
         )
 
-    def _update(self, episode: Episode, advantages: Advantages, step: int) -> dict[str, float]:
-        """Every epoch passes once over the episodes in minibatches; returns the last losses and clipped tokens."""
+    def _order(self, count: int, step: int, epoch: int) -> tuple[Tensor, torch.Generator]:
+        """The order in which an epoch takes the episodes of all ranks, and the generator for what else it draws."""
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + step * 101 + epoch)
+        return torch.randperm(count, generator=generator), generator
+
+    def _own_places(self, count: int, step: int) -> list[int]:
+        """Places of this rank's episodes in the rollout batch; of each minibatch of the first epoch every rank has as
+        many, or one more."""
+        world = distributed.world()
+        return sorted(self._order(count, step, epoch=0)[0][world.rank :: world.size].tolist())
+
+    def _update(self, episode: Episode, advantages: Advantages, share: Share, step: int) -> dict[str, float]:
+        """Every epoch passes once over the episodes in minibatches; returns the last losses and clipped tokens, of
+        which each rank has its part."""
         s = self._settings
         losses = {"clipped": 0.0, "ptx": 0.0, COST_CRITIC: 0.0}
         for epoch in range(s.epochs):
-            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + step * 101 + epoch)
-            order = torch.randperm(len(episode.log_probs), generator=generator)
-            demonstrations = self._draw_demonstrations(len(order), generator) if s.ptx_coefficient else None
-            for rows in order.split(s.minibatch_size):
-                losses |= self._update_actor(episode, advantages.combined, rows, demonstrations, losses["clipped"])
+            order, generator = self._order(len(share.tokens), step, epoch)
+            demonstrations = self._draw_demonstrations(share, generator) if s.ptx_coefficient else None
+            for places in order.split(s.minibatch_size):
+                rows, tokens = share.minibatch(places), int(share.tokens[places].sum())
+                losses |= self._update_actor(
+                    episode, advantages.combined, rows, tokens, demonstrations, losses["clipped"]
+                )
                 losses[REWARD_CRITIC] = self._update_critic(
-                    REWARD_CRITIC, episode.batch, episode.reward, advantages.reward_returns, rows
+                    REWARD_CRITIC, episode.batch, episode.reward, advantages.reward_returns, rows, tokens
                 )
                 if advantages.cost_returns is not None:
                     losses[COST_CRITIC] = self._update_critic(
-                        COST_CRITIC, episode.batch, episode.cost, advantages.cost_returns, rows
+                        COST_CRITIC, episode.batch, episode.cost, advantages.cost_returns, rows, tokens
                     )
         return losses
 
-    def _draw_demonstrations(self, count: int, generator: torch.Generator) -> SequenceBatch:
-        """As many demonstrations as there are episodes, drawn with replacement."""
-        drawn = torch.randint(len(self._demonstrations), (count,), generator=generator).tolist()
-        return _collated(self._backbone, [self._demonstrations[i] for i in drawn])
+    def _draw_demonstrations(self, share: Share, generator: torch.Generator) -> tuple[SequenceBatch, Tensor]:
+        """One demonstration for each episode, drawn with replacement -> (this rank's, answer tokens of all)."""
+        drawn = torch.randint(len(self._demonstrations), (len(share.tokens),), generator=generator).tolist()
+        sequences = [self._demonstrations[i] for i in drawn]
+        return _collated(self._backbone, [sequences[i] for i in share.places.tolist()]), answer_tokens(sequences)
 
     def _update_actor(
         self,
         episode: Episode,
         advantages: Tensor,
-        rows: Tensor,
-        demonstrations: SequenceBatch | None,
+        minibatch: Minibatch,
+        total_tokens: int,
+        demonstrations: tuple[SequenceBatch, Tensor] | None,
         clipped_before: float,
     ) -> dict[str, float]:
+        rows, optimizer = minibatch.rows, self.optimizers[ACTOR]
         batch = episode.batch.rows(rows)
         ptx = 0.0
         with self._backbone.role(ACTOR, train=True):
@@ -222,23 +282,33 @@ class PpoLagrangian:
                 advantages[rows],
                 batch.answer_mask,
                 clip_ratio=self._settings.clip_ratio,
-                total_tokens=int(batch.answer_mask.sum()),
+                total_tokens=total_tokens,
             )
-            loss.backward()
+            loss = minibatch.counts * loss
+            optimizer.backward(loss)
             if demonstrations is not None:
-                demonstrated = demonstrations.rows(rows)
-                ptx_loss = answer_cross_entropy(self._answer_logits(demonstrated), demonstrated)
-                (self._settings.ptx_coefficient * ptx_loss).backward()
+                demonstrated = demonstrations[0].rows(rows)
+                ptx_loss = minibatch.counts * answer_cross_entropy(
+                    self._answer_logits(demonstrated), demonstrated, demonstrations[1][minibatch.places].sum()
+                )
+                optimizer.backward(self._settings.ptx_coefficient * ptx_loss)
                 ptx = ptx_loss.item()
-        optimizer_step(self.optimizers[ACTOR], self._settings.max_gradient_norm)
-        return {ACTOR: loss.item(), "ptx": ptx, "clipped": clipped_before + clipped.item()}
+        optimizer.step(self._settings.max_gradient_norm)
+        return {ACTOR: loss.item(), "ptx": ptx, "clipped": clipped_before + minibatch.counts * clipped.item()}
 
     def _answer_logits(self, batch: SequenceBatch) -> Tensor:
         return self._backbone.answer_logits(batch.input_ids, batch.attention_mask, batch.answer_length, batch.trunk)
 
     def _update_critic(
-        self, critic: str, all_rows: SequenceBatch, appraisal: Appraisal, returns: Tensor, rows: Tensor
+        self,
+        critic: str,
+        all_rows: SequenceBatch,
+        appraisal: Appraisal,
+        returns: Tensor,
+        minibatch: Minibatch,
+        total_tokens: int,
     ) -> float:
+        rows, optimizer = minibatch.rows, self.optimizers[critic]
         batch = all_rows.rows(rows)
         with self._backbone.role(critic, train=True):
             if appraisal.features is not None:
@@ -251,10 +321,11 @@ class PpoLagrangian:
                 returns[rows],
                 batch.answer_mask,
                 value_clip=self._settings.value_clip,
-                total_tokens=int(batch.answer_mask.sum()),
+                total_tokens=total_tokens,
             )
-            loss.backward()
-        optimizer_step(self.optimizers[critic], self._settings.max_gradient_norm)
+            loss = minibatch.counts * loss
+            optimizer.backward(loss)
+        optimizer.step(self._settings.max_gradient_norm)
         return loss.item()
 
 
@@ -359,7 +430,7 @@ def compute_advantages(episode: Episode, settings: PpoSettings, multiplier: floa
         cost_advantages, cost_returns = estimate(episode.cost, +1.0)
         combined = combine_advantages(reward_advantages, cost_advantages, multiplier)
     if settings.whiten_advantages:
-        combined = whiten(combined, mask)
+        combined = whiten(combined, mask, distributed.total)
     return Advantages(combined, reward_returns, cost_returns)
 
 
@@ -381,5 +452,8 @@ def _measure_log_probs(backbone: Backbone, role: str, batch: SequenceBatch, temp
         return token_log_probs(logits / temperature, part.answers)
 
     with backbone.role(role):
-        chunks = torch.arange(len(batch.input_ids), device=backbone.device).split(_ROWS_PER_FORWARD)
-        return torch.cat([measure(rows) for rows in chunks]) * batch.answer_mask
+        chunks = list(torch.arange(len(batch.input_ids), device=backbone.device).split(_ROWS_PER_FORWARD))
+        measured = [measure(rows) for rows in chunks]
+        for _ in range(distributed.maximum(len(chunks)) - len(chunks)):
+            measure(chunks[0])  # partitioned weights are gathered by all ranks or by none
+        return torch.cat(measured) * batch.answer_mask

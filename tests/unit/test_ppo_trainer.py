@@ -84,7 +84,7 @@ def _demonstration_loss(backbone: Backbone, demonstrations: Sequence[TokenSequen
     batch = collate(demonstrations, backbone.eos_token_id, backbone.device)
     with backbone.role(ACTOR):
         logits = backbone.answer_logits(batch.input_ids, batch.attention_mask, batch.answer_length)
-        return answer_cross_entropy(logits, batch).item()
+        return answer_cross_entropy(logits, batch, batch.answer_mask.sum()).item()
 
 
 @pytest.mark.golden

@@ -19,6 +19,12 @@ class Sampling:
 class RolloutEngine(Protocol):
     """Generates answers with the current weights of the policy."""
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[tuple[int, ...]]:
-        """Prompt ids -> answer ids in the same order; an answer ends with EOS unless it hit the length limit."""
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, rows: Sequence[int] | None = None
+    ) -> list[tuple[int, ...]]:
+        """Prompt ids -> answer ids in the same order; an answer ends with EOS unless it hit the length limit.
+
+        Args:
+            rows: answer these prompts alone, in this order, with the draws that they get among all of them.
+        """
         ...
