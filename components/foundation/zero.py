@@ -55,6 +55,7 @@ class ZeroOptimizer:
         for parameter in self._parameters:
             parameter.requires_grad_(True)
         elements = min(sum(p.numel() for p in self._parameters), _LARGEST_BUCKET)
+        elements += elements % 2  # DeepSpeed aligns messages
         zero = {"stage": stage, "reduce_bucket_size": elements, "allgather_bucket_size": elements}
         self._engine, *_ = _deepspeed().initialize(
             model=module, optimizer=adamw, config=_config(zero, adamw.param_groups[0]["params"])

@@ -1,0 +1,117 @@
+"""Small trainings of every kind, to run on any number of ranks and compare; torchrun starts this file once a rank."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from components.cost_model.loss import cost_loss
+from components.foundation import distributed
+from components.foundation.backbone import Backbone
+from components.foundation.base_model import make_tiny
+from components.foundation.batching import TokenSequence
+from components.foundation.policy import ACTOR
+from components.foundation.preference_trainer import ScoredPair, score_validation, train_preference_model
+from components.foundation.rollout.transformers_engine import TransformersEngine
+from components.foundation.settings import LoraSettings, PpoSettings, PreferenceModelSettings, SftSettings
+from components.ppo_lagrangian.trainer import COST, COST_CRITIC, REWARD, REWARD_CRITIC, PpoLagrangian
+from components.reward_model.loss import reward_loss
+from components.sft.sft import train_sft
+
+LORA = LoraSettings(rank=4, alpha=8)
+Results = tuple[list[dict[str, float]], dict[str, torch.Tensor]]
+"""(what each step reports, weights at the end)."""
+
+
+def sequence(number: int) -> TokenSequence:
+    """Prompts and answers of many lengths."""
+    generator = torch.Generator().manual_seed(number)
+    ids = torch.randint(250, (12,), generator=generator).tolist()
+    return TokenSequence((256, *ids[: 2 + number % 5]), (*ids[6 : 7 + number % 4], 257))
+
+
+def backbone_with(finetune: str, **roles: bool) -> Backbone:
+    """The tiny model with these roles, scored or not; their weights are moved away from where new ones start."""
+    backbone = Backbone.load(make_tiny("llama"), "float32", seed=0)
+    for number, (role, scored) in enumerate(roles.items()):
+        backbone.add_role(role, LORA if finetune == "lora" else None, scored=scored)
+        generator = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            for parameter in backbone.trainable_parameters(role):
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * (0.1 if finetune == "lora" else 0.02))
+    return backbone
+
+
+def sft(finetune: str) -> Results:
+    """Seven examples in batches of three, so that the last batch leaves a rank without a part."""
+    backbone, steps = backbone_with(finetune, sft=False), []
+    settings = SftSettings(batch_size=3, epochs=2, learning_rate=1e-3)
+    examples = [sequence(i) for i in range(7)]
+    train_sft(backbone, "sft", examples, settings, 0, lambda step, total, metrics: steps.append(metrics))
+    return steps, backbone.role_state("sft")
+
+
+def preference_model(finetune: str, *, is_cost: bool) -> Results:
+    """Seven pairs in batches of three; the last entry holds scores of all pairs, measured afterwards."""
+    backbone, steps = backbone_with(finetune, model=True), []
+    settings = PreferenceModelSettings(batch_size=3, epochs=1, learning_rate=1e-3)
+    loss = partial(cost_loss if is_cost else reward_loss, regularization=0.01)
+    pairs = [ScoredPair(sequence(2 * i), sequence(2 * i + 1), 1, -1 if i % 2 else 1) for i in range(7)]
+    train_preference_model(backbone, "model", pairs, settings, loss, 0, lambda step, total, m: steps.append(m))
+    scores = score_validation(backbone, "model", pairs, batch_size=3)
+    return [*steps, {str(i): score for i, score in enumerate(scores.high.tolist())}], backbone.role_state("model")
+
+
+def ppo(finetune: str) -> Results:
+    """Five episodes a step in minibatches of three, two epochs, with a PTX term."""
+    roles = {ACTOR: False, REWARD: True, COST: True, REWARD_CRITIC: True, COST_CRITIC: True}
+    backbone = backbone_with(finetune, **roles)
+    settings = PpoSettings(
+        episodes_per_step=5, minibatch_size=3, epochs=2, max_new_tokens=6, ptx_coefficient=0.5, critic_learning_rate=1e-3
+    )
+    trainer = PpoLagrangian(
+        backbone, TransformersEngine(backbone, ACTOR), settings, 0.0, 0, [sequence(i) for i in range(4)]
+    )
+    prompts = [sequence(i).prompt for i in range(5)]
+    steps = [dataclasses.asdict(trainer.step(prompts, step)) for step in range(3)]
+    for metrics in steps:
+        del metrics["rollout_tokens_per_second"]
+    weights = {
+        f"{role}/{name}": tensor
+        for role in (ACTOR, REWARD_CRITIC, COST_CRITIC)
+        for name, tensor in backbone.role_state(role).items()
+    }
+    return steps, weights
+
+
+KINDS: dict[str, Callable[[str], Results]] = {
+    "sft": sft,
+    "reward_model": partial(preference_model, is_cost=False),
+    "cost_model": partial(preference_model, is_cost=True),
+    "ppo": ppo,
+}
+
+
+def main(folder: Path, cases: list[list[str | int]]) -> None:
+    """Run each case (kind, finetune, ZeRO stage) and let every rank write what it saw, the first one the weights."""
+    with distributed.started(zero_stage=0) as world:
+        for kind, finetune, stage in cases:
+            distributed._world = dataclasses.replace(world, zero_stage=int(stage))
+            steps, weights = KINDS[str(kind)](str(finetune))
+            name = f"{kind}-{finetune}-{stage}"
+            (folder / f"{name}-{world.rank}.json").write_text(json.dumps(steps))
+            if world.is_main:
+                save_file(weights, folder / f"{name}.safetensors")
+        distributed.barrier()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
