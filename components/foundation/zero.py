@@ -65,6 +65,7 @@ class ZeroOptimizer:
         self._frozen = frozen
 
     def backward(self, loss: Tensor) -> None:
+        self._zero.clear_backward_seen_flag()  # its engine sees no forward pass, which would say that one is to come
         # DeepSpeed averages over ranks, and the ranks' losses are parts of a sum
         self._engine.backward(loss * distributed.world().size)
         for offload in self._frozen:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -19,6 +22,8 @@ from components.foundation.base_model import make_tiny
 from components.foundation.batching import TokenSequence
 from components.foundation.policy import ACTOR
 from components.foundation.preference_trainer import ScoredPair, score_validation, train_preference_model
+from components.foundation.role_optimizer import make_optimizers
+from components.foundation.rollout import Sampling
 from components.foundation.rollout.transformers_engine import TransformersEngine
 from components.foundation.settings import LoraSettings, PpoSettings, PreferenceModelSettings, SftSettings
 from components.ppo_lagrangian.trainer import COST, COST_CRITIC, REWARD, REWARD_CRITIC, PpoLagrangian
@@ -45,7 +50,9 @@ def backbone_with(finetune: str, **roles: bool) -> Backbone:
         generator = torch.Generator().manual_seed(number)
         with torch.no_grad():
             for parameter in backbone.trainable_parameters(role):
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * (0.1 if finetune == "lora" else 0.02))
+                parameter.add_(
+                    torch.randn(parameter.shape, generator=generator) * (0.1 if finetune == "lora" else 0.02)
+                )
     return backbone
 
 
@@ -70,17 +77,15 @@ def preference_model(finetune: str, *, is_cost: bool) -> Results:
 
 
 def ppo(finetune: str) -> Results:
-    """Five episodes a step in minibatches of three, two epochs, with a PTX term."""
+    """Five episodes a step in minibatches of two, so that the last one leaves a rank without any; with a PTX term."""
     roles = {ACTOR: False, REWARD: True, COST: True, REWARD_CRITIC: True, COST_CRITIC: True}
     backbone = backbone_with(finetune, **roles)
-    settings = PpoSettings(
-        episodes_per_step=5, minibatch_size=3, epochs=2, max_new_tokens=6, ptx_coefficient=0.5, critic_learning_rate=1e-3
-    )
+    settings = PpoSettings(episodes_per_step=5, minibatch_size=2, max_new_tokens=6, ptx_coefficient=0.5)
     trainer = PpoLagrangian(
         backbone, TransformersEngine(backbone, ACTOR), settings, 0.0, 0, [sequence(i) for i in range(4)]
     )
     prompts = [sequence(i).prompt for i in range(5)]
-    steps = [dataclasses.asdict(trainer.step(prompts, step)) for step in range(3)]
+    steps = [dataclasses.asdict(trainer.step(prompts, step)) for step in range(2)]
     for metrics in steps:
         del metrics["rollout_tokens_per_second"]
     weights = {
@@ -91,11 +96,50 @@ def ppo(finetune: str) -> Results:
     return steps, weights
 
 
+def generation(finetune: str) -> Results:
+    """Answers of every rank's share, short and long; the gathers of weights that each took are reported, not compared."""
+    backbone = backbone_with(finetune, actor=False)
+    make_optimizers(backbone, {ACTOR: 1e-3})
+    prompts = [sequence(i).prompt for i in range(5)]
+    rows = range(distributed.world().rank, 5, distributed.world().size)
+    steps: list[dict[str, float]] = []
+    for longest in (2, 12):
+        with counted_gathers() as gathers:
+            answers = TransformersEngine(backbone, ACTOR).generate(prompts, Sampling(1.0, longest, seed=0), list(rows))
+        drawn = distributed.gathered(dict(zip(rows, answers, strict=True)))
+        everyones = {row: answer for of_rank in drawn for row, answer in of_rank.items()}
+        ids = {f"{row}/{place}": id_ for row, answer in everyones.items() for place, id_ in enumerate(answer)}
+        steps.append({"gathers": len(gathers), **ids})
+    return steps, backbone.role_state(ACTOR)
+
+
+@contextmanager
+def counted_gathers() -> Iterator[list[None]]:
+    """Within the block, one entry for every collective by which DeepSpeed gathers weights."""
+    calls: list[None] = []
+    if distributed.world().zero_stage < 3:
+        yield calls
+        return
+    from deepspeed.comm.torch import TorchBackend
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_gather", "all_gather_into_tensor", "all_gather_coalesced"):
+            original = getattr(TorchBackend, name)
+
+            def counting(*args: Any, original: Callable[..., Any] = original, **kwargs: Any) -> Any:
+                calls.append(None)
+                return original(*args, **kwargs)
+
+            patch.setattr(TorchBackend, name, counting)
+        yield calls
+
+
 KINDS: dict[str, Callable[[str], Results]] = {
     "sft": sft,
     "reward_model": partial(preference_model, is_cost=False),
     "cost_model": partial(preference_model, is_cost=True),
     "ppo": ppo,
+    "generation": generation,
 }
 
 
