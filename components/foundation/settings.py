@@ -203,7 +203,7 @@ class DistributedSettings(_Section):
         ge=0,
         le=3,
         description="what ZeRO partitions over several ranks: 0 nothing, 1 optimiser states, 2 gradients too, "
-        "3 weights too; empty: 2",
+        "3 weights too; empty: 2; one rank has nothing to share",
     )
 
 

@@ -47,12 +47,10 @@ def backbone_with(finetune: str, **roles: bool) -> Backbone:
     backbone = Backbone.load(make_tiny("llama"), "float32", seed=0)
     for number, (role, scored) in enumerate(roles.items()):
         backbone.add_role(role, LORA if finetune == "lora" else None, scored=scored)
-        generator = torch.Generator().manual_seed(number)
+        generator, size = torch.Generator().manual_seed(number), 0.1 if finetune == "lora" else 0.02
         with torch.no_grad():
             for parameter in backbone.trainable_parameters(role):
-                parameter.add_(
-                    torch.randn(parameter.shape, generator=generator) * (0.1 if finetune == "lora" else 0.02)
-                )
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
     return backbone
 
 
@@ -97,7 +95,7 @@ def ppo(finetune: str) -> Results:
 
 
 def generation(finetune: str) -> Results:
-    """Answers of every rank's share, short and long; the gathers of weights that each took are reported, not compared."""
+    """Answers of every rank's share, short and long, and how many gathers of weights each took."""
     backbone = backbone_with(finetune, actor=False)
     make_optimizers(backbone, {ACTOR: 1e-3})
     prompts = [sequence(i).prompt for i in range(5)]
