@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from components.foundation import distributed
+from components.foundation.architecture import has_transposed_maps, layers_of, linear_names
 from components.foundation.errors import ModelError
 from components.foundation.language_model import (
     choose_dtype,
@@ -54,9 +55,9 @@ class Backbone:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self._model = model
-        name, self._layers = _layers_of(model)
-        self._linear_names = [_linear_names(layer, f"{name}.{i}") for i, layer in enumerate(self._layers)]
-        self._fan_in_fan_out = _has_transposed_maps(model)
+        name, self._layers = layers_of(model)
+        self._linear_names = [linear_names(layer, f"{name}.{i}") for i, layer in enumerate(self._layers)]
+        self._fan_in_fan_out = has_transposed_maps(model)
         self._peft: Any = None
         self._adapted: list[Any] = []
         self._heads = nn.ModuleDict()
@@ -171,7 +172,7 @@ class Backbone:
         with self._adapters_hidden():
             offloads = [partition_frozen(module) for module in (self._model, *frozen)]
         self.device = distributed.device()
-        for module in (self._model, self._heads, *self._copies.values()):
+        for module in (self._model, self._heads, *frozen):  # what is not partitioned: adapters, heads, buffers
             module.to(self.device)
         return offloads
 
@@ -398,29 +399,6 @@ class Backbone:
 def position_ids(attention_mask: Tensor) -> Tensor:
     """[B, L] mask -> [B, L] positions that count real tokens only, so that padding never shifts a score."""
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
-
-
-def _layers_of(model: Any) -> tuple[str, nn.ModuleList]:
-    """(full name, layers) of the stack of transformer layers, first layer first, for any architecture."""
-    depth = int(model.config.num_hidden_layers)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return name, module
-    raise ModelError(f"{type(model).__name__} has no list of {depth} layers to put adapters on")
-
-
-def _linear_names(layer: nn.Module, layer_name: str) -> list[str]:
-    """Full names of a layer's linear maps, as they are before any adapter wraps them."""
-    from transformers.pytorch_utils import Conv1D
-
-    return [f"{layer_name}.{name}" for name, m in layer.named_modules() if isinstance(m, nn.Linear | Conv1D)]
-
-
-def _has_transposed_maps(model: nn.Module) -> bool:
-    """Whether the linear maps are GPT-2's, whose weights are stored as [in, out]."""
-    from transformers.pytorch_utils import Conv1D
-
-    return any(isinstance(module, Conv1D) for module in model.modules())
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:

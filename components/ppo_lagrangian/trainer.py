@@ -51,6 +51,7 @@ from components.ppo_lagrangian.objective import (
     shape_rewards,
     whiten,
 )
+from components.ppo_lagrangian.share import Minibatch, Share
 
 REWARD, COST = "reward", "cost"
 REWARD_CRITIC, COST_CRITIC = "reward_critic", "cost_critic"
@@ -72,39 +73,6 @@ class Appraisal:
     score: Tensor
     values: Tensor
     features: Tensor | None
-
-
-@dataclass(frozen=True)
-class Minibatch:
-    """What this rank has of a minibatch.
-
-    Attributes:
-        rows: rows of this rank's episodes; one of no account where it has none, so that all ranks take part.
-        counts: 1, or 0 where this rank has none.
-        places: [rows of the minibatch] places in the rollout batch, over all ranks.
-    """
-
-    rows: Tensor
-    counts: float
-    places: Tensor
-
-
-@dataclass(frozen=True)
-class Share:
-    """This rank's episodes of a rollout batch.
-
-    Attributes:
-        places: [B] of its episodes in the rollout batch, in rising order.
-        tokens: [episodes of all ranks] answer tokens of each.
-    """
-
-    places: Tensor
-    tokens: Tensor
-
-    def minibatch(self, places: Tensor) -> Minibatch:
-        rows = {place: row for row, place in enumerate(self.places.tolist())}
-        own = [rows[place] for place in places.tolist() if place in rows]
-        return Minibatch(torch.tensor(own or [0]), float(bool(own)), places)
 
 
 @dataclass(frozen=True)

@@ -42,11 +42,12 @@ def sequence(number: int) -> TokenSequence:
     return TokenSequence((256, *ids[: 2 + number % 5]), (*ids[6 : 7 + number % 4], 257))
 
 
-def backbone_with(finetune: str, **roles: bool) -> Backbone:
+def backbone_with(finetune: str, top_layers: int = 0, **roles: bool) -> Backbone:
     """The tiny model with these roles, scored or not; their weights are moved away from where new ones start."""
+    lora = LORA.model_copy(update={"top_layers": top_layers}) if finetune == "lora" else None
     backbone = Backbone.load(make_tiny("llama"), "float32", seed=0)
     for number, (role, scored) in enumerate(roles.items()):
-        backbone.add_role(role, LORA if finetune == "lora" else None, scored=scored)
+        backbone.add_role(role, lora, scored=scored)
         generator, size = torch.Generator().manual_seed(number), 0.1 if finetune == "lora" else 0.02
         with torch.no_grad():
             for parameter in backbone.trainable_parameters(role):
@@ -75,9 +76,9 @@ def preference_model(finetune: str, *, is_cost: bool) -> Results:
 
 
 def ppo(finetune: str) -> Results:
-    """Five episodes a step in minibatches of two, so that the last one leaves a rank without any; with a PTX term."""
+    """Five episodes a step in minibatches of two, the last of which leaves a rank without any; with PTX and a trunk."""
     roles = {ACTOR: False, REWARD: True, COST: True, REWARD_CRITIC: True, COST_CRITIC: True}
-    backbone = backbone_with(finetune, **roles)
+    backbone = backbone_with(finetune, top_layers=1, **roles)
     settings = PpoSettings(episodes_per_step=5, minibatch_size=2, max_new_tokens=6, ptx_coefficient=0.5)
     trainer = PpoLagrangian(
         backbone, TransformersEngine(backbone, ACTOR), settings, 0.0, 0, [sequence(i) for i in range(4)]

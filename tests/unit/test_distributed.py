@@ -24,7 +24,7 @@ from components.foundation.rollout import Sampling
 from components.foundation.rollout.transformers_engine import TransformersEngine
 from components.foundation.settings import LoraSettings
 from components.ppo_lagrangian.objective import actor_loss, critic_loss, whiten
-from components.ppo_lagrangian.trainer import Share
+from components.ppo_lagrangian.share import Share
 from components.reward_model.loss import reward_loss
 
 LoadTiny = Callable[[str], Backbone]
