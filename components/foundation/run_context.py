@@ -124,9 +124,11 @@ def create_run(run_uri: str, run_id: str, settings: Settings) -> RunContext:
         _check_same_settings(run_id, open_run(run_uri).settings, settings)
     tracker = _tracker(settings)
     tracker.check()
-    mlflow_run_id = tracker.start_pipeline_run(
-        run_id, run_id, settings.flat(), {"profile": settings.profile, "settings_digest": settings.digest()}
-    )
+    spread = {key: value for key, value in settings.flat().items() if key.startswith("distributed.")}
+    parameters = {key: value for key, value in settings.flat().items() if key not in spread}
+    # tags, unlike parameters, may change when a run goes on
+    tags = {"profile": settings.profile, "settings_digest": settings.digest()} | spread
+    mlflow_run_id = tracker.start_pipeline_run(run_id, run_id, parameters, tags)
     description = RunDescription(run_id, mlflow_run_id, settings.model_dump_json())
     store.write_text(f"{run_uri}/run.json", to_json(description), overwrite=True)
     return RunContext(run_id, run_uri, mlflow_run_id, settings, store, tracker)

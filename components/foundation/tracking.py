@@ -85,6 +85,8 @@ class Tracker:
             if found:
                 parent_id = str(found[0].info.run_id)
                 self._client.update_run(parent_id, status="RUNNING")
+                for key, value in _masked(tags or {}).items():
+                    self._client.set_tag(parent_id, key, value)
             else:
                 all_tags = {**_masked(tags or {}), RUN_ID_TAG: run_id, _NAME_TAG: name}
                 parent_id = str(self._client.create_run(self._find_experiment(), tags=all_tags).info.run_id)

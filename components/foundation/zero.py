@@ -89,7 +89,7 @@ class ZeroOptimizer:
         for index, parameter in enumerate(self._parameters):
             for name in _MOMENTS:
                 found[f"{index}/{name}"] = safe_get_full_optimizer_state(parameter, name).cpu()
-            found[f"{index}/step"] = torch.as_tensor(states[0]["step"], dtype=torch.float32).cpu()
+            found[f"{index}/step"] = states[0]["step"].detach().cpu().clone()
         return found
 
     def load(self, parameters: Sequence[Tensor], moments: Mapping[str, Tensor]) -> None:

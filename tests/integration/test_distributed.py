@@ -30,7 +30,6 @@ pytestmark = pytest.mark.xdist_group("distributed")
 
 # ZeRO-3 comes last: with it DeepSpeed puts a linear map of its own into torch, for the rest of the process
 CASES = [
-    ("sft", "lora", 0),
     ("ppo", "lora", 0),
     ("sft", "lora", 1),
     ("reward_model", "lora", 1),
