@@ -102,8 +102,9 @@ def started(zero_stage: int | None) -> Iterator[World]:
         _world = World(torch.distributed.get_rank(), size, 2 if zero_stage is None else zero_stage)
     try:
         yield _world
+        if size > 1:  # after an error a rank ends at once: others may wait for it, and it must not wait for them
+            torch.distributed.destroy_process_group()
     finally:
-        # not destroyed: an error on one rank must end its process, not wait for ranks that wait for it
         _world = World()
 
 

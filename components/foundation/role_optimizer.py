@@ -29,7 +29,10 @@ class RoleOptimizer(Protocol):
     def set_learning_rate(self, learning_rate: float) -> None: ...
 
     def moments(self) -> dict[str, Tensor]:
-        """AdamW's state, whole, as `<number of the parameter>/<name>`; empty before the first step. All ranks call."""
+        """AdamW's state, whole, as `<number of the parameter>/<name>`; empty before the first step.
+
+        All ranks call; what others than rank 0 get need not be complete.
+        """
 
     def load(self, parameters: Sequence[Tensor], moments: Mapping[str, Tensor]) -> None:
         """Bring back the role's parameters, in their order, and what `moments` returned. All ranks call."""

@@ -88,7 +88,9 @@ class ZeroOptimizer:
         found: dict[str, Tensor] = {}
         for index, parameter in enumerate(self._parameters):
             for name in _MOMENTS:
-                found[f"{index}/{name}"] = safe_get_full_optimizer_state(parameter, name).cpu()
+                moment = safe_get_full_optimizer_state(parameter, name)
+                if distributed.world().is_main:
+                    found[f"{index}/{name}"] = moment.cpu()
             found[f"{index}/step"] = states[0]["step"].detach().cpu().clone()
         return found
 
