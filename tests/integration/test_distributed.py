@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import TrainingError
 from components.foundation.launch import launch
 from components.foundation.results import PpoTrace, read_record
@@ -102,9 +103,9 @@ class Runs:
         self.data = run_prepare_data(self.peaceful)
         self.sft = launch(SFT, self.peaceful, self.data)
 
-    def start(self, name: str, **distributed: int) -> str:
+    def start(self, name: str, *more: str, **distributed: int) -> str:
         """Start a run, or go on with it on another number of ranks."""
-        chosen = [f"distributed.{key}={value}" for key, value in distributed.items()]
+        chosen = [*more, *(f"distributed.{key}={value}" for key, value in distributed.items())]
         settings = [f"store.uri={self._root}", "sft.batch_size=8", "ppo.steps=3", "ppo.ptx_coefficient=0.5"]
         return run_start_run(
             f"{self._root}/runs/{name}",
@@ -132,20 +133,21 @@ class Runs:
     def context(self) -> RunContext:
         return open_run(self.other)
 
-    def commits(self, stage: str) -> set[str]:
-        uri = self.context.stage_uri(*_placed(stage))
-        return {found.removeprefix(f"{uri}/").partition("/")[0] for found in self.context.store._s3.list(f"{uri}/")}
+    def commits(self, run: str, stage: str) -> set[str]:
+        context = open_run(run)
+        uri = context.stage_uri(*_placed(stage))
+        return {found.removeprefix(f"{uri}/").partition("/")[0] for found in context.store._s3.list(f"{uri}/")}
 
-    def mlflow_steps(self, stage: str, metric: str) -> list[int]:
+    def mlflow_steps(self, run: str, stage: str, metric: str) -> list[int]:
         """Steps of a metric that the stage's only MLflow run holds."""
-        context = self.context
+        context = open_run(run)
         client: Any = context.tracker._client
         parent = client.get_run(context.mlflow_run_id)
         found = client.search_runs(
             [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{context.mlflow_run_id}'"
         )
-        (run,) = [run for run in found if run.data.tags["mlflow.runName"].endswith(stage)]
-        return [entry.step for entry in client.get_metric_history(run.info.run_id, metric)]
+        (of_stage,) = [nested for nested in found if nested.data.tags["mlflow.runName"].endswith(stage)]
+        return [entry.step for entry in client.get_metric_history(of_stage.info.run_id, metric)]
 
 
 def _placed(stage: str) -> tuple[str, int]:
@@ -169,16 +171,29 @@ def test_sft_goes_on_with_two_ranks_and_again_with_one(runs: Runs) -> None:
     assert runs.saved_step("sft") == "3"  # the last whole one
     runs.stopped(SFT, 5, 1, runs.data)
     assert runs.saved_step("sft") == "5"
-    assert runs.commits("sft") == {"checkpoints"}
+    assert runs.commits(runs.other, "sft") == {"checkpoints"}
     runs.start("other", processes=1)
     uri = launch(SFT, runs.other, runs.data)
-    assert runs.commits("sft") == {"LATEST", "step-6"}
-    assert sorted(set(runs.mlflow_steps("sft", "sft/loss"))) == [1, 2, 3, 4, 5, 6]
-    store = runs.context.store
-    expected = load_file(store.fetch(runs.sft) / "model.safetensors")
-    found = load_file(store.fetch(uri) / "model.safetensors")
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
+    assert runs.commits(runs.other, "sft") == {"LATEST", "step-6"}
+    assert sorted(set(runs.mlflow_steps(runs.other, "sft", "sft/loss"))) == [1, 2, 3, 4, 5, 6]
+    same_models(runs.context.store, runs.sft, uri)
+
+
+def test_a_whole_stage_on_two_ranks_is_committed_and_logged_once(runs: Runs) -> None:
+    """With ZeRO-3 and full copies, no rank ever holds the model that it exports."""
+    alone = runs.start("full-alone", "finetune=full", "sft.learning_rate=1e-4")
+    together = runs.start("full-together", "finetune=full", "sft.learning_rate=1e-4", processes=2, zero_stage=3)
+    expected, uri = (launch(SFT, run, runs.data) for run in (alone, together))
+    assert runs.commits(together, "sft") == {"LATEST", "step-6"}
+    assert runs.mlflow_steps(together, "sft", "sft/loss") == [1, 2, 3, 4, 5, 6]
+    same_models(runs.context.store, expected, uri)
+
+
+def same_models(store: CheckpointStore, expected: str, found: str) -> None:
+    first, second = (load_file(store.fetch(uri) / "model.safetensors") for uri in (expected, found))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.fault
