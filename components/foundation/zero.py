@@ -104,9 +104,10 @@ class ZeroOptimizer:
         if not moments:
             return
         for flat in self._partitions():
-            self._adamw.state[flat] = {"step": moments["0/step"].clone()} | {
-                name: torch.zeros_like(flat) for name in _MOMENTS
-            }
+            state = self._adamw.state[flat]
+            state["step"] = moments["0/step"].clone()
+            for name in _MOMENTS:
+                state.setdefault(name, torch.zeros_like(flat))
         if hasattr(self._zero, "_lazy_init_hp_params_optimizer_state"):
             self._zero._lazy_init_hp_params_optimizer_state()
         for index, parameter in enumerate(self._parameters):

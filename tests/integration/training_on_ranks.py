@@ -19,10 +19,15 @@ from components.cost_model.loss import cost_loss
 from components.foundation import distributed
 from components.foundation.backbone import Backbone
 from components.foundation.base_model import make_tiny
-from components.foundation.batching import TokenSequence
+from components.foundation.batching import TokenSequence, collate
 from components.foundation.policy import ACTOR
-from components.foundation.preference_trainer import ScoredPair, score_validation, train_preference_model
-from components.foundation.role_optimizer import make_optimizers
+from components.foundation.preference_trainer import (
+    ScoredPair,
+    answer_scores,
+    score_validation,
+    train_preference_model,
+)
+from components.foundation.role_optimizer import RoleOptimizer, make_optimizers
 from components.foundation.rollout import Sampling
 from components.foundation.rollout.transformers_engine import TransformersEngine
 from components.foundation.settings import LoraSettings, PpoSettings, PreferenceModelSettings, SftSettings
@@ -95,6 +100,34 @@ def ppo(finetune: str) -> Results:
     return steps, weights
 
 
+def optimizer_state(finetune: str) -> Results:
+    """Three steps, and the third again by a fresh optimizer that loads the state after two, which is returned too."""
+    sequences = [sequence(i) for i in range(5)]
+
+    def started() -> tuple[Backbone, RoleOptimizer]:
+        backbone = backbone_with(finetune, model=True)
+        return backbone, make_optimizers(backbone, {"model": 1e-3})["model"]
+
+    def step(backbone: Backbone, optimizer: RoleOptimizer) -> dict[str, float]:
+        part = distributed.own_part(sequences)
+        batch = collate(part.items, backbone.eos_token_id, backbone.device)
+        with backbone.role("model", train=True):
+            optimizer.backward(part.share * answer_scores(backbone, "model", batch).square().mean())
+        return {"gradient_norm": optimizer.step(max_gradient_norm=1.0)}
+
+    first, fresh = started(), started()
+    steps = [step(*first), step(*first)]
+    parameters, moments = first[0].role_state("model"), first[1].moments()
+    parameters, moments = distributed.from_main(lambda: (parameters, {k: m.clone() for k, m in moments.items()}))
+    steps.append(step(*first))
+    third = first[0].role_state("model")
+    fresh[1].load(list(parameters.values()), moments)
+    steps.append(step(*fresh))
+    for name, tensor in fresh[0].role_state("model").items():
+        assert torch.equal(tensor, third[name]), name
+    return steps, third | moments
+
+
 def generation(finetune: str) -> Results:
     """Answers of every rank's share, short and long, and how many gathers of weights each took."""
     backbone = backbone_with(finetune, actor=False)
@@ -138,6 +171,7 @@ KINDS: dict[str, Callable[[str], Results]] = {
     "reward_model": partial(preference_model, is_cost=False),
     "cost_model": partial(preference_model, is_cost=True),
     "ppo": ppo,
+    "optimizer_state": optimizer_state,
     "generation": generation,
 }
 
