@@ -95,8 +95,6 @@ class ZeroOptimizer:
         return found
 
     def load(self, parameters: Sequence[Tensor], moments: Mapping[str, Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
-
         for own, stored in zip(self._parameters, parameters, strict=True):
             with whole([own], changed=True), torch.no_grad():
                 own.copy_(stored)
@@ -112,13 +110,25 @@ class ZeroOptimizer:
             self._zero._lazy_init_hp_params_optimizer_state()
         for index, parameter in enumerate(self._parameters):
             for name in _MOMENTS:
-                safe_set_full_optimizer_state(parameter, moments[f"{index}/{name}"].to(parameter.device), name)
+                _set_moment(parameter, moments[f"{index}/{name}"].to(parameter.device), name)
 
     def _partitions(self) -> list[Tensor]:
         """This rank's flat partitions of the parameters, which the AdamW inside steps on."""
         name = "fp32_partitioned_groups_flat" if is_partitioned(self._parameters) else "single_partition_of_fp32_groups"
         partitions: list[Tensor] = getattr(self._zero, name)
         return partitions
+
+
+def _set_moment(parameter: nn.Parameter, moment: Tensor, name: str) -> None:
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+    if not is_partitioned([parameter]):
+        safe_set_full_optimizer_state(parameter, moment, name)
+        return
+    # with ZeRO-3 the other function fails for tensors that do not divide by the number of ranks
+    world, elements = distributed.world(), parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+    padded = nn.functional.pad(moment.flatten(), (0, elements * world.size - moment.numel()))
+    safe_set_local_optimizer_state(parameter, padded[elements * world.rank :][:elements], name)
 
 
 def partition_frozen(module: nn.Module) -> Any:
