@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import sys
@@ -117,11 +118,11 @@ def optimizer_state(finetune: str) -> Results:
 
     first, fresh = started(), started()
     steps = [step(*first), step(*first)]
-    parameters, moments = first[0].role_state("model"), first[1].moments()
-    parameters, moments = distributed.from_main(lambda: (parameters, {k: m.clone() for k, m in moments.items()}))
+    own = first[0].role_state("model"), first[1].moments()
+    parameters, moments = distributed.from_main(lambda: copy.deepcopy(own))
     steps.append(step(*first))
     third = first[0].role_state("model")
-    fresh[1].load(list(parameters.values()), moments)
+    fresh[1].load(list(parameters.values()), copy.deepcopy(moments))
     steps.append(step(*fresh))
     for name, tensor in fresh[0].role_state("model").items():
         assert torch.equal(tensor, third[name]), name

@@ -18,13 +18,16 @@ from components.foundation import distributed
 from components.foundation.backbone import Backbone
 from components.foundation.batching import TokenSequence, answer_cross_entropy, answer_tokens, collate
 from components.foundation.distributed import Part, part_of
+from components.foundation.policy import ACTOR
 from components.foundation.preference_trainer import PreferenceLoss, PreferenceScores
 from components.foundation.role_optimizer import make_optimizers
 from components.foundation.rollout import Sampling
 from components.foundation.rollout.transformers_engine import TransformersEngine
-from components.foundation.settings import LoraSettings
+from components.foundation.settings import LoraSettings, resolve_settings
 from components.ppo_lagrangian.objective import actor_loss, critic_loss, whiten
+from components.ppo_lagrangian.ppo_lagrangian import place_roles
 from components.ppo_lagrangian.share import Share
+from components.ppo_lagrangian.trainer import COST, COST_CRITIC, REWARD, REWARD_CRITIC, PpoLagrangian
 from components.reward_model.loss import reward_loss
 
 LoadTiny = Callable[[str], Backbone]
@@ -182,6 +185,29 @@ def test_a_full_copy_is_saved_loaded_and_exported_whole(load_tiny: LoadTiny, tmp
     fresh.export(tmp_path / "model")
     exported = Backbone.load(tmp_path / "model", "float32", seed=0)
     assert torch.equal(_logits(exported, "reference", ids, mask), trained)
+
+
+@pytest.mark.parametrize("critics", ["adapter", "head"])
+def test_six_roles_may_all_be_full_copies(load_tiny: LoadTiny, tmp_path: Path, critics: str) -> None:
+    """A PPO step trains actor and critics; reward model, cost model and reference stay as they were."""
+    earlier = load_tiny("tiny-llama")
+    for role, scored in ((ACTOR, False), (REWARD, True), (COST, True)):
+        earlier.add_role(role, None, scored=scored)
+        earlier.save_role(role, tmp_path / role)
+    backbone = load_tiny("tiny-llama")
+    chosen = resolve_settings("tiny", overrides=["finetune=full", f"ppo.critics={critics}", "ppo.max_new_tokens=4"])
+    place_roles(backbone, chosen, *(tmp_path / role for role in (ACTOR, REWARD, COST)))
+    prompts = [(256, 70 + i) for i in range(4)]
+    trainer = PpoLagrangian(backbone, TransformersEngine(backbone, ACTOR), chosen.ppo, 0.0, 0)
+    roles = (ACTOR, REWARD_CRITIC, COST_CRITIC, REWARD, COST)
+    before = {role: backbone.role_state(role) for role in roles}
+    ids, mask = torch.tensor([[256, 70, 71, 72]]), torch.ones(1, 4, dtype=torch.long)
+    reference = _logits(backbone, "reference", ids, mask)
+    trainer.step(prompts, 0)
+    for role in roles:
+        changed = any(not torch.equal(tensor, before[role][name]) for name, tensor in backbone.role_state(role).items())
+        assert changed == (role in (ACTOR, REWARD_CRITIC, COST_CRITIC)), role
+    assert torch.equal(_logits(backbone, "reference", ids, mask), reference)
 
 
 def _logits(backbone: Backbone, role: str, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
