@@ -3,6 +3,7 @@
 The base weights are loaded once and never change. Each role (actor, reward model, cost model, the two
 critics) is a LoRA adapter on them, plus a linear head where the role scores text; the reference policy is
 the base with every adapter switched off. Six roles then cost little more memory than one model.
+With full fine-tuning a role is a copy of the whole model instead, with weights of its own.
 
 Shapes: B sequences, L tokens (prompt left-padded, answer right-padded), T answer tokens, D hidden size.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from components.foundation import distributed
+from components.foundation.architecture import has_transposed_maps, layers_of, linear_names
 from components.foundation.errors import ModelError
 from components.foundation.language_model import (
     choose_dtype,
@@ -32,6 +35,9 @@ from components.foundation.trunk import FrozenTrunk
 
 REFERENCE = "reference"
 """Name of the role that uses the base weights alone, unless an adapter was loaded under that name."""
+
+_WEIGHTS = {False: "adapter.safetensors", True: "weights.safetensors"}
+"""File of a role's weights, by whether it is a full copy."""
 
 
 class Backbone:
@@ -49,13 +55,14 @@ class Backbone:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self._model = model
-        name, self._layers = _layers_of(model)
-        self._linear_names = [_linear_names(layer, f"{name}.{i}") for i, layer in enumerate(self._layers)]
-        self._fan_in_fan_out = _has_transposed_maps(model)
+        name, self._layers = layers_of(model)
+        self._linear_names = [linear_names(layer, f"{name}.{i}") for i, layer in enumerate(self._layers)]
+        self._fan_in_fan_out = has_transposed_maps(model)
         self._peft: Any = None
         self._adapted: list[Any] = []
         self._heads = nn.ModuleDict()
         self._lora: dict[str, LoraSettings] = {}
+        self._copies: dict[str, Any] = {}
         self._current: tuple[str, bool] | None = None
         self.tokenizer = tokenizer
         self.device: torch.device = next(model.parameters()).device
@@ -79,8 +86,23 @@ class Backbone:
     def lora_rank(self, role: str) -> int:
         return self._lora[role].rank
 
-    def add_role(self, role: str, lora: LoraSettings, *, scored: bool) -> None:
-        """New adapter, initialised to change nothing; `scored` adds a linear head (fp32, zero bias)."""
+    def add_role(self, role: str, lora: LoraSettings | None, *, scored: bool) -> None:
+        """New adapter, initialised to change nothing; `scored` adds a linear head (fp32, zero bias).
+
+        Without `lora`, the role is a full copy of the base in fp32 (of its decoder, if scored).
+        """
+        if lora is None:
+            copied = copy.deepcopy(self._model.get_decoder() if scored else self._model)
+            self._copies[role] = copied.float().requires_grad_(True)
+        else:
+            self._add_adapter(role, lora)
+        if scored:
+            head = nn.Linear(self.hidden_size, 1, dtype=torch.float32, device=self.device)
+            nn.init.zeros_(head.bias)
+            nn.init.normal_(head.weight, std=1.0 / self.hidden_size)
+            self._heads[role] = head
+
+    def _add_adapter(self, role: str, lora: LoraSettings) -> None:
         import_transformers()
         from peft import LoraConfig, PeftModel
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -101,11 +123,6 @@ class Backbone:
         for module in self._adapted:
             module.cast_input_dtype_enabled = False  # `_mixed_precision` does it, the other way round
         self._lora[role] = lora
-        if scored:
-            head = nn.Linear(self.hidden_size, 1, dtype=torch.float32, device=self.device)
-            nn.init.zeros_(head.bias)
-            nn.init.normal_(head.weight, std=1.0 / self.hidden_size)
-            self._heads[role] = head
 
     def add_head(self, role: str, scored_role: str) -> None:
         """New role without an adapter: a copy of the head of `scored_role`, to read that role's hidden states."""
@@ -117,24 +134,78 @@ class Backbone:
         return "".join(c for c in decoded if c.isprintable() or c == "\n").strip()
 
     def has_adapter(self, role: str) -> bool:
-        return role in self._lora
+        """Whether the role has weights of its own below its head: an adapter, or a full copy."""
+        return role in self._lora or role in self._copies
+
+    def is_full_copy(self, role: str) -> bool:
+        return role in self._copies
 
     def trainable_parameters(self, role: str) -> list[nn.Parameter]:
-        """Adapter and head parameters of a role, in a stable order."""
-        marker = f".{role}."
-        adapter = [p for name, p in self._peft.named_parameters() if ".lora_" in name and marker in name + "."]
-        return adapter + (list(self._heads[role].parameters()) if role in self._heads else [])
+        """Parameters of a role, in a stable order."""
+        return list(self.role_tensors(role).values())
 
-    def role_tensors(self, role: str) -> dict[str, Tensor]:
-        """Live adapter and head parameters of a role, under names that do not hold the role's name."""
-        tensors = {
-            name.replace(f".{role}.", "."): parameter
-            for name, parameter in self._peft.named_parameters()
-            if ".lora_" in name and f".{role}." in name
-        }
+    def role_tensors(self, role: str) -> dict[str, nn.Parameter]:
+        """Live parameters of a role and its head, under names that do not hold the role's name."""
+        if role in self._copies:
+            tensors = dict(self._copies[role].named_parameters())
+        else:
+            tensors = {
+                name.replace(f".{role}.", "."): parameter
+                for name, parameter in (self._peft.named_parameters() if self._peft is not None else ())
+                if ".lora_" in name and f".{role}." in name
+            }
         if role in self._heads:
             tensors |= {f"head.{name}": parameter for name, parameter in self._heads[role].named_parameters()}
         return tensors
+
+    def role_shapes(self, role: str) -> dict[str, torch.Size]:
+        """Shapes of `role_tensors`, in its order, of the whole tensors also where they are partitioned."""
+        return {name: getattr(tensor, "ds_shape", tensor.shape) for name, tensor in self.role_tensors(role).items()}
+
+    def trained_module(self, role: str) -> nn.Module:
+        """All that a full copy is made of, as one module."""
+        return nn.ModuleList([self._copies[role], *([self._heads[role]] if role in self._heads else [])])
+
+    def partition_frozen(self, trained: Collection[str]) -> list[Any]:
+        """Partition by ZeRO-3 what no role of `trained` changes: the base, and the other roles' full copies.
+
+        Adapters and heads are small, and stay whole on every rank.
+        """
+        from components.foundation.zero import partition_frozen
+
+        frozen = [module for role, module in self._copies.items() if role not in trained]
+        for module in frozen:
+            module.requires_grad_(False)
+        with self._adapters_hidden():
+            offloads = [partition_frozen(module) for module in (self._model, *frozen)]
+        self.device = distributed.device()
+        for module in (self._model, self._heads, *frozen):  # what is not partitioned: adapters, heads, buffers
+            module.to(self.device)
+        return offloads
+
+    @contextmanager
+    def _adapters_hidden(self) -> Iterator[None]:
+        """Within the block the base is the modules that it was before any adapter wrapped them."""
+        hidden = [(module, dict(module.named_children())) for module in self._adapted]
+        for module, children in hidden:
+            for name in children.keys() - {"base_layer"}:
+                del module._modules[name]
+        try:
+            yield
+        finally:
+            for module, children in hidden:
+                module._modules.update(children)
+
+    def whole(self, role: str) -> AbstractContextManager[None]:
+        """Within the block every rank holds all weights of the role, so that no forward pass needs the others.
+
+        Where weights are partitioned (ZeRO-3) they are gathered once, and all ranks must enter; else it does nothing.
+        """
+        if distributed.world().zero_stage < 3:
+            return nullcontext()
+        from components.foundation.zero import whole
+
+        return whole(self._copies.get(role, self._model).parameters())
 
     @contextmanager
     def role(self, role: str, *, train: bool = False) -> Iterator[None]:
@@ -151,7 +222,7 @@ class Backbone:
 
     def _activate(self, role: str, train: bool) -> None:
         self._current = (role, train)
-        if role not in self._lora and role not in self._heads and role != REFERENCE:
+        if not self.has_adapter(role) and role not in self._heads and role != REFERENCE:
             raise KeyError(role)
         active = [role] if role in self._lora else []
         for layer in self._adapted:
@@ -169,13 +240,13 @@ class Backbone:
             return None
         kept: list[Tensor] = []
         with torch.no_grad(), trunk.recording(kept.append):
-            self._forward(self._model.get_decoder(), input_ids, attention_mask)
+            self._forward(self._decoder(), input_ids, attention_mask)
         return kept[0]
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor, trunk: Tensor | None = None) -> Tensor:
         """[B, L] ids and mask -> [B, L, D] last hidden states of the current role."""
         with self._on_trunk(trunk):
-            states: Tensor = self._forward(self._model.get_decoder(), input_ids, attention_mask).last_hidden_state
+            states: Tensor = self._forward(self._decoder(), input_ids, attention_mask).last_hidden_state
         return states
 
     def scores(self, role: str, input_ids: Tensor, attention_mask: Tensor, trunk: Tensor | None = None) -> Tensor:
@@ -195,7 +266,9 @@ class Backbone:
         length = input_ids.shape[1]
         keep = torch.arange(length - answer_length - 1, length - 1, device=input_ids.device)
         with self._on_trunk(trunk):
-            logits: Tensor = self._forward(self._model, input_ids, attention_mask, logits_to_keep=keep).logits
+            logits: Tensor = self._forward(
+                self._language_model(), input_ids, attention_mask, logits_to_keep=keep
+            ).logits
         return logits
 
     def decode_step(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
@@ -204,7 +277,7 @@ class Backbone:
         # would then copy its matrix once a row
         last = torch.tensor([input_ids.shape[1] - 1], device=input_ids.device)
         with self._mixed_precision():
-            output = self._model(
+            output = self._language_model()(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=positions,
@@ -216,17 +289,29 @@ class Backbone:
         return logits
 
     def save_role(self, role: str, folder: Path) -> None:
-        """Write a role's adapter and head as safetensors."""
+        """Write a role's adapter (or full copy) and head as safetensors. All ranks call, rank 0 writes."""
         from safetensors.torch import save_file
 
+        tensors = self.role_state(role)
+        if not distributed.world().is_main:
+            return
+        lora = self._lora.get(role)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(self._role_state(role), folder / "adapter.safetensors")
-        (folder / "adapter.json").write_text(
-            json.dumps({"lora": self._lora[role].model_dump(), "scored": role in self._heads}) + "\n"
-        )
+        save_file(tensors, folder / _WEIGHTS[lora is None])
+        description = {"lora": None if lora is None else lora.model_dump(), "scored": role in self._heads}
+        (folder / "adapter.json").write_text(json.dumps(description) + "\n")
+
+    def role_state(self, role: str) -> dict[str, Tensor]:
+        """A role's parameters, whole and in main memory, on rank 0; empty on the others, which must call it too."""
+        state = {}
+        for name, parameter in self.role_tensors(role).items():
+            with _whole_parameter(parameter):
+                if distributed.world().is_main:
+                    state[name] = parameter.detach().cpu().clone().contiguous()
+        return state
 
     def load_role(self, role: str, folder: Path) -> None:
-        """Add `role` with the adapter and head that `save_role` wrote (under whatever role name).
+        """Add `role` with the adapter (or full copy) and head that `save_role` wrote (under whatever role name).
 
         Raises:
             ModelError: files are missing or damaged, or fit another model.
@@ -236,12 +321,13 @@ class Backbone:
 
         try:
             description = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
-            lora, scored = LoraSettings.model_validate(description["lora"]), bool(description["scored"])
-            stored = load_file(folder / "adapter.safetensors", device=str(self.device))
+            lora = None if description["lora"] is None else LoraSettings.model_validate(description["lora"])
+            scored = bool(description["scored"])
+            stored = load_file(folder / _WEIGHTS[lora is None], device=str(self.device))
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ModelError(
                 f"adapter {folder} cannot be read ({type(error).__name__}): it needs adapter.json and "
-                "adapter.safetensors, both whole"
+                "adapter.safetensors (after full fine-tuning: weights.safetensors), both whole"
             ) from error
         self.add_role(role, lora, scored=scored)
         own = self.role_tensors(role)
@@ -254,10 +340,14 @@ class Backbone:
                 tensor.copy_(stored[name])
 
     def merge_role(self, role: str) -> None:
-        """Fold a role's adapter into the base weights (in fp32) and drop every other adapter."""
-        self._peft.base_model.set_adapter(role)
-        self._model.float()
-        self._model = self._peft.merge_and_unload(adapter_names=[role])
+        """Fold a role's adapter into the base weights (in fp32), or put its copy there; drop every other role."""
+        if role in self._copies:
+            self._model = self._copies[role]
+        else:
+            self._peft.base_model.set_adapter(role)
+            self._model.float()
+            self._model = self._peft.merge_and_unload(adapter_names=[role])
+        self._copies = {}
         self._peft = None
         self._adapted = []
         self._heads = nn.ModuleDict()
@@ -272,12 +362,15 @@ class Backbone:
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        adapter = {name: t for name, t in self._role_state(role).items() if not name.startswith("head.")}
+        adapter = {name: t for name, t in self.role_state(role).items() if not name.startswith("head.")}
         save_file(adapter, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         self._peft.peft_config[role].save_pretrained(folder)
 
     def export_merged(self, role: str, folder: Path) -> None:
         """Write what `merge_role` and `export` would, and leave base and adapters as they are."""
+        if role in self._copies:
+            save_causal_lm(self._copies[role], self.tokenizer, folder, self.dtype)
+            return
         folded = {f"{name}.weight": m for name, m in self._model.named_modules() if role in getattr(m, "lora_A", ())}
         weights = {}
         for name, tensor in self._model.state_dict().items():
@@ -285,6 +378,19 @@ class Backbone:
             if ".lora_" not in name:
                 weights[plain] = tensor.float() + folded[plain].get_delta_weight(role) if plain in folded else tensor
         save_causal_lm(self._model, self.tokenizer, folder, self.dtype, weights)
+
+    def _language_model(self) -> Any:
+        """The whole model that the current role answers with."""
+        return self._copies.get(self._current[0], self._model) if self._current else self._model
+
+    def _decoder(self) -> Any:
+        """The model that the current role computes hidden states with; a scored role's copy is a decoder alone."""
+        model = self._language_model()
+        return (
+            model
+            if self._current and model is not self._model and self._current[0] in self._heads
+            else model.get_decoder()
+        )
 
     def _forward(self, module: Any, input_ids: Tensor, attention_mask: Tensor, **more: Any) -> Any:
         with self._mixed_precision():
@@ -302,7 +408,7 @@ class Backbone:
         return torch.autocast(self.device.type, dtype=torch.bfloat16) if half else nullcontext()
 
     def _trunk(self) -> FrozenTrunk | None:
-        depth = min((self._first_adapted(lora) for lora in self._lora.values()), default=0)
+        depth = 0 if self._copies else min((self._first_adapted(lora) for lora in self._lora.values()), default=0)
         return FrozenTrunk(self._layers, depth) if depth else None
 
     @contextmanager
@@ -318,37 +424,19 @@ class Backbone:
         """Index of the lowest layer that an adapter with these settings changes."""
         return max(0, len(self._layers) - lora.top_layers) if lora.top_layers else 0
 
-    def _role_state(self, role: str) -> dict[str, Tensor]:
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in self.role_tensors(role).items()}
-
 
 def position_ids(attention_mask: Tensor) -> Tensor:
     """[B, L] mask -> [B, L] positions that count real tokens only, so that padding never shifts a score."""
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
-def _layers_of(model: Any) -> tuple[str, nn.ModuleList]:
-    """(full name, layers) of the stack of transformer layers, first layer first, for any architecture."""
-    depth = int(model.config.num_hidden_layers)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return name, module
-    raise ModelError(f"{type(model).__name__} has no list of {depth} layers to put adapters on")
-
-
-def _linear_names(layer: nn.Module, layer_name: str) -> list[str]:
-    """Full names of a layer's linear maps, as they are before any adapter wraps them."""
-    from transformers.pytorch_utils import Conv1D
-
-    return [f"{layer_name}.{name}" for name, m in layer.named_modules() if isinstance(m, nn.Linear | Conv1D)]
-
-
-def _has_transposed_maps(model: nn.Module) -> bool:
-    """Whether the linear maps are GPT-2's, whose weights are stored as [in, out]."""
-    from transformers.pytorch_utils import Conv1D
-
-    return any(isinstance(module, Conv1D) for module in model.modules())
-
-
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def _whole_parameter(parameter: nn.Parameter) -> AbstractContextManager[None]:
+    if distributed.world().zero_stage < 3:
+        return nullcontext()
+    from components.foundation.zero import whole
+
+    return whole([parameter])

@@ -188,7 +188,16 @@ def _rows_in_chunk(logits: Tensor) -> int:
     return max(1, _CHUNK_ELEMENTS // logits.shape[-1])
 
 
-def answer_cross_entropy(logits: Tensor, batch: SequenceBatch) -> Tensor:
-    """[B, T, V] logits -> scalar: mean negative log-probability of the batch's answer tokens, prompts left out."""
+def answer_cross_entropy(logits: Tensor, batch: SequenceBatch, total_tokens: Tensor) -> Tensor:
+    """[B, T, V] logits -> scalar: negative log-probability of the batch's answer tokens, prompts left out.
+
+    The sum over tokens is divided by `total_tokens`, the answer tokens of the *whole* optimiser batch: the losses of
+    its parts add up to its mean, however sequences fall into parts.
+    """
     log_probs = token_log_probs(logits, batch.answers)
-    return -(log_probs * batch.answer_mask).sum() / batch.answer_mask.sum()
+    return -(log_probs * batch.answer_mask).sum() / total_tokens
+
+
+def answer_tokens(sequences: Sequence[TokenSequence]) -> Tensor:
+    """[B] number of answer tokens of each sequence."""
+    return torch.tensor([len(sequence.answer) for sequence in sequences])

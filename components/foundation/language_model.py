@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from components.foundation import distributed
 from components.foundation.errors import ModelError
 
 _REQUIRED_FILES = ("config.json", "tokenizer.json")
@@ -66,7 +67,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def load_causal_lm(folder: Path, dtype: torch.dtype) -> Any:
-    """Causal language model of a folder, on the CPU or the first GPU, in eval mode.
+    """Causal language model of a folder, on this rank's device, in eval mode.
 
     Raises:
         ModelError: files or weights are missing or damaged, or the weights are pickled.
@@ -84,7 +85,7 @@ def load_causal_lm(folder: Path, dtype: torch.dtype) -> Any:
             f"the weights of {folder} lack {missing[0]} ({len(missing)} of the model's tensors in all): "
             "the files are not complete, or config.json is another model's"
         )
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return model.to(distributed.loading_device()).eval()
 
 
 def choose_dtype(name: str) -> torch.dtype:

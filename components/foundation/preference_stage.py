@@ -68,7 +68,7 @@ def run_preference_stage(
             parents.append(finished_uri(stage.context, name, round_number - 1))
             backbone.load_role(name, store.fetch(parents[-1]))
         else:
-            backbone.add_role(name, stage.context.settings.lora, scored=True)
+            backbone.add_role(name, stage.context.settings.adapters, scored=True)
         with TrainingCheckpoints(stage, backbone, parents) as checkpoints:
             train_preference_model(
                 backbone, name, training, settings, loss_of(settings), stage.seed, on_step, checkpoints
@@ -77,6 +77,7 @@ def run_preference_stage(
         measured = {"accuracy": result.accuracy, "sign_accuracy": result.sign_accuracy, "auc": result.auc}
         stage.mlflow.log_metrics({f"{name}/{k}": v for k, v in measured.items() if v is not None}, len(training))
         backbone.save_role(name, stage.folder / "out")
+        (stage.folder / "out").mkdir(exist_ok=True)
         (stage.folder / "out" / "result.json").write_text(to_json(result))
         return stage.commit(stage.folder / "out", step=len(training), parents=parents)
 

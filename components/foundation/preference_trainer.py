@@ -13,6 +13,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from components.foundation import distributed
 from components.foundation.backbone import Backbone
 from components.foundation.batching import (
     SequenceBatch,
@@ -21,14 +22,8 @@ from components.foundation.batching import (
     collate,
     last_answer_token,
 )
-from components.foundation.optimization import (
-    UpdateGuard,
-    batch_count,
-    cosine_factor,
-    make_optimizer,
-    set_learning_rate,
-    shuffled_batches,
-)
+from components.foundation.optimization import batch_count, cosine_factor, shuffled_batches
+from components.foundation.role_optimizer import UpdateGuard, make_optimizers
 from components.foundation.settings import PreferenceModelSettings
 from components.foundation.training_checkpoints import TrainingCheckpoints
 
@@ -62,7 +57,7 @@ class PreferenceScores:
 
 
 PreferenceLoss = Callable[[PreferenceScores], tuple[Tensor, dict[str, float]]]
-"""Scores of a batch -> (scalar loss, metrics)."""
+"""Scores of a batch -> (scalar loss, metrics), all of them means over the pairs."""
 
 OnStep = Callable[[int, int, dict[str, float]], None]
 """Called after each optimiser step with (step, total steps, metrics)."""
@@ -79,16 +74,19 @@ def train_preference_model(
     checkpoints: TrainingCheckpoints | None = None,
 ) -> None:
     """Train the adapter and head of `role` in place: score, loss, update."""
-    optimizer = make_optimizer(backbone.trainable_parameters(role), settings.learning_rate)
+    optimizer = make_optimizers(backbone, {role: settings.learning_rate})[role]
     total = batch_count(len(pairs), settings.batch_size, settings.epochs)
     batches = enumerate(shuffled_batches(pairs, settings.batch_size, settings.epochs, seed))
     guard = UpdateGuard()
     done = checkpoints.restore({role: optimizer}).step if checkpoints else 0
     for step, batch in islice(batches, done, None):
-        set_learning_rate(optimizer, settings.learning_rate * cosine_factor(step, total, warmup_share=0.05))
+        optimizer.set_learning_rate(settings.learning_rate * cosine_factor(step, total, warmup_share=0.05))
+        part = distributed.own_part(batch)
         with backbone.role(role, train=True):
-            value, metrics = loss(score_pairs(backbone, role, batch))
-            value.backward()
+            value, metrics = loss(score_pairs(backbone, role, part.items))
+            value = part.share * value  # the loss is a mean over pairs
+            optimizer.backward(value)
+        metrics = distributed.total_of({name: part.share * metric for name, metric in metrics.items()})
         metrics["gradient_norm"] = guard.update(
             role, optimizer, loss=value.item(), max_gradient_norm=1.0, step=step + 1
         )
@@ -123,13 +121,17 @@ def answer_scores(backbone: Backbone, role: str, batch: SequenceBatch) -> Tensor
 
 
 def score_validation(backbone: Backbone, role: str, pairs: Sequence[ScoredPair], batch_size: int) -> PreferenceScores:
-    """Scores of all pairs without gradients, in the order of `pairs`."""
-    batches = batches_by_length([max(len(p.high), len(p.low)) for p in pairs], batch_size)
+    """Scores of all pairs without gradients, in the order of `pairs`; several ranks take turns at the batches."""
+    batches = distributed.own_turns(batches_by_length([max(len(p.high), len(p.low)) for p in pairs], batch_size))
     with backbone.role(role):
         parts = [score_pairs(backbone, role, [pairs[i] for i in rows]) for rows in batches]
-    place = torch.tensor([i for rows in batches for i in rows]).argsort()
-    names = [field.name for field in fields(PreferenceScores)]
-    return PreferenceScores(**{name: torch.cat([getattr(p, name) for p in parts])[place] for name in names})
+    rows = [i for batch in batches for i in batch]
+    scores: dict[int, tuple[float, ...]] = {}
+    columns = [[getattr(part, field.name) for part in parts] for field in fields(PreferenceScores)]
+    own = list(zip(*(torch.cat(column).tolist() for column in columns), strict=True))
+    for ranks_scores in distributed.gathered(dict(zip(rows, own, strict=True))):
+        scores |= ranks_scores
+    return PreferenceScores(*torch.tensor([scores[i] for i in range(len(pairs))]).unbind(-1))
 
 
 def ranking_accuracy(scores: PreferenceScores) -> float:

@@ -16,6 +16,8 @@ import time
 import warnings
 from dataclasses import dataclass
 
+from components.foundation import distributed
+
 _LINE = re.compile(r"^progress (\S+) (\d+)/(\d+) (\S+) (\d+(?:\.\d+)?)/s (\d+(?:\.\d+)?) s left$")
 _SECONDS_BETWEEN_LINES = 1.0
 
@@ -42,7 +44,7 @@ def parse_progress(line: str) -> ProgressLine | None:
 
 
 class Progress:
-    """Prints progress lines, at most one a second, and always the last one."""
+    """Prints progress lines, at most one a second, and always the last one; of several ranks only the first does."""
 
     def __init__(self, stage: str, total: int, unit: str) -> None:
         self._stage, self._total, self._unit = stage, total, unit
@@ -50,6 +52,8 @@ class Progress:
         self._printed = float("-inf")
 
     def update(self, done: int) -> None:
+        if not distributed.world().is_main:
+            return
         now = time.monotonic()
         if done < self._total and now - self._printed < _SECONDS_BETWEEN_LINES:
             return
@@ -60,9 +64,9 @@ class Progress:
 
 
 def configure_logging() -> None:
-    """INFO of ours, warnings of nobody else's: third parties may log errors only."""
+    """INFO of ours, on rank 0; warnings of nobody else's: third parties may log errors only."""
     warnings.filterwarnings("ignore")
     logging.basicConfig(
         level=logging.ERROR, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout, force=True
     )
-    logging.getLogger("saferlhf").setLevel(logging.INFO)
+    logging.getLogger("saferlhf").setLevel(logging.INFO if distributed.world().is_main else logging.ERROR)

@@ -12,16 +12,17 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from components.foundation import distributed
 from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import SettingsError, StoreError
 from components.foundation.progress import configure_logging
 from components.foundation.results import from_json, to_json
 from components.foundation.settings import Settings
-from components.foundation.tracking import StageRun, Tracker
+from components.foundation.tracking import SilentRun, StageRun, Tracker
 
 log = logging.getLogger("saferlhf")
 
@@ -62,7 +63,7 @@ class Stage:
 
     Attributes:
         folder: scratch folder; what `commit` is given usually lies in it.
-        mlflow: the nested MLflow run.
+        mlflow: the nested MLflow run; of several ranks only the first writes to it.
         seed: seed of all its random choices.
     """
 
@@ -70,7 +71,7 @@ class Stage:
     name: str
     round: int
     folder: Path
-    mlflow: StageRun
+    mlflow: StageRun | SilentRun
     seed: int
     started: float
 
@@ -81,14 +82,18 @@ class Stage:
 
     def finished(self) -> str | None:
         """URI of this stage's commit where an earlier attempt made it already: then there is nothing left to do."""
-        done = self.context.store.latest(self.context.stage_uri(self.name, self.round))
+        done = distributed.from_main(lambda: self.context.store.latest(self.context.stage_uri(self.name, self.round)))
         if done is not None:
             self._discard_checkpoints()  # that attempt may have ended just before it did
         return done
 
     def commit(self, folder: Path, *, step: int, parents: Sequence[str]) -> str:
-        """Commit a folder as `step-<n>`, point LATEST at it, and return its URI."""
+        """Commit a folder as `step-<n>`, point LATEST at it, and return its URI. All ranks call, rank 0 commits."""
         uri = f"{self.context.stage_uri(self.name, self.round)}/step-{step}"
+        distributed.by_main(lambda: self._commit(uri, folder, parents))
+        return uri
+
+    def _commit(self, uri: str, folder: Path, parents: Sequence[str]) -> None:
         labels = {
             "stage": self.name,
             "round": str(self.round),
@@ -100,17 +105,17 @@ class Stage:
         )
         self.context.store.set_latest(self.context.stage_uri(self.name, self.round), uri)
         self._discard_checkpoints()
-        return uri
 
     def _discard_checkpoints(self) -> None:
-        self.context.store.prune(self.checkpoints_uri, keep=None)
+        if distributed.world().is_main:
+            self.context.store.prune(self.checkpoints_uri, keep=None)
 
 
 def create_run(run_uri: str, run_id: str, settings: Settings) -> RunContext:
     """First step: check both servers, start the MLflow parent run, write run.json (once).
 
     Raises:
-        SettingsError: the run exists, with other settings.
+        SettingsError: the run exists, with other settings (how it is spread over devices may change).
     """
     store = CheckpointStore(settings.store.uri)
     store.ensure_bucket()
@@ -119,9 +124,11 @@ def create_run(run_uri: str, run_id: str, settings: Settings) -> RunContext:
         _check_same_settings(run_id, open_run(run_uri).settings, settings)
     tracker = _tracker(settings)
     tracker.check()
-    mlflow_run_id = tracker.start_pipeline_run(
-        run_id, run_id, settings.flat(), {"profile": settings.profile, "settings_digest": settings.digest()}
-    )
+    spread = {key: value for key, value in settings.flat().items() if key.startswith("distributed.")}
+    parameters = {key: value for key, value in settings.flat().items() if key not in spread}
+    # tags, unlike parameters, may change when a run goes on
+    tags = {"profile": settings.profile, "settings_digest": settings.digest()} | spread
+    mlflow_run_id = tracker.start_pipeline_run(run_id, run_id, parameters, tags)
     description = RunDescription(run_id, mlflow_run_id, settings.model_dump_json())
     store.write_text(f"{run_uri}/run.json", to_json(description), overwrite=True)
     return RunContext(run_id, run_uri, mlflow_run_id, settings, store, tracker)
@@ -136,7 +143,7 @@ def open_run(run_uri: str) -> RunContext:
 
 
 def _check_same_settings(run_id: str, earlier: Settings, now: Settings) -> None:
-    if earlier != now:
+    if earlier.digest() != now.digest():
         raise SettingsError(
             f"run {run_id} was started with other settings (digest {earlier.digest()[:12]}, now {now.digest()[:12]}): "
             "give it the same --profile, --seed and --set, or start a new run"
@@ -153,10 +160,18 @@ def open_stage(run_uri: str, name: str, round_number: int) -> Iterator[Stage]:
     log.info("%s: started", label)
     with (
         tempfile.TemporaryDirectory(prefix=f"saferlhf-{name}-") as folder,
-        context.tracker.stage(context.mlflow_run_id, name, round_number) as mlflow,
+        _tracked(context, name, round_number) as mlflow,
     ):
         yield Stage(context, name, round_number, Path(folder), mlflow, context.seed(name, round_number), started)
     log.info("%s: done in %.1f s", label, time.monotonic() - started)
+
+
+def _tracked(
+    context: RunContext, name: str, round_number: int
+) -> AbstractContextManager[StageRun] | AbstractContextManager[SilentRun]:
+    if distributed.world().is_main:
+        return context.tracker.stage(context.mlflow_run_id, name, round_number)
+    return nullcontext(SilentRun())
 
 
 def finished_uri(context: RunContext, name: str, round_number: int) -> str:

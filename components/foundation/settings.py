@@ -261,6 +261,19 @@ class CheckpointSettings(_Section):
     every_minutes: float = Field(2.0, ge=0, description="save when so much time has passed (0: not by time)")
 
 
+class DistributedSettings(_Section):
+    """How a training stage is spread over devices; what it computes is the same, so a run may change this and go on."""
+
+    processes: int = Field(1, ge=1, le=64, description="ranks of a training stage on one machine: one for each GPU")
+    zero_stage: int | None = Field(
+        None,
+        ge=0,
+        le=3,
+        description="what ZeRO partitions over several ranks: 0 nothing, 1 optimiser states, 2 gradients too, "
+        "3 weights too; empty: 2; one rank has nothing to share",
+    )
+
+
 class GateSettings(_Section):
     """A policy becomes champion only when every limit holds, on both sides: safe enough and still helpful."""
 
@@ -288,6 +301,9 @@ class Settings(_Section):
         "auto", description="of weights and activations; auto: bfloat16 where the hardware has it, else float32"
     )
     experiment: str = Field("safe-rlhf", min_length=1, description="MLflow experiment")
+    finetune: Literal["lora", "full"] = Field(
+        "lora", description="lora: a role is an adapter on shared weights; full: a copy of the whole model"
+    )
     data: DataSettings = DataSettings()
     lora: LoraSettings = LoraSettings()
     sft: SftSettings = SftSettings()
@@ -298,12 +314,41 @@ class Settings(_Section):
     ppo: PpoSettings = PpoSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    distributed: DistributedSettings = DistributedSettings()
     gate: GateSettings = GateSettings()
     store: StoreSettings = StoreSettings()
 
+    @field_validator("distributed")
+    @classmethod
+    def _work_for_every_rank(cls, value: DistributedSettings, info: ValidationInfo) -> DistributedSettings:
+        ppo = info.data.get("ppo")
+        if ppo is not None and value.processes > ppo.episodes_per_step:
+            raise ValueError(f"{value.processes} processes cannot share ppo.episodes_per_step={ppo.episodes_per_step}")
+        if ppo is not None and value.processes > 1:
+            if ppo.advantage_source == "preference_oracle":
+                raise ValueError(
+                    "ppo.advantage_source=preference_oracle compares pairs, which are not split over ranks"
+                )
+            if ppo.engine == "vllm":
+                raise ValueError("ppo.engine=vllm serves one process: use ppo.engine=transformers")
+        return value
+
+    @field_validator("ppo")
+    @classmethod
+    def _vllm_takes_adapters_that_there_are(cls, value: PpoSettings, info: ValidationInfo) -> PpoSettings:
+        if info.data.get("finetune") == "full" and value.engine == "vllm" and value.vllm_weights == "adapter":
+            raise ValueError("with finetune=full there is no adapter to give to vLLM: set ppo.vllm_weights=full")
+        return value
+
+    @property
+    def adapters(self) -> LoraSettings | None:
+        """Of new roles; None where a role is a full copy of the model."""
+        return self.lora if self.finetune == "lora" else None
+
     def digest(self) -> str:
-        """SHA-256 of the canonical JSON form."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        """SHA-256 of the canonical JSON form, without how the run is spread over devices."""
+        tree = self.model_dump(mode="json", exclude={"distributed"})
+        canonical = json.dumps(tree, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def flat(self) -> dict[str, str]:
@@ -340,13 +385,14 @@ PROFILES: dict[str, dict[str, Any]] = {
             "temperature": 0.7,
             "max_new_tokens": 32,
             "critics": "head",
-            "actor_learning_rate": 1.4e-3,
+            "actor_learning_rate": 2e-3,
+            "actor_schedule": "cosine",
             "critic_learning_rate": 2e-3,
-            "kl_coefficient": 0.05,
+            "kl_coefficient": 0.3,
             "ptx_coefficient": 1.5,
             "gae_lambda": 1.0,
-            "threshold_target": 0.1,
-            "lambda_init": 1.4,
+            "threshold_target": 0.06,
+            "lambda_init": 1.8,
             "lambda_learning_rate": 0.08,
             "lambda_max": 3.0,
             "cost_window": 48,

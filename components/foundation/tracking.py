@@ -85,6 +85,8 @@ class Tracker:
             if found:
                 parent_id = str(found[0].info.run_id)
                 self._client.update_run(parent_id, status="RUNNING")
+                for key, value in _masked(tags or {}).items():
+                    self._client.set_tag(parent_id, key, value)
             else:
                 all_tags = {**_masked(tags or {}), RUN_ID_TAG: run_id, _NAME_TAG: name}
                 parent_id = str(self._client.create_run(self._find_experiment(), tags=all_tags).info.run_id)
@@ -145,8 +147,16 @@ class Tracker:
 
     def set_alias(self, name: str, alias: str, version: str) -> None:
         """Let an alias (champion, challenger) name a version, whatever it named: a promotion needs its own lock."""
+        from mlflow.exceptions import MlflowException
+
         with self._errors(f"set alias {alias} of {name} to version {version}"):
-            self._client.set_registered_model_alias(name, alias, version)
+            try:
+                self._client.set_registered_model_alias(name, alias, version)
+            except MlflowException as error:
+                # MLflow looks whether the alias is there, then inserts it; somebody else may insert it in between
+                if "IntegrityError" not in str(error):
+                    raise
+                self._client.set_registered_model_alias(name, alias, version)
 
     def version_of_alias(self, name: str, alias: str) -> tuple[str, dict[str, str]] | None:
         """(version, its tags), or None when the model or the alias does not exist."""
@@ -319,6 +329,24 @@ class StageRun:
         """Store a text as an artifact of the run, under the name `file`."""
         with self._tracker._errors(f"store {file}"):
             self._tracker._client.log_text(self.run_id, text, file)
+
+
+class SilentRun:
+    """Stands for the stage run on ranks that log nothing: rank 0 logs for all."""
+
+    run_id = ""
+
+    def log_params(self, params: Mapping[str, str]) -> None:
+        pass
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        pass
+
+    def log_dataset(self, name: str, digest: str, source_uri: str, rows: int) -> None:
+        pass
+
+    def log_text(self, text: str, file: str) -> None:
+        pass
 
 
 def _new_client(tracking_uri: str) -> MlflowClient:

@@ -2,7 +2,8 @@
 
 A checkpoint is a commit under `<stage>/checkpoints/step-<n>` with the trained adapters and heads, their optimisers'
 moments, and a small record of the stage's own. Batches, learning rates and samples are functions of seed and step
-(see `Stage.seed`), so the step is all there is to say of data position and random state.
+(see `Stage.seed`), so the step is all there is to say of data position and random state. What is stored does not depend
+on the number of ranks or on what ZeRO partitions: a stage may go on with more ranks, or fewer. Rank 0 writes.
 Only the newest checkpoint is kept, and none once the stage has finished.
 """
 
@@ -17,13 +18,14 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
+from components.foundation import distributed
 from components.foundation.backbone import Backbone
 from components.foundation.errors import DivergenceError, IntegrityError, TrainingError
 from components.foundation.exit_codes import PREEMPTED_EXIT_CODE
 from components.foundation.results import read_record, to_json
+from components.foundation.role_optimizer import RoleOptimizer
 from components.foundation.run_context import Stage
 
 _TENSORS, _STATE = "state.safetensors", "state.json"
@@ -43,8 +45,9 @@ class TrainingCheckpoints:
     """Saves and restores the roles that a stage trains.
 
     Used as a context: within it, SIGTERM (a spot node that is taken away) no longer ends the process at once; the step
-    in progress ends, its state is saved, and the process exits with PREEMPTED_EXIT_CODE. To a DivergenceError it adds
-    where the last checkpoint is, which stays as it is.
+    in progress ends, its state is saved, and the process exits with PREEMPTED_EXIT_CODE. A SIGTERM to one of several
+    ranks stops all of them after the same step. To a DivergenceError it adds where the last checkpoint is, which stays
+    as it is.
 
     Args:
         parents: the commits that the stage reads; a checkpoint made from others is refused.
@@ -64,7 +67,7 @@ class TrainingCheckpoints:
         self._clock = clock
         self._settings = stage.context.settings.checkpoint
         self._uri = stage.checkpoints_uri
-        self._optimizers: Mapping[str, torch.optim.Optimizer] = {}
+        self._optimizers: Mapping[str, RoleOptimizer] = {}
         self._saved_at = clock()
         self._preempted = False
         self._outer_handler: Any = None
@@ -82,7 +85,7 @@ class TrainingCheckpoints:
             kept = f"the last checkpoint is kept: {latest}" if latest else "no checkpoint had been saved yet"
             raise DivergenceError(f"{error}; {kept}") from error
 
-    def restore(self, optimizers: Mapping[str, torch.optim.Optimizer]) -> TrainingState:
+    def restore(self, optimizers: Mapping[str, RoleOptimizer]) -> TrainingState:
         """Bring back the newest checkpoint, if there is one; `optimizers` are those of the trained roles, by role.
 
         Raises:
@@ -91,8 +94,7 @@ class TrainingCheckpoints:
         """
         self._optimizers = optimizers
         store = self._stage.context.store
-        latest = store.latest(self._uri)
-        store.prune(self._uri, keep=latest)  # what a killed attempt left half written
+        latest = distributed.from_main(self._latest)
         if latest is None:
             return TrainingState()
         self._check_origin(latest)
@@ -102,15 +104,22 @@ class TrainingCheckpoints:
         log.info("%s: goes on after step %d", self._stage.name, state.step)
         return state
 
+    def _latest(self) -> str | None:
+        store = self._stage.context.store
+        latest = store.latest(self._uri)
+        store.prune(self._uri, keep=latest)  # what a killed attempt left half written
+        return latest
+
     def after_step(self, step: int, total: int, record: Callable[[], str] = str) -> None:
         """To be called when `step` of `total` steps are done: saves when it is time.
 
         Raises:
             SystemExit: SIGTERM has come; the state is saved.
         """
-        if self._preempted or (step < total and self._is_due(step)):
+        preempted, due = distributed.anywhere(self._preempted, step < total and self._is_due(step))
+        if preempted or due:
             self._save(TrainingState(step, record()))
-        if self._preempted:
+        if preempted:
             log.warning("%s: asked to stop; saved after step %d of %d", self._stage.name, step, total)
             raise SystemExit(PREEMPTED_EXIT_CODE)
 
@@ -124,28 +133,32 @@ class TrainingCheckpoints:
         return by_steps or by_time
 
     def _save(self, state: TrainingState) -> None:
+        tensors = self._tensors()
+        distributed.by_main(lambda: self._commit(state, tensors))
+        self._saved_at = self._clock()
+
+    def _commit(self, state: TrainingState, tensors: Mapping[str, Tensor]) -> None:
         from safetensors.torch import save_file
 
         context = self._stage.context
         folder = self._stage.folder / "checkpoint"
         folder.mkdir(exist_ok=True)
-        save_file(self._tensors(), folder / _TENSORS)
+        save_file(dict(tensors), folder / _TENSORS)
         (folder / _STATE).write_text(to_json(state), encoding="utf-8")
         uri = f"{self._uri}/step-{state.step}"
         context.store.commit(uri, folder, parents=self._parents, settings_digest=context.settings.digest())
         context.store.set_latest(self._uri, uri)
         context.store.prune(self._uri, keep=uri)
-        self._saved_at = self._clock()
 
     def _tensors(self) -> dict[str, Tensor]:
+        """Parameters and moments, whole; on ranks other than 0 without the parameters."""
         tensors = {}
         for role, optimizer in self._optimizers.items():
-            for name, parameter in self._backbone.role_tensors(role).items():
+            for name, parameter in self._backbone.role_state(role).items():
                 tensors[f"{role}/parameters/{name}"] = parameter
-            for index, moments in optimizer.state_dict()["state"].items():
-                for name, moment in moments.items():
-                    tensors[f"{role}/optimizer/{index}/{name}"] = moment
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            for key, moment in optimizer.moments().items():
+                tensors[f"{role}/optimizer/{key}"] = moment.detach().cpu().contiguous()
+        return tensors
 
     def _load_tensors(self, path: Path) -> None:
         from safetensors import SafetensorError
@@ -158,22 +171,15 @@ class TrainingCheckpoints:
         for role, optimizer in self._optimizers.items():
             self._load_role(role, optimizer, stored)
 
-    def _load_role(self, role: str, optimizer: torch.optim.Optimizer, stored: Mapping[str, Tensor]) -> None:
-        own = self._backbone.role_tensors(role)
+    def _load_role(self, role: str, optimizer: RoleOptimizer, stored: Mapping[str, Tensor]) -> None:
+        own = self._backbone.role_shapes(role)
         saved = _below(stored, f"{role}/parameters/")
-        if {name: t.shape for name, t in saved.items()} != {name: t.shape for name, t in own.items()}:
+        if {name: t.shape for name, t in saved.items()} != own:
             raise TrainingError(
                 f"the checkpoint under {self._uri} holds no {role!r} of this model's shape: it was made by another "
                 "version or for another model; delete it, or start a new run"
             )
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(saved[name])
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in _below(stored, f"{role}/optimizer/").items():
-            index, _, moment = name.partition("/")
-            moments.setdefault(int(index), {})[moment] = tensor
-        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        optimizer.load([saved[name] for name in own], _below(stored, f"{role}/optimizer/"))
 
     def _check_origin(self, uri: str) -> None:
         context = self._stage.context

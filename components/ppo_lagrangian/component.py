@@ -16,7 +16,7 @@ def ppo_lagrangian(
     cost_model_uri: str,
 ) -> str:
     """Maximise reward subject to the cost threshold."""
-    from components.ppo_lagrangian.ppo_lagrangian import PpoInputs, run_ppo_lagrangian
+    from components.foundation.launch import launch
 
-    inputs = PpoInputs(data_uri, sft_uri, policy_uri, reward_model_uri, cost_model_uri)
-    return run_ppo_lagrangian(run_uri, round_number, inputs)
+    stage = "components.ppo_lagrangian.ppo_lagrangian:run_from_uris"
+    return launch(stage, run_uri, round_number, data_uri, sft_uri, policy_uri, reward_model_uri, cost_model_uri)

@@ -5,6 +5,8 @@ Shapes: B episodes, T answer tokens. `mask` is [B, T], True for answer tokens; m
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -123,11 +125,15 @@ def combine_advantages(reward_advantages: Tensor, cost_advantages: Tensor, multi
     return (reward_advantages - multiplier * cost_advantages) / (1.0 + multiplier)
 
 
-def whiten(values: Tensor, mask: Tensor) -> Tensor:
-    """Zero mean and unit variance over the masked-in entries; zero elsewhere."""
-    count = mask.sum().clamp(min=1)
-    mean = (values * mask).sum() / count
-    variance = ((values - mean).square() * mask).sum() / count
+def whiten(values: Tensor, mask: Tensor, total: Callable[[Tensor], Tensor] = lambda own: own) -> Tensor:
+    """Zero mean and unit variance over the masked-in entries; zero elsewhere.
+
+    Args:
+        total: own sum -> the sum over all parts of the batch, where others hold parts of it.
+    """
+    count = total(mask.sum()).clamp(min=1)
+    mean = total((values * mask).sum()) / count
+    variance = total(((values - mean).square() * mask).sum()) / count
     return (values - mean) * torch.rsqrt(variance + 1e-8) * mask
 
 

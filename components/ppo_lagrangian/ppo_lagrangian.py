@@ -22,7 +22,7 @@ from components.foundation.backbone import REFERENCE, Backbone
 from components.foundation.batching import ChatEncoder
 from components.foundation.errors import DataError, GateError
 from components.foundation.judging import make_judge
-from components.foundation.policy import ACTOR
+from components.foundation.policy import ACTOR, export_merged
 from components.foundation.preference import Demonstration, PromptRecord, read_jsonl
 from components.foundation.progress import Progress
 from components.foundation.results import PpoTrace, PreferenceModelResult, from_json, read_record, to_json
@@ -134,12 +134,17 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
             trace = train_policy(trainer, train_step, settings.ppo.steps, PpoTrace(constraint.threshold), checkpoints)
         out = stage.folder / "out"
         backbone.save_role(ACTOR, out / "actor")
+        export_merged(backbone, ACTOR, sft_folder, out / "actor", out / "model")
+        (out / "model").mkdir(parents=True, exist_ok=True)
         (out / "trace.json").write_text(to_json(trace))
-        backbone.merge_role(ACTOR)
-        backbone.export(out / "model")
         card = model_card(settings, stage.context.run_id, round_number, trace)
         (out / "model" / "README.md").write_text(card, encoding="utf-8")
         return stage.commit(out, step=settings.ppo.steps, parents=inputs.parents())
+
+
+def run_from_uris(run_uri: str, round_number: int, *input_uris: str) -> str:
+    """The stage with the URIs of `PpoInputs` one by one, as a launcher passes them."""
+    return run_ppo_lagrangian(run_uri, round_number, PpoInputs(*input_uris))
 
 
 def train_policy(
@@ -235,7 +240,7 @@ def place_roles(
     With `ppo.advantage_source=preference_oracle`, there are no models and no critics.
     """
     if actor_folder is None:
-        backbone.add_role(ACTOR, settings.lora, scored=False)
+        backbone.add_role(ACTOR, settings.adapters, scored=False)
     else:
         backbone.load_role(ACTOR, actor_folder)
         if settings.ppo.reference == "previous":

@@ -1,7 +1,9 @@
 """The PPO-Lagrangian training loop (paper section 3.3, algorithm in appendix B).
 
 Each step: 1 roll out, 2 score, 3 shape, 4 advantages, 5 update actor and critics, 6 multiplier, 7 log.
-Shapes: B episodes, P prompt tokens, T answer tokens.
+Several ranks share a rollout batch: each generates and scores its own episodes, and what depends on all of them (costs,
+whitening, losses, means) is summed over ranks, so lambda is the same on every one.
+Shapes: B episodes (of this rank), P prompt tokens, T answer tokens.
 """
 
 from __future__ import annotations
@@ -14,17 +16,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from components.foundation import distributed
 from components.foundation.backbone import REFERENCE, Backbone
 from components.foundation.batching import (
     SequenceBatch,
     TokenSequence,
     answer_cross_entropy,
+    answer_tokens,
     collate,
     last_answer_token,
     token_log_probs,
 )
-from components.foundation.optimization import UpdateGuard, cosine_factor, make_optimizer, set_learning_rate
+from components.foundation.optimization import cosine_factor
 from components.foundation.policy import ACTOR
+from components.foundation.role_optimizer import UpdateGuard, make_optimizers
 from components.foundation.rollout import Rollout, RolloutEngine, Sampling
 from components.foundation.settings import PpoSettings
 from components.ppo_lagrangian.health import check_kl, check_scores
@@ -44,6 +49,7 @@ from components.ppo_lagrangian.objective import (
     shape_rewards,
     whiten,
 )
+from components.ppo_lagrangian.share import Minibatch, Share
 
 REWARD, COST = "reward", "cost"
 REWARD_CRITIC, COST_CRITIC = "reward_critic", "cost_critic"
@@ -92,10 +98,9 @@ class Episode:
     drift: float = 0.0
 
     @property
-    def mean_kl(self) -> float:
-        """Mean over answer tokens of log pi - log pi_ref, in nats."""
-        mask = self.batch.answer_mask
-        return float(((self.log_probs - self.reference_log_probs) * mask).sum() / mask.sum())
+    def total_kl(self) -> float:
+        """Sum over answer tokens of log pi - log pi_ref, in nats."""
+        return float(((self.log_probs - self.reference_log_probs) * self.batch.answer_mask).sum())
 
 
 Score = Callable[[Sequence[TokenSequence]], Episode]
@@ -158,9 +163,7 @@ class PpoLagrangian:
         rates = {ACTOR: settings.actor_learning_rate}
         if settings.advantage_source == "models":
             rates |= dict.fromkeys((REWARD_CRITIC, COST_CRITIC), settings.critic_learning_rate)
-        self.optimizers = {
-            role: make_optimizer(backbone.trainable_parameters(role), rate) for role, rate in rates.items()
-        }
+        self.optimizers = make_optimizers(backbone, rates)
 
     def step(self, prompts: Sequence[tuple[int, ...]], step: int, score: Score | None = None) -> StepMetrics:
         """One rollout batch and its update. `score` judges the answers; without it, the reward and the cost model do.
@@ -172,42 +175,73 @@ class PpoLagrangian:
         # 1 roll out
         sampling = Sampling(s.temperature, s.max_new_tokens, self._seed * 1_000_003 + step, s.top_p, s.top_k)
         started = time.perf_counter()
-        rollout = self._engine.generate(prompts, sampling)
+        places = self._own_places(len(prompts), step)
+        rollout = self._engine.generate(prompts, sampling, places)
         rollout_seconds = time.perf_counter() - started
-        sequences = [TokenSequence(tuple(p), a) for p, a in zip(prompts, rollout.answers, strict=True)]
+        sequences = [TokenSequence(tuple(prompts[i]), a) for i, a in zip(places, rollout.answers, strict=True)]
         # 2 score
         episode = score(sequences) if score else score_episode(self._backbone, sequences, s, self._constraint.floor)
+        episode = weigh_tokens(episode, rollout, s.importance_cap)
         check_scores("reward", episode.reward.score.tolist(), step)
         check_scores("cost", episode.cost.score.tolist(), step)
-        check_kl(episode.mean_kl, s.max_kl, step)
-        episode = weigh_tokens(episode, rollout, s.importance_cap)
+        own = torch.tensor(places)
+        lengths = distributed.every_row(answer_tokens(sequences), own, len(prompts))
+        means = self._means(episode, rollout, int(lengths.sum()), len(prompts))
+        check_kl(means["kl"], s.max_kl, step)
         # 3 shape, 4 advantages
         advantages = compute_advantages(episode, s, self.multiplier.value)
         # 5 update
-        losses = self._update(episode, advantages, step)
+        losses = self._update(episode, advantages, Share(own, lengths), step)
         # 6 multiplier
-        self.multiplier = next_multiplier(self.multiplier, episode.costs, s, self._constraint.threshold)
+        costs = distributed.every_number(episode.costs, own, len(prompts))
+        self.multiplier = next_multiplier(self.multiplier, costs, s, self._constraint.threshold)
         # 7 log
-        tokens = int(episode.batch.answer_mask.sum())
+        losses = distributed.total_of(losses)
+        tokens = int(lengths.sum())
         return StepMetrics(
             multiplier=self.multiplier.value,
             cost_moving_average=self.multiplier.cost_moving_average,
-            cost=math.fsum(episode.costs) / len(episode.costs),
-            reward=episode.mean_reward,
-            kl=episode.mean_kl,
+            cost=math.fsum(costs) / len(costs),
+            reward=means["reward"],
+            kl=means["kl"],
             clip_fraction=losses["clipped"] / (tokens * s.epochs),
             actor_loss=losses[ACTOR],
             ptx_loss=losses["ptx"],
             reward_critic_loss=losses[REWARD_CRITIC],
             cost_critic_loss=losses[COST_CRITIC],
             rollout_tokens_per_second=tokens / rollout_seconds,
-            ended_share=sum(a[-1] == self._backbone.eos_token_id for a in rollout.answers) / len(rollout.answers),
+            ended_share=means["ended"],
             skipped_updates=self._guard.skipped,
-            drift=episode.drift,
+            drift=means["drift"],
         )
 
-    def _update(self, episode: Episode, advantages: Advantages, step: int) -> dict[str, float]:
-        """Every epoch passes once over the episodes in minibatches; returns the last losses and clipped tokens."""
+    def _means(self, episode: Episode, rollout: Rollout, tokens: int, episodes: int) -> dict[str, float]:
+        """What is reported of all ranks' episodes: means over `tokens` (kl, drift) and over `episodes`."""
+        own, eos = len(rollout.answers), self._backbone.eos_token_id
+        sums = distributed.total_of(
+            {
+                "kl": episode.total_kl,
+                "drift": episode.drift * int(episode.batch.answer_mask.sum()),
+                "reward": episode.mean_reward * own,
+                "ended": sum(answer[-1] == eos for answer in rollout.answers),
+            }
+        )
+        return {name: value / (tokens if name in ("kl", "drift") else episodes) for name, value in sums.items()}
+
+    def _order(self, count: int, step: int, epoch: int) -> tuple[Tensor, torch.Generator]:
+        """The order in which an epoch takes the episodes of all ranks, and the generator for what else it draws."""
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + step * 101 + epoch)
+        return torch.randperm(count, generator=generator), generator
+
+    def _own_places(self, count: int, step: int) -> list[int]:
+        """Places of this rank's episodes in the rollout batch; of each minibatch of the first epoch every rank has as
+        many, or one more."""
+        world = distributed.world()
+        return sorted(self._order(count, step, epoch=0)[0][world.rank :: world.size].tolist())
+
+    def _update(self, episode: Episode, advantages: Advantages, share: Share, step: int) -> dict[str, float]:
+        """Every epoch passes once over the episodes in minibatches; returns the last losses and clipped tokens, of
+        which each rank has its part."""
         s = self._settings
         losses = {"clipped": 0.0, "ptx": 0.0, REWARD_CRITIC: 0.0, COST_CRITIC: 0.0}
         critics = (
@@ -216,32 +250,34 @@ class PpoLagrangian:
         )
         if s.actor_schedule == "cosine":
             factor = cosine_factor(step, s.steps, warmup_share=0.0)
-            set_learning_rate(self.optimizers[ACTOR], s.actor_learning_rate * factor)
+            self.optimizers[ACTOR].set_learning_rate(s.actor_learning_rate * factor)
         for epoch in range(s.epochs):
-            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + step * 101 + epoch)
-            order = torch.randperm(len(episode.log_probs), generator=generator)
-            demonstrations = self._draw_demonstrations(len(order), generator) if s.ptx_coefficient else None
-            for rows in order.split(s.minibatch_size):
-                update = self._update_actor(episode, advantages.combined, rows, demonstrations, step)
+            order, generator = self._order(len(share.tokens), step, epoch)
+            demonstrations = self._draw_demonstrations(share, generator) if s.ptx_coefficient else None
+            for places in order.split(s.minibatch_size):
+                minibatch = share.minibatch(places)
+                update = self._update_actor(episode, advantages.combined, minibatch, demonstrations, step)
                 losses |= update | {"clipped": losses["clipped"] + update["clipped"]}
                 for critic, appraisal, returns in critics:
                     if critic in self.optimizers and returns is not None:
-                        losses[critic] = self._update_critic(critic, episode.batch, appraisal, returns, rows, step)
+                        losses[critic] = self._update_critic(critic, episode.batch, appraisal, returns, minibatch, step)
         return losses
 
-    def _draw_demonstrations(self, count: int, generator: torch.Generator) -> SequenceBatch:
-        """As many demonstrations as there are episodes, drawn with replacement."""
-        drawn = torch.randint(len(self._demonstrations), (count,), generator=generator).tolist()
-        return collated(self._backbone, [self._demonstrations[i] for i in drawn])
+    def _draw_demonstrations(self, share: Share, generator: torch.Generator) -> tuple[SequenceBatch, Tensor]:
+        """One demonstration for each episode, drawn with replacement -> (this rank's, answer tokens of all)."""
+        drawn = torch.randint(len(self._demonstrations), (len(share.tokens),), generator=generator).tolist()
+        sequences = [self._demonstrations[i] for i in drawn]
+        return collated(self._backbone, [sequences[i] for i in share.places.tolist()]), answer_tokens(sequences)
 
     def _update_actor(
         self,
         episode: Episode,
         advantages: Tensor,
-        rows: Tensor,
-        demonstrations: SequenceBatch | None,
+        minibatch: Minibatch,
+        demonstrations: tuple[SequenceBatch, Tensor] | None,
         step: int,
     ) -> dict[str, float]:
+        rows, optimizer = minibatch.rows, self.optimizers[ACTOR]
         batch = episode.batch.rows(rows)
         ptx = 0.0
         with self._backbone.role(ACTOR, train=True):
@@ -251,17 +287,20 @@ class PpoLagrangian:
                 advantages[rows],
                 batch.answer_mask,
                 clip_ratio=self._settings.clip_ratio,
-                total_tokens=int(batch.answer_mask.sum()),
+                total_tokens=minibatch.tokens,
                 weights=None if episode.weights is None else episode.weights[rows],
             )
-            loss.backward()
+            loss = minibatch.counts * loss
+            optimizer.backward(loss)
             if demonstrations is not None:
-                demonstrated = demonstrations.rows(rows)
-                ptx_loss = answer_cross_entropy(self._answer_logits(demonstrated), demonstrated)
-                (self._settings.ptx_coefficient * ptx_loss).backward()
+                demonstrated = demonstrations[0].rows(rows)
+                ptx_loss = minibatch.counts * answer_cross_entropy(
+                    self._answer_logits(demonstrated), demonstrated, demonstrations[1][minibatch.places].sum()
+                )
+                optimizer.backward(self._settings.ptx_coefficient * ptx_loss)
                 ptx = ptx_loss.item()
         self._step_optimizer(ACTOR, loss.item() + self._settings.ptx_coefficient * ptx, step)
-        return {ACTOR: loss.item(), "ptx": ptx, "clipped": clipped.item()}
+        return {ACTOR: loss.item(), "ptx": ptx, "clipped": minibatch.counts * clipped.item()}
 
     def _step_optimizer(self, role: str, loss: float, step: int) -> None:
         norm = self._settings.max_gradient_norm
@@ -271,8 +310,15 @@ class PpoLagrangian:
         return self._backbone.answer_logits(batch.input_ids, batch.attention_mask, batch.answer_length, batch.trunk)
 
     def _update_critic(
-        self, critic: str, all_rows: SequenceBatch, appraisal: Appraisal, returns: Tensor, rows: Tensor, step: int
+        self,
+        critic: str,
+        all_rows: SequenceBatch,
+        appraisal: Appraisal,
+        returns: Tensor,
+        minibatch: Minibatch,
+        step: int,
     ) -> float:
+        rows, optimizer = minibatch.rows, self.optimizers[critic]
         batch = all_rows.rows(rows)
         with self._backbone.role(critic, train=True):
             if appraisal.features is not None:
@@ -285,9 +331,10 @@ class PpoLagrangian:
                 returns[rows],
                 batch.answer_mask,
                 value_clip=self._settings.value_clip,
-                total_tokens=int(batch.answer_mask.sum()),
+                total_tokens=minibatch.tokens,
             )
-            loss.backward()
+            loss = minibatch.counts * loss
+            optimizer.backward(loss)
         self._step_optimizer(critic, loss.item(), step)
         return loss.item()
 
@@ -382,7 +429,7 @@ def compute_advantages(episode: Episode, settings: PpoSettings, multiplier: floa
         cost_advantages, cost_returns = estimate(episode.cost, +1.0)
         combined = combine_advantages(reward_advantages, cost_advantages, multiplier)
     if settings.whiten_advantages:
-        combined = whiten(combined, mask)
+        combined = whiten(combined, mask, distributed.total)
     return Advantages(combined, reward_returns, cost_returns)
 
 
@@ -404,5 +451,8 @@ def measure_log_probs(backbone: Backbone, role: str, batch: SequenceBatch, tempe
         return token_log_probs(logits, part.answers, temperature)
 
     with backbone.role(role):
-        chunks = torch.arange(len(batch.input_ids), device=backbone.device).split(_ROWS_PER_FORWARD)
-        return torch.cat([measure(rows) for rows in chunks]) * batch.answer_mask
+        chunks = list(torch.arange(len(batch.input_ids), device=backbone.device).split(_ROWS_PER_FORWARD))
+        measured = [measure(rows) for rows in chunks]
+        for _ in range(distributed.maximum(len(chunks)) - len(chunks)):
+            measure(chunks[0])  # partitioned weights are gathered by all ranks or by none
+        return torch.cat(measured) * batch.answer_mask

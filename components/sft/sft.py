@@ -9,20 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import islice
 
+from components.foundation import distributed
 from components.foundation.backbone import Backbone
 from components.foundation.base_model import resolve_base_model
-from components.foundation.batching import ChatEncoder, TokenSequence, answer_cross_entropy, collate
-from components.foundation.optimization import (
-    UpdateGuard,
-    batch_count,
-    cosine_factor,
-    make_optimizer,
-    set_learning_rate,
-    shuffled_batches,
-)
+from components.foundation.batching import ChatEncoder, TokenSequence, answer_cross_entropy, answer_tokens, collate
+from components.foundation.optimization import batch_count, cosine_factor, shuffled_batches
+from components.foundation.policy import export_merged
 from components.foundation.preference import Demonstration, read_jsonl
 from components.foundation.preference_trainer import OnStep
 from components.foundation.progress import Progress
+from components.foundation.role_optimizer import UpdateGuard, make_optimizers
 from components.foundation.run_context import open_stage
 from components.foundation.settings import SftSettings
 from components.foundation.training_checkpoints import TrainingCheckpoints
@@ -50,11 +46,12 @@ def run_sft(run_uri: str, data_uri: str) -> str:
             progress.update(step)
 
         # every layer: the adapter is merged, so no later role shares a trunk with it
-        backbone.add_role(_ROLE, settings.lora.model_copy(update={"top_layers": 0}), scored=False)
+        adapter = settings.adapters and settings.adapters.model_copy(update={"top_layers": 0})
+        backbone.add_role(_ROLE, adapter, scored=False)
         with TrainingCheckpoints(stage, backbone, parents=[data_uri]) as checkpoints:
             steps = train_sft(backbone, _ROLE, examples, settings.sft, stage.seed, on_step, checkpoints)
-        backbone.merge_role(_ROLE)
-        backbone.export(stage.folder / "model")
+        backbone.save_role(_ROLE, stage.folder / _ROLE)
+        export_merged(backbone, _ROLE, base, stage.folder / _ROLE, stage.folder / "model")
         return stage.commit(stage.folder / "model", step=steps, parents=[data_uri])
 
 
@@ -68,20 +65,21 @@ def train_sft(
     checkpoints: TrainingCheckpoints | None = None,
 ) -> int:
     """Train the adapter of `role` in place; returns the number of optimiser steps."""
-    optimizer = make_optimizer(backbone.trainable_parameters(role), settings.learning_rate)
+    optimizer = make_optimizers(backbone, {role: settings.learning_rate})[role]
     total = batch_count(len(examples), settings.batch_size, settings.epochs)
     batches = enumerate(shuffled_batches(examples, settings.batch_size, settings.epochs, seed))
     guard = UpdateGuard()
     done = checkpoints.restore({role: optimizer}).step if checkpoints else 0
     for step, examples_of_step in islice(batches, done, None):
-        set_learning_rate(optimizer, settings.learning_rate * cosine_factor(step, total, settings.warmup_share))
-        batch = collate(examples_of_step, backbone.eos_token_id, backbone.device)
+        optimizer.set_learning_rate(settings.learning_rate * cosine_factor(step, total, settings.warmup_share))
+        part = distributed.own_part(examples_of_step)
+        batch = collate(part.items, backbone.eos_token_id, backbone.device)
         with backbone.role(role, train=True):
             logits = backbone.answer_logits(batch.input_ids, batch.attention_mask, batch.answer_length)
-            loss = answer_cross_entropy(logits, batch)
-            loss.backward()
+            loss = part.counts * answer_cross_entropy(logits, batch, answer_tokens(examples_of_step).sum())
+            optimizer.backward(loss)
         norm = guard.update(role, optimizer, loss=loss.item(), max_gradient_norm=1.0, step=step + 1)
-        on_step(step + 1, total, {"loss": loss.item(), "gradient_norm": norm})
+        on_step(step + 1, total, distributed.total_of({"loss": loss.item()}) | {"gradient_norm": norm})
         if checkpoints:
             checkpoints.after_step(step + 1, total)
     return total

@@ -195,12 +195,12 @@ def test_a_checkpoint_made_from_other_inputs_is_refused(runs: Runs, tmp_path: Pa
 
     from components.foundation.backbone import Backbone
     from components.foundation.base_model import resolve_base_model
-    from components.foundation.optimization import make_optimizer
+    from components.foundation.role_optimizer import make_optimizers
 
     with open_stage(runs.peaceful, "sft", 7) as stage:
         backbone = Backbone.load(resolve_base_model("tiny", stage.context.store), "float32", seed=0)
         backbone.add_role("sft", stage.context.settings.lora, scored=False)
-        optimizers = {"sft": make_optimizer(backbone.trainable_parameters("sft"), 1e-3)}
+        optimizers = make_optimizers(backbone, {"sft": 1e-3})
         with TrainingCheckpoints(stage, backbone, ["s3://these/data"]) as checkpoints:
             assert checkpoints.restore(optimizers).step == 0
             checkpoints.after_step(1, 9)
@@ -223,7 +223,7 @@ def test_training_that_diverges_names_its_last_checkpoint_which_stays(
     from components.foundation.backbone import Backbone
     from components.foundation.base_model import resolve_base_model
     from components.foundation.batching import TokenSequence
-    from components.foundation.optimization import make_optimizer
+    from components.foundation.role_optimizer import make_optimizers
     from components.foundation.settings import SftSettings
     from components.sft import sft
 
@@ -254,8 +254,7 @@ def test_training_that_diverges_names_its_last_checkpoint_which_stays(
             for tensor in backbone.role_tensors("sft").values():
                 tensor.fill_(7.0)
         with TrainingCheckpoints(stage, backbone, []) as checkpoints:
-            optimizer = make_optimizer(backbone.trainable_parameters("sft"), 1e-3)
-            assert checkpoints.restore({"sft": optimizer}).step == 5
+            assert checkpoints.restore(make_optimizers(backbone, {"sft": 1e-3})).step == 5
         assert all(torch.equal(tensor, good[name]) for name, tensor in backbone.role_tensors("sft").items())
 
     with (
@@ -318,7 +317,7 @@ def test_a_checkpoint_is_due_by_steps_or_by_time(runs: Runs) -> None:
     """Every step here; and with steps switched off, once two minutes have passed since the last one."""
     from components.foundation.backbone import Backbone
     from components.foundation.base_model import resolve_base_model
-    from components.foundation.optimization import make_optimizer
+    from components.foundation.role_optimizer import make_optimizers
 
     now = 0.0
     with open_stage(runs.peaceful, "sft", 8) as stage:
@@ -329,7 +328,7 @@ def test_a_checkpoint_is_due_by_steps_or_by_time(runs: Runs) -> None:
         object.__setattr__(stage.context, "settings", by_time)
         backbone = Backbone.load(resolve_base_model("tiny", stage.context.store), "float32", seed=0)
         backbone.add_role("sft", settings.lora, scored=False)
-        optimizers = {"sft": make_optimizer(backbone.trainable_parameters("sft"), 1e-3)}
+        optimizers = make_optimizers(backbone, {"sft": 1e-3})
         with TrainingCheckpoints(stage, backbone, [], clock=lambda: now) as checkpoints:
             checkpoints.restore(optimizers)
             saved = []

@@ -12,9 +12,9 @@ import torch
 from components.foundation.backbone import Backbone
 from components.foundation.batching import TokenSequence
 from components.foundation.errors import DivergenceError
-from components.foundation.optimization import UpdateGuard, make_optimizer
 from components.foundation.policy import ACTOR
 from components.foundation.preference_trainer import PreferenceScores, ScoredPair, train_preference_model
+from components.foundation.role_optimizer import UpdateGuard, WholeOptimizer
 from components.foundation.rollout.transformers_engine import TransformersEngine
 from components.foundation.settings import LoraSettings, PpoSettings, PreferenceModelSettings, SftSettings
 from components.ppo_lagrangian.multiplier import CostConstraint
@@ -74,7 +74,7 @@ def test_a_critic_of_nan_costs_the_updates_of_its_step_and_nothing_else(
     assert "actor, step 1: loss nan" in caplog.text
     assert "reward_critic, step 1: loss nan" in caplog.text
     assert equal(tensors(backbone, ACTOR), actor)
-    assert trainer.optimizers[ACTOR].state_dict()["state"] == {}  # nor has it left a trace in the moments
+    assert trainer.optimizers[ACTOR].moments() == {}  # nor has it left a trace in the moments
     assert not equal(tensors(backbone, COST_CRITIC), cost_critic)
     with torch.no_grad():
         for name, tensor in backbone.role_tensors(REWARD_CRITIC).items():
@@ -180,7 +180,7 @@ def test_fine_tuning_that_is_beyond_mending_stops(backbone: Backbone) -> None:
 
 def test_an_infinite_loss_with_a_finite_gradient_is_skipped_too() -> None:
     weight = torch.nn.Parameter(torch.tensor([1.0]))
-    optimizer, guard = make_optimizer([weight], 0.1), UpdateGuard(limit=1)
+    optimizer, guard = WholeOptimizer([weight], 0.1), UpdateGuard(limit=1)
     weight.sum().backward()
     assert guard.update("role", optimizer, loss=math.inf, max_gradient_norm=1.0, step=1) == pytest.approx(1.0)
     assert weight.item() == 1.0

@@ -89,7 +89,7 @@ def _demonstration_loss(backbone: Backbone, demonstrations: Sequence[TokenSequen
     batch = collate(demonstrations, backbone.eos_token_id, backbone.device)
     with backbone.role(ACTOR):
         logits = backbone.answer_logits(batch.input_ids, batch.attention_mask, batch.answer_length)
-        return answer_cross_entropy(logits, batch).item()
+        return answer_cross_entropy(logits, batch, batch.answer_mask.sum()).item()
 
 
 @pytest.mark.golden
@@ -310,8 +310,10 @@ class DriftingEngine:
     def __init__(self, backbone: Backbone, shift: float) -> None:
         self._engine, self._shift = TransformersEngine(backbone, ACTOR), shift
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
-        rollout = self._engine.generate(prompts, sampling)
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, rows: Sequence[int] | None = None
+    ) -> Rollout:
+        rollout = self._engine.generate(prompts, sampling, rows)
         shifted = [tuple(value + self._shift for value in row) for row in rollout.log_probs]
         return Rollout(rollout.answers, shifted, exact=False)
 

@@ -31,6 +31,7 @@ CHOICES = {
     "ppo.advantage_source": "preference_oracle",
     "ppo.macro_action": "ngram",
     "ppo.reference": "previous",
+    "finetune": "full",
     "store.uri": "s3://another-bucket/elsewhere",
 }
 
@@ -205,10 +206,35 @@ def test_every_setting_enters_the_digest() -> None:
     before = resolve_settings("smol")
     digests = {"": before.digest()}
     for key, value in leaves(before.model_dump()).items():
-        if key != "profile":
+        if key != "profile" and not key.startswith("distributed."):  # changes who computes, not what
             digests[key] = resolve_settings("smol", overrides=[f"{key}={another(key, value)}"]).digest()
     digests["profile"] = resolve_settings("tiny").digest()
-    assert len(set(digests.values())) == len(digests) == len(before.flat()) + 1
+    assert (
+        len(set(digests.values())) == len(digests) == len(before.flat()) + 1 - len(before.model_dump()["distributed"])
+    )
+
+
+def test_a_run_may_go_on_with_another_number_of_ranks() -> None:
+    spread = resolve_settings("smol", overrides=["distributed.processes=8", "distributed.zero_stage=3"])
+    assert spread.digest() == resolve_settings("smol").digest()
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("distributed.processes=0", "distributed.processes=0 is refused"),
+        ("distributed.zero_stage=4", "distributed.zero_stage=4 is refused"),
+        ("distributed.processes=25", "25 processes cannot share ppo.episodes_per_step=24"),
+        ("ppo.advantage_source=preference_oracle distributed.processes=2", "which are not split over ranks"),
+        ("ppo.engine=vllm distributed.processes=2", "ppo.engine=vllm serves one process"),
+        ("ppo.engine=vllm finetune=full", "set ppo.vllm_weights=full"),
+        ("finetune=qlora", "finetune='qlora' is refused"),
+    ],
+)
+def test_ways_to_spread_a_run_that_cannot_be_are_refused_by_name(override: str, words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        resolve_settings("smol", overrides=override.split())
 
 
 def test_digest_is_the_same_in_every_process_and_order() -> None:

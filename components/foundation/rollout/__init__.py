@@ -49,8 +49,14 @@ class Rollout:
 class RolloutEngine(Protocol):
     """Generates answers with the current weights of the policy, which may change between two calls."""
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
-        """Prompt ids -> answers in the same order; the same seed and weights give the same answers."""
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, rows: Sequence[int] | None = None
+    ) -> Rollout:
+        """Prompt ids -> answers in the same order; the same seed and weights give the same answers.
+
+        Args:
+            rows: answer these prompts alone, in this order, with the draws that they get among all of them.
+        """
         ...
 
     def close(self) -> None:

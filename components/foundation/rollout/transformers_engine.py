@@ -12,6 +12,9 @@ from components.foundation.batching import batches_by_length
 from components.foundation.language_model import import_transformers
 from components.foundation.rollout import Rollout, Sampling
 
+_STREAMS_APART = 1_000_000_007
+"""Between the seeds of two batches, so that no two rollouts of a run come by the same seed."""
+
 
 class TransformersEngine:
     """Batched decoding with a key-value cache, as one role of the backbone."""
@@ -21,37 +24,58 @@ class TransformersEngine:
         self._role = role
         self._batch_size = batch_size
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
-        """See `RolloutEngine.generate`. Prompts of like length share a batch, so little of it is padding."""
-        generator = torch.Generator(self._backbone.device).manual_seed(sampling.seed)
-        answers: list[tuple[int, ...]] = [()] * len(prompts)
-        log_probs: list[tuple[float, ...]] = [()] * len(prompts)
-        for rows in batches_by_length([len(prompt) for prompt in prompts], self._batch_size):
-            decoded = self._decode([prompts[i] for i in rows], sampling, generator)
-            for row, drawn in zip(rows, decoded, strict=True):
-                answers[row] = tuple(token for token, _ in drawn)
-                log_probs[row] = tuple(log_prob for _, log_prob in drawn)
-        return Rollout(answers, log_probs, exact=not sampling.truncated)
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, rows: Sequence[int] | None = None
+    ) -> Rollout:
+        """See `RolloutEngine.generate`. Prompts of like length share a batch, so little of it is padding.
+
+        Each batch has a random stream of its own, in which every prompt has its place: what is drawn for a prompt
+        depends on the seed and on the prompts beside it, not on which of them are answered here.
+        """
+        rows = range(len(prompts)) if rows is None else rows
+        wanted = set(rows)
+        answers: dict[int, list[tuple[int, float]]] = {}
+        groups = batches_by_length([len(prompt) for prompt in prompts], self._batch_size)
+        with self._backbone.whole(self._role):
+            for number, group in enumerate(groups):
+                generator = torch.Generator(self._backbone.device).manual_seed(sampling.seed + number * _STREAMS_APART)
+                places = [place for place, row in enumerate(group) if row in wanted]
+                if places:
+                    own = [group[place] for place in places]
+                    decoded = self._decode([prompts[i] for i in own], sampling, generator, places, len(group))
+                    answers |= zip(own, decoded, strict=True)
+        return Rollout(
+            [tuple(token for token, _ in answers[row]) for row in rows],
+            [tuple(log_prob for _, log_prob in answers[row]) for row in rows],
+            exact=not sampling.truncated,
+        )
 
     def close(self) -> None:
         """Nothing was started."""
 
     def _decode(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, generator: torch.Generator
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        generator: torch.Generator,
+        places: Sequence[int],
+        group_size: int,
     ) -> list[list[tuple[int, float]]]:
-        """Every prompt's answer as (token, its log-probability)."""
+        """Answers to some prompts of a group as (token, its log-probability); `places` are theirs among the group's
+        `group_size` prompts."""
         cache = import_transformers().DynamicCache()
         eos = self._backbone.eos_token_id
         tokens, mask = _pad_left(prompts, eos, self._backbone.device)
         positions = position_ids(mask)
         answers: list[list[tuple[int, float]]] = [[] for _ in prompts]
+        drawn_for = torch.tensor(places, device=self._backbone.device)
         going = torch.arange(len(prompts), device=self._backbone.device)  # rows that have not ended
         # no_grad, not inference_mode: tensors made there could not enter a later graph of the same weights
         with self._backbone.role(self._role), torch.no_grad():
             for _ in range(sampling.max_new_tokens):
                 logits = self._backbone.decode_step(tokens, mask, positions, cache)
                 # a number for every row, ended or not: what a row draws does not depend on when the others end
-                uniform = torch.rand(len(prompts), 1, generator=generator, device=logits.device)[going]
+                uniform = torch.rand(group_size, 1, generator=generator, device=logits.device)[drawn_for[going]]
                 token, log_prob = draw(logits, sampling, uniform)
                 for row, *drawn in zip(going.tolist(), token.tolist(), log_prob.tolist(), strict=True):
                     answers[row].append((drawn[0], drawn[1]))

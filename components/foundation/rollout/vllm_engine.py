@@ -68,7 +68,9 @@ class VllmEngine:
             answer_seconds,
         )
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, rows: Sequence[int] | None = None
+    ) -> Rollout:
         """See `RolloutEngine.generate`. What an answer draws depends on seed and prompt, not on the rest of the batch.
 
         Equal prompts are told apart by their order. vLLM's arithmetic still depends a little on which requests happen
@@ -87,7 +89,8 @@ class VllmEngine:
         for prompt in map(tuple, prompts):
             bodies.append(self._request(prompt, sampling, prompt_seed(sampling.seed, prompt, seen[prompt])))
             seen[prompt] += 1
-        replies = self._server.post_all("/v1/completions", bodies)
+        wanted = range(len(prompts)) if rows is None else rows
+        replies = self._server.post_all("/v1/completions", [bodies[row] for row in wanted])
         drawn = [self._read(reply, sampling) for reply in replies]
         return Rollout([answer for answer, _ in drawn], [log_probs for _, log_probs in drawn], exact=False)
 
