@@ -6,7 +6,8 @@
 #   images/build.sh pin                                     lets bases.env name what its tags mean in the registry now
 #
 # Environment: REGISTRY (localhost), TAG (the commit), BUILDER, PIP_CONF (a pip.conf, mounted as a secret),
-# BUILD_OPTIONS and PUSH_OPTIONS (passed to the builder), SERVICE_BASE, TRAINER_BASE, ROLLOUT_BASE (instead of bases.env).
+# BUILD_OPTIONS (for the builder), REGISTRY_OPTIONS (for push and skopeo), REVISION (the commit),
+# SERVICE_BASE, TRAINER_BASE, ROLLOUT_BASE (instead of bases.env).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -37,11 +38,11 @@ base_of() { # an image's base: from the environment, else from bases.env; by dig
 
 build() {
     local name=$1 base id image="$registry/saferlhf/$1:$tag"
-    base=$(base_of "$name") && id=$(mktemp)
+    base=$(base_of "$name")
+    id=$(mktemp)
     local options=(--file "images/$name/Dockerfile" --tag "$image" --iidfile "$id"
         --build-arg "BASE=$base" --build-arg "REVISION=$revision" --build-arg "VERSION=$version"
-        --build-arg "SOURCE_DATE_EPOCH=$epoch")
-    # the same commit gives the same files with the same times
+        --build-arg "CREATED=$created" --build-arg "SOURCE_DATE_EPOCH=$epoch")
     if [ "$builder" = docker ]; then export SOURCE_DATE_EPOCH=$epoch; else options+=(--layers --timestamp "$epoch"); fi
     if [ -n "${PIP_CONF:-}" ]; then options+=(--secret "id=pip.conf,src=$PIP_CONF"); fi
     # shellcheck disable=SC2086  # BUILD_OPTIONS holds several words
@@ -55,11 +56,11 @@ push() {
     digests=$(mktemp)
     # shellcheck disable=SC2086
     if [ "$builder" = docker ]; then
-        docker push ${PUSH_OPTIONS:-} "$image" >&2
+        docker push ${REGISTRY_OPTIONS:-} "$image" >&2
         docker image inspect --format '{{range .RepoDigests}}{{println .}}{{end}}' "$image" |
             sed -n "s|^$registry/saferlhf/$name@||p" > "$digests"
     else
-        "$builder" push ${PUSH_OPTIONS:-} --digestfile "$digests" "$image" >&2
+        "$builder" push ${REGISTRY_OPTIONS:-} --digestfile "$digests" "$image" >&2
     fi || fail "$image was not pushed"
     digest=$(cat "$digests") && rm "$digests"
     echo "SAFERLHF_${name^^}_IMAGE=$registry/saferlhf/$name@$digest"
@@ -71,7 +72,7 @@ pin() {
     while read -r line; do
         variable=${line%%=*} base=${line#*=} && base=${base%@*}
         # shellcheck disable=SC2086
-        digest=$(skopeo inspect ${PIN_OPTIONS:-} --format '{{.Digest}}' "docker://$base") || fail "$base: no digest"
+        digest=$(skopeo inspect ${REGISTRY_OPTIONS:-} --format '{{.Digest}}' "docker://$base") || fail "$base: no digest"
         sed -i "s|^$variable=.*|$variable=$base@$digest|" images/bases.env
         echo "$variable=$base@$digest"
     done < <(grep -E '^[A-Z]+_BASE=' images/bases.env)
@@ -84,7 +85,10 @@ registry=${REGISTRY:-localhost}
 revision=${REVISION:-$(commit)}
 tag=${TAG:-$revision}
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
-epoch=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct)}
+created=$(git log -1 --format=%cI)
+# Files get the time of the last change of what is installed: with the commit's own time, every commit would make new
+# layers out of the same gigabytes.
+epoch=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct -- images requirements.lock)}
 [ $# -gt 0 ] || set -- service trainer rollout
 for name in "$@"; do
     [ -f "images/$name/Dockerfile" ] || fail "there is no image '$name': choose service, trainer or rollout"
