@@ -18,7 +18,7 @@ find_builder() {
     for name in ${BUILDER:-podman buildah docker}; do
         if command -v "$name" >/dev/null && "$name" info >/dev/null 2>&1; then echo "$name"; return; fi
     done
-    fail "none of ${BUILDER:-podman, buildah, docker} works here: install podman (apt-get install podman), or start docker"
+    fail "no ${BUILDER:-podman, buildah or docker} works here: apt-get install podman, or start docker"
 }
 
 commit() { # the commit of the checkout; "-dirty" where files differ from it
@@ -37,9 +37,12 @@ base_of() { # an image's base: from the environment, else from bases.env; by dig
 }
 
 build() {
-    local name=$1 base id image="$registry/saferlhf/$1:$tag"
+    local name=$1 base id epoch image="$registry/saferlhf/$1:$tag"
     base=$(base_of "$name")
     id=$(mktemp)
+    # Files get the time of the last change of what is installed: with the commit's own time, every commit would make
+    # new layers out of the same gigabytes.
+    epoch=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct -- requirements.lock images/bases.env "images/$name")}
     local options=(--file "images/$name/Dockerfile" --tag "$image" --iidfile "$id"
         --build-arg "BASE=$base" --build-arg "REVISION=$revision" --build-arg "VERSION=$version"
         --build-arg "CREATED=$created" --build-arg "SOURCE_DATE_EPOCH=$epoch")
@@ -72,7 +75,8 @@ pin() {
     while read -r line; do
         variable=${line%%=*} base=${line#*=} && base=${base%@*}
         # shellcheck disable=SC2086
-        digest=$(skopeo inspect ${REGISTRY_OPTIONS:-} --format '{{.Digest}}' "docker://$base") || fail "$base: no digest"
+        digest=$(skopeo inspect ${REGISTRY_OPTIONS:-} --format '{{.Digest}}' "docker://$base") ||
+            fail "$base: no digest"
         sed -i "s|^$variable=.*|$variable=$base@$digest|" images/bases.env
         echo "$variable=$base@$digest"
     done < <(grep -E '^[A-Z]+_BASE=' images/bases.env)
@@ -86,9 +90,6 @@ revision=${REVISION:-$(commit)}
 tag=${TAG:-$revision}
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 created=$(git log -1 --format=%cI)
-# Files get the time of the last change of what is installed: with the commit's own time, every commit would make new
-# layers out of the same gigabytes.
-epoch=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct -- images requirements.lock)}
 [ $# -gt 0 ] || set -- service trainer rollout
 for name in "$@"; do
     [ -f "images/$name/Dockerfile" ] || fail "there is no image '$name': choose service, trainer or rollout"

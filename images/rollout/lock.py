@@ -1,8 +1,8 @@
 """Pin what the rollout image installs: `python images/rollout/lock.py` writes requirements.lock beside this file.
 
-pip resolves packages.txt, with the direct packages held to the versions of the project's requirements.lock, against the
-index alone (no local wheels: a CPU build of torch must not get in). Nothing is installed. The hashes are those of wheels
-for the Python and the platform that run this: use Python 3.11 on Linux x86_64.
+pip resolves packages.txt, with the project's own packages held to the versions of its requirements.lock, against PyPI
+alone: a CPU build of torch from elsewhere must not get in. Nothing is installed. The hashes are those of wheels for the
+Python and the platform that run this: use Python 3.11 on Linux x86_64.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "images" / "build.sh"
 SUBNET, HOST_ADDRESS = "10.89.77.0/24", "10.89.77.1"
 BASE = "localhost/saferlhf-test/base:bookworm"
+SECRET = "password-of-a-package-index"
 _MIRROR = "http://deb.debian.org/debian"
 _PACKAGES = "python3,python3-venv,ca-certificates"  # Debian 12 has Python 3.11
 
@@ -74,6 +75,7 @@ def base_image(podman: Podman, tmp_path_factory: pytest.TempPathFactory) -> str:
 def images(podman: Podman, base_image: str, tmp_path_factory: pytest.TempPathFactory) -> Images:
     """The service and the trainer image, by `make images`' own script; layers that are there already are used."""
     pip_conf, volumes = pip_settings(tmp_path_factory.mktemp("pip"))
+    pip_conf.write_text(f"{pip_conf.read_text()}# {SECRET}\n")
     revision = subprocess.run(
         ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
     ).stdout.strip()
@@ -104,7 +106,7 @@ def servers(podman: Podman, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     name = f"saferlhf-test-{uuid.uuid4().hex[:8]}"
     with (
         local_services(work_dir) as endpoints,
-        podman.network_to_host(name, SUBNET),
+        podman.network_to_host(name, SUBNET, HOST_ADDRESS),
         forwarded(HOST_ADDRESS, [port(endpoints.s3_url), port(endpoints.tracking_uri)]),
         pytest.MonkeyPatch.context() as patch,
     ):
@@ -116,7 +118,9 @@ def servers(podman: Podman, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             "MLFLOW_TRACKING_URI": f"http://{HOST_ADDRESS}:{port(endpoints.tracking_uri)}",
         }
         keys = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
-        yield Servers(endpoints, name, there | {key: endpoints.environment[key] for key in keys})
+        yield Servers(
+            endpoints, name, there | {key: endpoints.environment[key] for key in keys} | {"OMP_NUM_THREADS": "1"}
+        )
 
 
 def port(url: str) -> int:

@@ -64,7 +64,8 @@ def run_pipeline(podman: Podman, images: Mapping[str, str], steps: StepContainer
         environment = {**os.environ, **images, "DOCKER_HOST": docker_host}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=1800)
     containers = podman.finished({"saferlhf-run": steps.label}, since=started)
-    tail = "\n".join((done.stdout + done.stderr).splitlines()[-LOG_TAIL_LINES:])
+    # the steps' own words; what KFP says on stderr when a container has failed is about its consequences
+    tail = "\n".join([*done.stdout.splitlines()[-LOG_TAIL_LINES:], *done.stderr.splitlines()[-1:]])
     for number, container in enumerate(containers, start=1):
         if container.exit_code:
             raise StepFailedError(

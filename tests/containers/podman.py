@@ -86,9 +86,9 @@ class Podman:
                 service.terminate()
 
     @contextmanager
-    def network_to_host(self, name: str, subnet: str) -> Iterator[str]:
-        """A network whose containers reach this machine and nothing else; yields its name."""
-        self("network", "create", "--internal", "--disable-dns", "--subnet", subnet, name)
+    def network_to_host(self, name: str, subnet: str, gateway: str) -> Iterator[str]:
+        """A network whose containers reach this machine, at `gateway`, and nothing else; yields its name."""
+        self("network", "create", "--internal", "--disable-dns", "--subnet", subnet, "--gateway", gateway, name)
         try:
             yield name
         finally:
