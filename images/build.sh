@@ -82,20 +82,24 @@ pin() {
     done < <(grep -E '^[A-Z]+_BASE=' images/bases.env)
 }
 
-action=${1:-build} && shift || true
-[ "$action" != pin ] || { pin; exit; }
-builder=$(find_builder)
-registry=${REGISTRY:-localhost}
-revision=${REVISION:-$(commit)}
-tag=${TAG:-$revision}
-version=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
-created=$(git log -1 --format=%cI)
-[ $# -gt 0 ] || set -- service trainer rollout
-for name in "$@"; do
-    [ -f "images/$name/Dockerfile" ] || fail "there is no image '$name': choose service, trainer or rollout"
-    case $action in
-        build) build "$name" ;;
-        push) push "$name" ;;
-        *) fail "unknown action '$action': build, push or pin" ;;
-    esac
-done
+main() {
+    action=${1:-build} && shift || true
+    [ "$action" != pin ] || { pin; exit; }
+    builder=$(find_builder)
+    registry=${REGISTRY:-localhost}
+    revision=${REVISION:-$(commit)}
+    tag=${TAG:-$revision}
+    version=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+    created=$(git log -1 --format=%cI)
+    [ $# -gt 0 ] || set -- service trainer rollout
+    for name in "$@"; do
+        [ -f "images/$name/Dockerfile" ] || fail "there is no image '$name': choose service, trainer or rollout"
+        case $action in
+            build) build "$name" ;;
+            push) push "$name" ;;
+            *) fail "unknown action '$action': build, push or pin" ;;
+        esac
+    done
+}
+
+main "$@"  # the last line: bash has read everything before it starts
