@@ -83,8 +83,10 @@ def test_push_prints_the_digest_that_the_registry_has(registry: str, pushed: str
     assert pushed == f"SAFERLHF_SERVICE_IMAGE={registry}/saferlhf/service@{digest}"
 
 
-def test_pin_writes_the_digests_that_the_tags_have_now(registry: str, pushed: str, tmp_path: Path) -> None:
-    """In a copy: comments stay, a tag without digest gets one, an old digest is replaced."""
+def test_pin_writes_the_digests_that_the_tags_have_now(
+    podman: Podman, registry: str, pushed: str, tmp_path: Path
+) -> None:
+    """In a copy: comments stay, a tag without digest gets one, an old digest is replaced; a builder can pull them."""
     copy = tmp_path / "checkout" / "images"
     copy.mkdir(parents=True)
     shutil.copy(ROOT / "images" / "build.sh", copy)
@@ -94,3 +96,4 @@ def test_pin_writes_the_digests_that_the_tags_have_now(registry: str, pushed: st
     subprocess.run([str(copy / "build.sh"), "pin"], check=True, env=environment, stdout=subprocess.DEVNULL)
     pinned = f"{base}@{digest_in(registry, 'saferlhf/service', '1')}"
     assert (copy / "bases.env").read_text() == f"# words\nSERVICE_BASE={pinned}\nTRAINER_BASE={pinned}\n"
+    podman("pull", "--tls-verify=false", pinned)
