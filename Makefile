@@ -11,7 +11,7 @@ BIN     := $(VENV)/bin
 .PHONY: help install run test lint results images images-push images-pin images-test clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 install: $(VENV)/.installed ## make .venv with the pinned packages
 
@@ -51,7 +51,7 @@ images-pin: ## write the registry's present digests of the base images into imag
 	images/build.sh pin
 
 images-test: install ## build images here and run the pipeline in containers (as root, with podman; minutes)
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -s tests/containers --at-least containers=18
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -s tests/containers --at-least containers=20
 
 clean: ## remove .venv and caches (work folders are kept)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info
