@@ -99,9 +99,7 @@ def test_a_step_that_fails_in_its_container_fails_the_run(
     podman: Podman, images: Images, servers: Servers, tmp_path: Path
 ) -> None:
     refused = steps(servers, tmp_path / "root", "refused", ["ppo.clip_ratio=2"])
-    with pytest.raises(
-        StepFailedError, match=r"container 1, of .*/service:test, ended with status [1-9][\s\S]*clip_ratio"
-    ):
+    with pytest.raises(StepFailedError, match=r"container 1, of \S+/service:test, ended with status [1-9]"):
         run_pipeline(podman, image_variables(images), refused)
     assert not CheckpointStore(STORE).has_text(f"{STORE}/runs/refused/run.json")
 
