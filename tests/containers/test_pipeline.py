@@ -105,8 +105,7 @@ def test_a_step_that_fails_in_its_container_fails_the_run(
 
 
 def test_a_container_has_no_way_out_of_this_machine(podman: Podman, images: Images, servers: Servers) -> None:
-    """Neither a route beyond its own network nor a name server."""
-    script = "cut -f2 /proc/net/route; grep -c nameserver /etc/resolv.conf || true"
-    lines = podman("run", "--rm", f"--network={servers.network}", images.service, "sh", "-c", script).stdout.split()
-    assert lines[:-1] == ["Destination", "004D590A"]  # 10.89.77.0, in hexadecimal from its last byte
-    assert lines[-1] == "0"
+    """No route leads beyond its own network."""
+    script = "cut -f2 /proc/net/route"
+    routes = podman("run", "--rm", f"--network={servers.network}", images.service, "sh", "-c", script).stdout.split()
+    assert routes == ["Destination", "004D590A"]  # 10.89.77.0, in hexadecimal from its last byte

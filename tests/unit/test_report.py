@@ -113,7 +113,7 @@ def example_data(rounds: int = 3, steps: int = 16) -> ReportData:
             RoundResult(
                 round=number,
                 reward_model=PreferenceModelResult(0.74 + 0.01 * number, 900 + 96 * number, 180),
-                cost_model=PreferenceModelResult(0.71, 900 + 96 * number, 180, 0.88, 0.934, -2.4, 1.7),
+                cost_model=PreferenceModelResult(0.71, 900 + 96 * number, 180, 0.88, 0.934, [-2.4], [1.7]),
                 ppo=example_trace(rng, steps, start=1.4 / number),
                 evaluation=summarize(number, mine, scored_sft, 0.95),
                 policy_uri=f"s3://saferlhf/pipeline/runs/example/round-{number}/ppo_lagrangian/step-{steps}",
