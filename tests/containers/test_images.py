@@ -1,0 +1,123 @@
+"""What is in the images, and what is not."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.containers.conftest import SECRET, Images
+from tests.containers.podman import Podman
+
+pytestmark = pytest.mark.containers
+
+NAMES = ("service", "trainer")
+TIGHT = ("run", "--rm", "--network=none", "--read-only", "--tmpfs=/tmp", "--cap-drop=all")
+COMPILERS = ("cc", "gcc", "g++", "c++", "clang", "make", "nvcc")
+
+
+def in_container(podman: Podman, image: str, script: str) -> str:
+    """Output of a shell script in a read-only container without network and capabilities."""
+    return podman(*TIGHT, "--security-opt=no-new-privileges", image, "sh", "-ec", script).stdout
+
+
+def in_file(path: Path, words: str) -> bool:
+    return subprocess.run(["grep", "-aqF", words, str(path)], check=False).returncode == 0
+
+
+def configuration(podman: Podman, image: str) -> dict[str, Any]:
+    (description,) = json.loads(podman("image", "inspect", image).stdout)
+    print(f"{image}: {description['Size'] / 1e6:.0f} MB")
+    return dict(description["Config"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_user_is_a_number_and_not_root(podman: Podman, images: Images, name: str) -> None:
+    image = getattr(images, name)
+    assert configuration(podman, image)["User"] == "10001:10001"
+    assert in_container(
+        podman, image, "id -u; id -g; python3 -c 'import getpass; print(getpass.getuser())'"
+    ).split() == [
+        "10001",
+        "10001",
+        "saferlhf",
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_labels_tell_source_version_and_licence(podman: Podman, images: Images, name: str) -> None:
+    labels = configuration(podman, getattr(images, name))["Labels"]
+    prefix = "org.opencontainers.image."
+    assert labels[f"{prefix}revision"] == images.revision
+    assert labels[f"{prefix}licenses"] == "Apache-2.0"
+    assert re.fullmatch(r"\d+\.\d+\.\d+", labels[f"{prefix}version"])
+    assert labels[f"{prefix}title"] == f"saferlhf {name}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_compiler_and_no_cache_is_left(podman: Podman, images: Images, name: str) -> None:
+    script = (
+        f"for tool in {' '.join(COMPILERS)}; do command -v $tool || true; done; ls -A /root /build /installer || true"
+    )
+    assert in_container(podman, getattr(images, name), script).replace("/root:", "").split() == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_variable_and_no_command_holds_what_the_build_was_given(podman: Podman, images: Images, name: str) -> None:
+    image = getattr(images, name)
+    variables = [entry.partition("=")[0] for entry in configuration(podman, image)["Env"]]
+    assert not [name for name in variables if re.search(r"KEY|SECRET|PASSWORD|CREDENTIAL|^AWS|^PIP|_TOKEN$", name)]
+    assert SECRET not in podman("history", "--no-trunc", "--format", "{{.CreatedBy}}", image).stdout
+
+
+def test_no_layer_holds_a_secret_of_the_build(podman: Podman, images: Images, tmp_path: Path) -> None:
+    """The build's pip.conf held a password: it is in none of the layers, where other words are found."""
+    archive = tmp_path / "service.tar"
+    podman("save", "--output", str(archive), images.service)
+    assert in_file(archive, "class IntegrityError(StoreError)")
+    assert not in_file(archive, SECRET)
+
+
+def test_the_service_image_is_without_torch(podman: Podman, images: Images) -> None:
+    """Every stage that it is for, and the command line, can be imported all the same."""
+    modules = [
+        *("components.prepare_data.start_run", "components.prepare_data.prepare_data", "components.annotate.annotate"),
+        *("components.promote.promote", "components.report.report", "pipelines.cli", "pipelines.safe_rlhf"),
+        *("components.foundation.judging.llm", "kfp.dsl.executor_main", "datasets", "pyarrow.parquet"),
+    ]
+    program = (
+        f"import importlib, importlib.util; [importlib.import_module(name) for name in {modules}]; "
+        "print([name for name in ('torch', 'transformers', 'deepspeed', 'pip') if importlib.util.find_spec(name)])"
+    )
+    assert in_container(podman, images.service, f'python3 -c "{program}"').strip() == "[]"
+
+
+def test_the_trainer_image_has_what_its_stages_import(podman: Podman, images: Images) -> None:
+    modules = [
+        *("components.sft.sft", "components.reward_model.reward_model", "components.cost_model.cost_model"),
+        *("components.collect.collect", "components.ppo_lagrangian.ppo_lagrangian", "components.evaluate.evaluate"),
+        *("deepspeed", "pip", "gguf"),
+    ]
+    program = f"import importlib; [importlib.import_module(name) for name in {modules}]; print('all')"
+    assert in_container(podman, images.trainer, f'python3 -c "{program}"').splitlines()[-1] == "all"
+
+
+def test_the_command_line_works_in_the_service_image(podman: Podman, images: Images) -> None:
+    commands = ("saferlhf settings --profile tiny", "saferlhf compile -o /tmp/p.yaml", "grep -c 'image: ' /tmp/p.yaml")
+    script = " && ".join(commands)
+    lines = in_container(podman, images.service, script).splitlines()
+    assert "base_model=tiny" in lines
+    assert int(lines[-1]) >= 13  # one a component
+
+
+def test_bytecode_is_there_and_does_not_depend_on_times(podman: Podman, images: Images) -> None:
+    """A read-only step cannot write it; flags 3 in its header say: checked by the source's hash."""
+    program = (
+        "import components.foundation.errors as module, kfp, pathlib; "
+        "print([pathlib.Path(m.__cached__).read_bytes()[4:8].hex() for m in (module, kfp)])"
+    )
+    assert in_container(podman, images.service, f'python3 -c "{program}"').strip() == "['03000000', '03000000']"

@@ -1,0 +1,89 @@
+"""The image files, without building them: pins, refusals, what reaches the builder. tests/containers builds them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+IMAGES = Path(__file__).resolve().parents[2] / "images"
+NAMES = ("service", "trainer", "rollout")
+
+
+def build(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """build.sh with `true` as the builder: it takes every command and builds nothing."""
+    environment = os.environ | {"BUILDER": "true", "REVISION": "1", "SOURCE_DATE_EPOCH": "1"} | variables
+    return subprocess.run(
+        [str(IMAGES / "build.sh"), *arguments], capture_output=True, text=True, env=environment, check=False
+    )
+
+
+def pins(path: Path) -> dict[str, str]:
+    lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    return dict(line.split()[0].lower().replace("_", "-").split("==") for line in lines if "==" in line)
+
+
+def test_every_base_is_pinned_by_digest() -> None:
+    lines = [line for line in (IMAGES / "bases.env").read_text().splitlines() if not line.startswith("#")]
+    assert [line.partition("=")[0] for line in lines] == [f"{name.upper()}_BASE" for name in NAMES]
+    assert all(re.fullmatch(r"[A-Z]+_BASE=[a-z0-9./-]+:[\w.-]+@sha256:[0-9a-f]{64}", line) for line in lines)
+
+
+def test_the_images_are_built_on_their_bases() -> None:
+    done = build("build", TAG="t", REGISTRY="r.example")
+    assert done.returncode == 0, done.stderr
+    built = [line.partition(",")[0] for line in done.stdout.splitlines()]
+    assert built == [f"built r.example/saferlhf/{name}:t" for name in NAMES]
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("arguments", "variables", "words"),
+    [
+        (["build", "service"], {"SERVICE_BASE": "python:3.11"}, "SERVICE_BASE=python:3.11 is not pinned"),
+        (["build", "service"], {"BUILDER": "no-such-builder"}, "apt-get install podman"),
+        (["build", "servise"], {}, "there is no image 'servise'"),
+        (["push", "service"], {}, "say where to push"),
+        (["bake"], {}, "unknown action 'bake'"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_sentence(
+    arguments: list[str], variables: dict[str, str], words: str
+) -> None:
+    done = build(*arguments, **variables)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_final_stage_is_not_root_and_takes_no_folder_of_the_checkout(name: str) -> None:
+    final = (IMAGES / name / "Dockerfile").read_text().rpartition("\nFROM ")[2]
+    assert "\nUSER 10001:10001\n" in final
+    assert all("--from=" in line for line in final.splitlines() if line.startswith(("COPY", "ADD")))
+
+
+def test_the_rollout_image_has_the_projects_own_packages_in_their_locked_versions() -> None:
+    """torch above all: adapters that the trainer writes are read there."""
+    project, rollout = pins(IMAGES.parent / "requirements.lock"), pins(IMAGES / "rollout" / "requirements.lock")
+    lines = (IMAGES / "rollout" / "packages.txt").read_text().splitlines()
+    names = [line for line in lines if line and not line.startswith("#") and "==" not in line]
+    assert len(names) > 15
+    assert {name: rollout[name] for name in names} == {name: project[name] for name in names}
+    assert rollout["vllm"] == "0.32.0"
+
+
+def test_every_pin_of_the_rollout_image_has_a_hash() -> None:
+    lines = (IMAGES / "rollout" / "requirements.lock").read_text().splitlines()[1:]
+    assert all(re.fullmatch(r"[a-z0-9-]+==\S+ --hash=sha256:[0-9a-f]{64}", line) for line in lines)
+
+
+def test_names_in_the_package_lists_are_pinned() -> None:
+    known = pins(IMAGES.parent / "requirements.lock")
+    for name in ("service", "trainer"):
+        lines = (IMAGES / name / "packages.txt").read_text().splitlines()
+        names = [line for line in lines if line and not line.startswith("#") and "==" not in line]
+        assert names and not [entry for entry in names if entry not in known]
