@@ -102,7 +102,7 @@ class Runs:
 
     def __init__(self) -> None:
         self._root = f"s3://saferlhf-test/{uuid.uuid4().hex}"
-        self.peaceful, self.other = (self.start(name) for name in ("peaceful", "other"))
+        self.peaceful, self.other = (self.start(name) for name in ("one-rank", "several-ranks"))
         self.data = run_prepare_data(self.peaceful)
         self.sft = launch(SFT, self.peaceful, self.data)
 
@@ -168,14 +168,14 @@ def runs(services: Endpoints, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def test_sft_goes_on_with_two_ranks_and_again_with_one(runs: Runs) -> None:
     runs.stopped(SFT, 2, 0, runs.data)
     assert runs.saved_step("sft") == "2"
-    runs.start("other", processes=2)
+    runs.start("several-ranks", processes=2)
     with pytest.raises(TrainingError, match=r"a rank of .* died"):
         launch(STRUCK, runs.other, 4, 1, int(signal.SIGKILL), SFT, runs.data)
     assert runs.saved_step("sft") == "3"  # the last whole one
     runs.stopped(SFT, 5, 1, runs.data)
     assert runs.saved_step("sft") == "5"
     assert runs.commits(runs.other, "sft") == {"checkpoints"}
-    runs.start("other", processes=1)
+    runs.start("several-ranks", processes=1)
     uri = launch(SFT, runs.other, runs.data)
     assert runs.commits(runs.other, "sft") == {"LATEST", "step-6"}
     assert sorted(set(runs.mlflow_steps(runs.other, "sft", "sft/loss"))) == [1, 2, 3, 4, 5, 6]
@@ -207,10 +207,10 @@ def test_ppo_with_zero_3_stops_on_two_ranks_and_ends_on_one(runs: Runs) -> None:
     ]
     inputs = (1, runs.data, runs.sft, runs.sft, *models)
     expected = launch(PPO, runs.peaceful, *inputs)
-    runs.start("other", processes=2, zero_stage=3)
+    runs.start("several-ranks", processes=2, zero_stage=3)
     runs.stopped(PPO, 2, 1, *inputs)
     assert runs.saved_step("ppo_lagrangian") == "2"
-    runs.start("other", processes=1)
+    runs.start("several-ranks", processes=1)
     store = runs.context.store
     first, second = (store.fetch(uri) for uri in (expected, launch(PPO, runs.other, *inputs)))
     traces = [read_record(PpoTrace, folder / "trace.json") for folder in (first, second)]
