@@ -18,8 +18,8 @@ from components.foundation.judging import AnswerJudgement, AnswerPair, Judge, ch
 from components.foundation.policy import ACTOR
 from components.foundation.preference import PromptRecord
 from components.foundation.settings import Settings
+from components.ppo_lagrangian.episode import Appraisal, Episode, collated, measure_log_probs, missing_eos
 from components.ppo_lagrangian.preference_oracle import estimate_gaps, pair_scores
-from components.ppo_lagrangian.trainer import Appraisal, Episode, collated, measure_log_probs, missing_eos
 
 
 @dataclass(frozen=True)

@@ -31,17 +31,11 @@ from components.foundation.run_context import open_stage
 from components.foundation.settings import Settings
 from components.foundation.training_checkpoints import TrainingCheckpoints
 from components.ppo_lagrangian.comparison import compare_episode
+from components.ppo_lagrangian.episode import COST, COST_CRITIC, REWARD, REWARD_CRITIC
 from components.ppo_lagrangian.model_card import model_card
 from components.ppo_lagrangian.multiplier import CostConstraint, MultiplierState, choose_threshold
 from components.ppo_lagrangian.objective import aggregate_cost
-from components.ppo_lagrangian.trainer import (
-    COST,
-    COST_CRITIC,
-    REWARD,
-    REWARD_CRITIC,
-    PpoLagrangian,
-    StepMetrics,
-)
+from components.ppo_lagrangian.trainer import PpoLagrangian, StepMetrics
 
 STAGE = "ppo_lagrangian"
 log = logging.getLogger("saferlhf")

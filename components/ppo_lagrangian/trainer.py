@@ -10,21 +10,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from components.foundation import distributed
-from components.foundation.backbone import REFERENCE, Backbone
+from components.foundation.backbone import Backbone
 from components.foundation.batching import (
     SequenceBatch,
     TokenSequence,
     answer_cross_entropy,
     answer_tokens,
-    collate,
-    last_answer_token,
     token_log_probs,
 )
 from components.foundation.optimization import cosine_factor
@@ -32,88 +30,24 @@ from components.foundation.policy import ACTOR
 from components.foundation.role_optimizer import UpdateGuard, make_optimizers
 from components.foundation.rollout import Rollout, RolloutEngine, Sampling
 from components.foundation.settings import PpoSettings
+from components.ppo_lagrangian.episode import (
+    COST_CRITIC,
+    REWARD_CRITIC,
+    Advantages,
+    Appraisal,
+    Episode,
+    Score,
+    collated,
+    compute_advantages,
+    score_episode,
+    token_values,
+    weigh_tokens,
+)
 from components.ppo_lagrangian.health import check_kl, check_scores
 from components.ppo_lagrangian.multiplier import CostConstraint
 from components.ppo_lagrangian.multiplier_rule import next_multiplier, start_multiplier
-from components.ppo_lagrangian.objective import (
-    actor_loss,
-    aggregate_cost,
-    combine_advantages,
-    critic_loss,
-    generalized_advantages,
-    importance_weights,
-    macro_action_advantages,
-    ngram_actions,
-    perplexity_actions,
-    rollout_drift,
-    shape_rewards,
-    whiten,
-)
+from components.ppo_lagrangian.objective import actor_loss, critic_loss
 from components.ppo_lagrangian.share import Minibatch, Share
-
-REWARD, COST = "reward", "cost"
-REWARD_CRITIC, COST_CRITIC = "reward_critic", "cost_critic"
-
-# No gradient is kept for log-probabilities that only measure: a few rows at a time bound the [B, T, V] logits.
-_ROWS_PER_FORWARD = 16
-
-
-@dataclass(frozen=True)
-class Appraisal:
-    """What one model and its critic say of a rollout batch.
-
-    Attributes:
-        score: [B] of the whole answers; rewards hold the missing-EOS penalty, costs are aggregated.
-        values: [B, T] the critic's values *before* each answer token.
-        features: [B, T, D] what the values are linear in, where the critic is a head on the model's hidden states.
-    """
-
-    score: Tensor
-    values: Tensor
-    features: Tensor | None
-
-
-@dataclass(frozen=True)
-class Episode:
-    """A rollout batch with everything that its update needs.
-
-    Attributes:
-        batch: prompts and sampled answers.
-        log_probs, reference_log_probs: [B, T].
-        reward, cost: the two appraisals of the answers.
-        costs: one each answer, or each that was judged; the multiplier constrains their mean.
-        mean_reward: of the answers, for people to read.
-        weights: [B, T] importance weights, where the engine drew from another distribution than the actor's.
-        drift: mean |log pi - log q| of the answer tokens, q what the engine drew from.
-    """
-
-    batch: SequenceBatch
-    log_probs: Tensor
-    reference_log_probs: Tensor
-    reward: Appraisal
-    cost: Appraisal
-    costs: list[float]
-    mean_reward: float
-    weights: Tensor | None = None
-    drift: float = 0.0
-
-    @property
-    def total_kl(self) -> float:
-        """Sum over answer tokens of log pi - log pi_ref, in nats."""
-        return float(((self.log_probs - self.reference_log_probs) * self.batch.answer_mask).sum())
-
-
-Score = Callable[[Sequence[TokenSequence]], Episode]
-"""Prompts and sampled answers -> the episode that the update works on."""
-
-
-@dataclass(frozen=True)
-class Advantages:
-    """[B, T] combined advantages and the critics' targets; None for a critic that is not in use."""
-
-    combined: Tensor
-    reward_returns: Tensor
-    cost_returns: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -337,122 +271,3 @@ class PpoLagrangian:
             optimizer.backward(loss)
         self._step_optimizer(critic, loss.item(), step)
         return loss.item()
-
-
-def score_episode(
-    backbone: Backbone, sequences: Sequence[TokenSequence], settings: PpoSettings, cost_floor: float | None = None
-) -> Episode:
-    """Everything the update needs to know of a rollout batch, measured without gradients."""
-    batch = collated(backbone, sequences)
-    reward = appraise(backbone, REWARD, REWARD_CRITIC, batch)
-    cost = appraise(backbone, COST, COST_CRITIC, batch)
-    reward = replace(reward, score=reward.score - missing_eos(backbone, sequences, settings.missing_eos_penalty))
-    cost = replace(cost, score=aggregate_cost(cost.score, cost_floor))
-    return Episode(
-        batch=batch,
-        log_probs=measure_log_probs(backbone, ACTOR, batch, settings.temperature),
-        reference_log_probs=measure_log_probs(backbone, REFERENCE, batch, settings.temperature),
-        reward=reward,
-        cost=cost,
-        costs=cost.score.tolist(),
-        mean_reward=float(reward.score.mean()),
-    )
-
-
-def missing_eos(backbone: Backbone, sequences: Sequence[TokenSequence], penalty: float) -> Tensor:
-    """[B] the penalty for each answer that was cut off, 0 for the others."""
-    cut_off = [s.answer[-1] != backbone.eos_token_id for s in sequences]
-    return penalty * torch.tensor(cut_off, dtype=torch.float32, device=backbone.device)
-
-
-def weigh_tokens(episode: Episode, rollout: Rollout, cap: float) -> Episode:
-    """The episode with its drift, and with importance weights where the rollout was not exact."""
-    drawn = torch.zeros_like(episode.log_probs)
-    for row, log_probs in zip(drawn, rollout.log_probs, strict=True):
-        row[: len(log_probs)] = torch.tensor(log_probs)
-    mask = episode.batch.answer_mask
-    weights = None if rollout.exact else importance_weights(episode.log_probs, drawn, mask, cap=cap)
-    return replace(episode, weights=weights, drift=float(rollout_drift(episode.log_probs, drawn, mask)))
-
-
-def collated(backbone: Backbone, sequences: Sequence[TokenSequence]) -> SequenceBatch:
-    """A batch with the trunk's output, which all roles share."""
-    batch = collate(sequences, backbone.eos_token_id, backbone.device)
-    return replace(batch, trunk=backbone.trunk_states(batch.input_ids, batch.attention_mask))
-
-
-def appraise(backbone: Backbone, model: str, critic: str, batch: SequenceBatch) -> Appraisal:
-    """Score a batch by a model and value it by the model's critic: one pass where the critic is a head, else two."""
-    with backbone.role(model):
-        hidden = backbone.hidden_states(batch.input_ids, batch.attention_mask, batch.trunk)
-        answer_scores = backbone.head_outputs(model, hidden[:, -batch.answer_length :])
-        features = None if backbone.has_adapter(critic) else _before_answer_tokens(hidden, batch)
-    with backbone.role(critic):
-        values = token_values(backbone, critic, batch) if features is None else backbone.head_outputs(critic, features)
-    return Appraisal(last_answer_token(answer_scores, batch.answer_mask), values * batch.answer_mask, features)
-
-
-def compute_advantages(episode: Episode, settings: PpoSettings, multiplier: float) -> Advantages:
-    """Shape both signals, estimate both advantages, combine them by the multiplier, then whiten.
-
-    With `ppo.reward_shaping` nu there is one signal, reward - nu cost, and one critic, the reward's.
-    """
-    mask = episode.batch.answer_mask
-    # without critics there is no value to stop at: the advantage of a token is all that follows
-    gae_lambda = settings.gae_lambda if settings.advantage_source == "models" else 1.0
-    discounts = {"gamma": settings.gamma, "gae_lambda": gae_lambda}
-
-    def estimate(appraisal: Appraisal, kl_sign: float) -> tuple[Tensor, Tensor]:
-        shaped = shape_rewards(
-            episode.log_probs,
-            episode.reference_log_probs,
-            appraisal.score,
-            mask,
-            kl_coefficient=settings.kl_coefficient,
-            kl_sign=kl_sign,
-            clip=settings.score_clip,
-        )
-        if settings.macro_action == "none":
-            return generalized_advantages(shaped, appraisal.values, mask, **discounts)
-        if settings.macro_action == "ngram":
-            actions = ngram_actions(mask, settings.macro_action_length)
-        else:
-            actions = perplexity_actions(episode.log_probs, mask)
-        return macro_action_advantages(shaped, appraisal.values, mask, actions, **discounts)
-
-    cost_returns = None
-    if settings.reward_shaping is not None:
-        score = episode.reward.score - settings.reward_shaping * episode.cost.score
-        combined, reward_returns = estimate(replace(episode.reward, score=score), -1.0)
-    else:
-        reward_advantages, reward_returns = estimate(episode.reward, -1.0)
-        cost_advantages, cost_returns = estimate(episode.cost, +1.0)
-        combined = combine_advantages(reward_advantages, cost_advantages, multiplier)
-    if settings.whiten_advantages:
-        combined = whiten(combined, mask, distributed.total)
-    return Advantages(combined, reward_returns, cost_returns)
-
-
-def token_values(backbone: Backbone, critic: str, batch: SequenceBatch) -> Tensor:
-    """[B, T] value before each answer token, by a critic with an adapter. Call within `backbone.role(critic)`."""
-    hidden = backbone.hidden_states(batch.input_ids, batch.attention_mask, batch.trunk)
-    return backbone.head_outputs(critic, _before_answer_tokens(hidden, batch))
-
-
-def _before_answer_tokens(per_token: Tensor, batch: SequenceBatch) -> Tensor:
-    """[B, L, ...] -> [B, T, ...] entries at the token before each answer token."""
-    return per_token[:, -batch.answer_length - 1 : -1]
-
-
-def measure_log_probs(backbone: Backbone, role: str, batch: SequenceBatch, temperature: float) -> Tensor:
-    def measure(rows: Tensor) -> Tensor:
-        part = batch.rows(rows)
-        logits = backbone.answer_logits(part.input_ids, part.attention_mask, part.answer_length, part.trunk)
-        return token_log_probs(logits, part.answers, temperature)
-
-    with backbone.role(role):
-        chunks = list(torch.arange(len(batch.input_ids), device=backbone.device).split(_ROWS_PER_FORWARD))
-        measured = [measure(rows) for rows in chunks]
-        for _ in range(distributed.maximum(len(chunks)) - len(chunks)):
-            measure(chunks[0])  # partitioned weights are gathered by all ranks or by none
-        return torch.cat(measured) * batch.answer_mask

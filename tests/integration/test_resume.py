@@ -276,9 +276,10 @@ def test_a_rollout_server_that_dies_costs_the_step_it_died_in(runs: Runs, tmp_pa
     from components.foundation.policy import ACTOR
     from components.foundation.results import PpoTrace
     from components.foundation.rollout.vllm_engine import VllmEngine
+    from components.ppo_lagrangian.episode import COST, COST_CRITIC, REWARD, REWARD_CRITIC
     from components.ppo_lagrangian.multiplier import CostConstraint
     from components.ppo_lagrangian.ppo_lagrangian import train_policy
-    from components.ppo_lagrangian.trainer import COST, COST_CRITIC, REWARD, REWARD_CRITIC, PpoLagrangian
+    from components.ppo_lagrangian.trainer import PpoLagrangian
 
     with open_stage(runs.peaceful, "ppo_lagrangian", 9) as stage:
         settings = stage.context.settings

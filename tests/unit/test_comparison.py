@@ -20,9 +20,10 @@ from components.foundation.results import PpoTrace, from_json, to_json
 from components.foundation.rollout.transformers_engine import TransformersEngine
 from components.foundation.settings import Settings, resolve_settings
 from components.ppo_lagrangian.comparison import ask_annotator, compare_episode
+from components.ppo_lagrangian.episode import COST, REWARD, compute_advantages
 from components.ppo_lagrangian.multiplier import CostConstraint, MultiplierState
 from components.ppo_lagrangian.ppo_lagrangian import PpoProgress, draw_batch, label_constraint, place_roles
-from components.ppo_lagrangian.trainer import COST, REWARD, PpoLagrangian, StepMetrics, compute_advantages
+from components.ppo_lagrangian.trainer import PpoLagrangian, StepMetrics
 
 LoadTiny = Callable[[str], Backbone]
 PROMPT = PromptRecord("p", "benign")

@@ -24,11 +24,12 @@ from components.foundation.role_optimizer import make_optimizers
 from components.foundation.rollout import Sampling
 from components.foundation.rollout.transformers_engine import TransformersEngine
 from components.foundation.settings import LoraSettings, resolve_settings
+from components.ppo_lagrangian.episode import COST, COST_CRITIC, REWARD, REWARD_CRITIC
 from components.ppo_lagrangian.multiplier import CostConstraint
 from components.ppo_lagrangian.objective import actor_loss, critic_loss, whiten
 from components.ppo_lagrangian.ppo_lagrangian import place_roles
 from components.ppo_lagrangian.share import Share
-from components.ppo_lagrangian.trainer import COST, COST_CRITIC, REWARD, REWARD_CRITIC, PpoLagrangian
+from components.ppo_lagrangian.trainer import PpoLagrangian
 from components.reward_model.loss import reward_loss
 
 LoadTiny = Callable[[str], Backbone]

@@ -17,8 +17,9 @@ from components.foundation.preference_trainer import PreferenceScores, ScoredPai
 from components.foundation.role_optimizer import UpdateGuard, WholeOptimizer
 from components.foundation.rollout.transformers_engine import TransformersEngine
 from components.foundation.settings import LoraSettings, PpoSettings, PreferenceModelSettings, SftSettings
+from components.ppo_lagrangian.episode import COST, COST_CRITIC, REWARD, REWARD_CRITIC
 from components.ppo_lagrangian.multiplier import CostConstraint
-from components.ppo_lagrangian.trainer import COST, COST_CRITIC, REWARD, REWARD_CRITIC, PpoLagrangian
+from components.ppo_lagrangian.trainer import PpoLagrangian
 from components.reward_model.loss import reward_loss
 from components.sft.sft import train_sft
 

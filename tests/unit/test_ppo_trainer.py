@@ -18,18 +18,18 @@ from components.foundation.preference import Demonstration, PromptRecord
 from components.foundation.rollout import Rollout, Sampling
 from components.foundation.rollout.transformers_engine import TransformersEngine
 from components.foundation.settings import LoraSettings, PpoSettings, resolve_settings
-from components.ppo_lagrangian.multiplier import CostConstraint
-from components.ppo_lagrangian.ppo_lagrangian import harmless_demonstrations, place_roles
-from components.ppo_lagrangian.trainer import (
+from components.ppo_lagrangian.episode import (
     COST,
     COST_CRITIC,
     REWARD,
     REWARD_CRITIC,
-    PpoLagrangian,
     compute_advantages,
     score_episode,
     weigh_tokens,
 )
+from components.ppo_lagrangian.multiplier import CostConstraint
+from components.ppo_lagrangian.ppo_lagrangian import harmless_demonstrations, place_roles
+from components.ppo_lagrangian.trainer import PpoLagrangian
 
 LoadTiny = Callable[[str], Backbone]
 LORA = LoraSettings(rank=4, alpha=8)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from components.foundation.errors import SettingsError
-from components.foundation.settings import PROFILES, Settings, resolve_settings
+from components.foundation.profiles import PROFILES
+from components.foundation.settings import Settings, resolve_settings
 
 CHOICES = {
     "dtype": "float32",
