@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +26,8 @@ from components.foundation.launch import launch, stage_and_round
 from components.foundation.results import to_json
 from components.foundation.run_context import RunDescription
 from components.foundation.settings import resolve_settings
+from components.foundation.train_job import train_job_command
+from components.prepare_data.start_run import run_start_run
 from pipelines.executors import steps_of
 from pipelines.platform_file import read_platform
 from pipelines.safe_rlhf import build_pipeline
@@ -168,6 +174,34 @@ def test_a_pool_decides_the_number_of_ranks(
     monkeypatch.setenv("SAFERLHF_PROCESSES", "none")
     with pytest.raises(SettingsError, match="SAFERLHF_PROCESSES='none' is no number of processes"):
         launch("a:b", run_uri)
+
+
+@pytest.mark.fault
+def test_two_nodes_of_one_process_are_two_ranks_whatever_the_settings_say(store: CheckpointStore) -> None:
+    """As the runtime `torch-distributed` starts them; PPO then refuses by name what two ranks cannot do."""
+    settings = [f"store.uri={store.root_uri}", "ppo.engine=vllm", "distributed.processes=1"]
+    run = run_start_run(f"{store.root_uri}/runs/r1", "r1", "tiny", 0, json.dumps(settings), 1)
+    _, *command = train_job_command(PPO, [run, 1, *["s3://none"] * 5])
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    runtime = {
+        "PET_NNODES": "2",
+        "PET_NPROC_PER_NODE": "1",
+        "PET_MASTER_ADDR": "127.0.0.1",
+        "PET_MASTER_PORT": str(port),
+    }
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env=os.environ | runtime | {"PET_NODE_RANK": str(node)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in (0, 1)
+    ]
+    outputs = [node.communicate(timeout=180)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [1, 1]
+    assert "SettingsError: ppo.engine=vllm serves one process" in "".join(outputs)
 
 
 @pytest.mark.parametrize(
