@@ -30,6 +30,7 @@ from typing import Any
 
 from components.foundation import distributed, errors
 from components.foundation.errors import SaferlhfError, SettingsError, TrainingError
+from components.foundation.exit_codes import PREEMPTED_EXIT_CODE
 from components.foundation.run_context import RunContext, finished_uri, open_run
 
 _OUTCOME = "SAFERLHF_OUTCOME"
@@ -94,6 +95,8 @@ def _run_on_ranks(processes: int, stage: str, arguments: Sequence[str | int]) ->
         raise SystemExit(told["exit"])
     if "error" in told:
         raise getattr(errors, told["error"], TrainingError)(told["message"])
+    if code == PREEMPTED_EXIT_CODE:  # stopped before a rank could listen
+        raise SystemExit(code)
     if code or "uri" not in told:
         raise TrainingError(
             f"a rank of {stage} died (torchrun ended with status {code}): its last words are above; the stage goes on "

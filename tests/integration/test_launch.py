@@ -22,6 +22,7 @@ from components.foundation import launch as launching
 from components.foundation import train_job
 from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import JobFailedError, SettingsError, StoreError
+from components.foundation.exit_codes import PREEMPTED_EXIT_CODE
 from components.foundation.launch import launch, stage_and_round
 from components.foundation.results import to_json
 from components.foundation.run_context import RunDescription
@@ -169,6 +170,10 @@ def test_a_pool_decides_the_number_of_ranks(
     monkeypatch.setenv("SAFERLHF_TRAIN_JOB", "")
     pod("ppo_lagrangian")
     assert launch("a:b", run_uri) == "4 ranks of a:b"
+    monkeypatch.setattr(launching, "_run_torchrun", lambda *_: PREEMPTED_EXIT_CODE)
+    with pytest.raises(SystemExit) as end:
+        launch("a:b", run_uri)
+    assert end.value.code == PREEMPTED_EXIT_CODE
     monkeypatch.setenv("SAFERLHF_PROCESSES", "1")
     assert launch("builtins:str", run_uri) == run_uri
     monkeypatch.setenv("SAFERLHF_PROCESSES", "none")
