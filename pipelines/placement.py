@@ -75,6 +75,8 @@ class Placement:
             task.set_env_variable("SAFERLHF_TRAIN_JOB", json.dumps(_train_job(stage, platform), sort_keys=True))
             kubernetes.set_timeout(task, 0)  # the job has a deadline of its own, which waiting for nodes is no part of
             pool = platform.pool_of("start_run")  # this pod only submits the job and follows it
+        elif STAGES[stage].trains and pool.gpus:
+            task.set_env_variable("SAFERLHF_PROCESSES", str(pool.gpus))
         _resources(task, pool)
         if pool is self._form_pool:
             kubernetes.add_node_selector_json(task, choice.node_selector)
@@ -157,7 +159,17 @@ def _train_job(stage: str, platform: Platform) -> dict[str, Any]:
         "processes_per_node": pool.gpus or 1,
         "resources": resources,
         "shared_memory": pool.shm or "",
+        "environment": [
+            {"variable": key, "kind": kind, "name": name}
+            for kind, name, keys in (
+                ("configMap", platform.config_map, _CONFIG + _OPTIONAL_CONFIG),
+                ("secret", platform.secrets.store, _STORE_KEYS),
+                ("secret", platform.secrets.tracking, _TRACKING_KEYS),
+            )
+            for key in keys
+        ],
         "service_account": platform.service_account,
+        "user_id": platform.user_id,
         "node_selector": platform.node_selector(pool),
         "tolerations": [
             {"key": toleration.key or "", "value": toleration.value or "", "effect": toleration.effect or ""}

@@ -1,8 +1,14 @@
-"""Runs a training stage on as many ranks as the settings say.
+"""Runs a training stage on as many ranks and nodes as the platform or the settings say.
 
-With one process the stage runs here. With several, `torchrun` starts this module once a rank on this machine:
+| environment | where the stage runs |
+|---|---|
+| `SAFERLHF_TRAIN_JOB` | on the nodes of a TrainJob, which this process submits and follows |
+| `SAFERLHF_PROCESSES`, else `distributed.processes`: 1 | here, in this process |
+| the same, above 1 | here, in so many ranks that torchrun starts |
 
-    torchrun --standalone --nproc-per-node N -m components.foundation.launch MODULE:FUNCTION '[RUN_URI, ...]'
+torchrun, here or on each node, starts this module once a rank:
+
+    python -m components.foundation.torchrun ... -m components.foundation.launch MODULE:FUNCTION '[RUN_URI, ...]'
 
 Ranks end together: when one fails, torchrun ends the others, and the error of the first is raised here.
 """
@@ -22,11 +28,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import psutil
-
 from components.foundation import distributed, errors
-from components.foundation.errors import SaferlhfError, TrainingError
-from components.foundation.run_context import open_run
+from components.foundation.errors import SaferlhfError, SettingsError, TrainingError
+from components.foundation.exit_codes import PREEMPTED_EXIT_CODE
+from components.foundation.run_context import RunContext, finished_uri, open_run
 
 _OUTCOME = "SAFERLHF_OUTCOME"
 """Environment variable: the file in which the first rank that ends otherwise than well says how."""
@@ -36,21 +41,62 @@ def launch(stage: str, *arguments: str | int) -> str:
     """Run a stage, given as `module:function`, and return the URI that it returns; the first argument is its run's URI.
 
     Raises:
-        SaferlhfError: the error that ended the stage, also when it ran on ranks of their own.
+        SaferlhfError: the error that ended the stage, also when it ran on ranks of their own; of a TrainJob, a
+            ClusterError with the last words of its nodes.
         SystemExit: the stage was asked to stop and has saved its state.
     """
-    settings = open_run(str(arguments[0])).settings
-    if settings.distributed.processes == 1:
+    context = open_run(str(arguments[0]))
+    if train_job := os.environ.get("SAFERLHF_TRAIN_JOB"):
+        return _run_on_nodes(context, train_job, stage, arguments)
+    processes = _processes(context)
+    if processes == 1:
         uri: str = _function(stage)(*arguments)
         return uri
+    return _run_on_ranks(processes, stage, arguments)
+
+
+def stage_and_round(stage: str, arguments: Sequence[str | int]) -> tuple[str, int]:
+    """`module:function` and its arguments -> the name and the round under which the stage commits.
+
+    A stage's module has the stage's name. Its second argument is the round, if there is a number; without one the
+    stage happens once in a run, which is round 0.
+    """
+    name = stage.partition(":")[0].rpartition(".")[2]
+    round_number = arguments[1] if len(arguments) > 1 else 0
+    return name, round_number if isinstance(round_number, int) else 0
+
+
+def _run_on_nodes(context: RunContext, description: str, stage: str, arguments: Sequence[str | int]) -> str:
+    from components.foundation.train_job import read_spec, run_train_job, train_job_command  # ranks need no Kubernetes
+
+    name, round_number = stage_and_round(stage, arguments)
+    if context.store.latest(context.stage_uri(name, round_number)) is None:  # or a retry would queue for nodes in vain
+        command = train_job_command(stage, arguments)
+        run_train_job(read_spec(description, context.run_id, name, round_number, command))
+    return finished_uri(context, name, round_number)
+
+
+def _processes(context: RunContext) -> int:
+    """How many ranks on this machine: a platform's pool has the last word, for it knows how many GPUs there are."""
+    told = os.environ.get("SAFERLHF_PROCESSES")
+    if not told:
+        return context.settings.distributed.processes
+    if not told.isascii() or not told.isdigit() or int(told) < 1:
+        raise SettingsError(f"SAFERLHF_PROCESSES={told!r} is no number of processes: set it to 1 or more, or unset it")
+    return int(told)
+
+
+def _run_on_ranks(processes: int, stage: str, arguments: Sequence[str | int]) -> str:
     with tempfile.TemporaryDirectory(prefix="saferlhf-launch-") as folder:
         outcome = Path(folder) / "outcome.json"
-        code = _run_torchrun(settings.distributed.processes, stage, arguments, outcome)
+        code = _run_torchrun(processes, stage, arguments, outcome)
         told = json.loads(outcome.read_text(encoding="utf-8")) if outcome.is_file() else {}
     if "exit" in told:
         raise SystemExit(told["exit"])
     if "error" in told:
         raise getattr(errors, told["error"], TrainingError)(told["message"])
+    if code == PREEMPTED_EXIT_CODE:  # stopped before a rank could listen
+        raise SystemExit(code)
     if code or "uri" not in told:
         raise TrainingError(
             f"a rank of {stage} died (torchrun ended with status {code}): its last words are above; the stage goes on "
@@ -79,21 +125,19 @@ def run_rank(stage: str, arguments: Sequence[str | int]) -> None:
 
 def _run_torchrun(processes: int, stage: str, arguments: Sequence[str | int], outcome: Path) -> int:
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)),
+        *(sys.executable, "-m", "components.foundation.torchrun", "--standalone", "--nproc-per-node", str(processes)),
         *("-m", "components.foundation.launch", stage, json.dumps(list(arguments))),
     ]
-    with subprocess.Popen(command, env=os.environ | {_OUTCOME: str(outcome)}) as torchrun, _passing_on(torchrun.pid):
+    with subprocess.Popen(command, env=os.environ | {_OUTCOME: str(outcome)}) as torchrun, _passing_on(torchrun):
         return torchrun.wait()
 
 
 @contextmanager
-def _passing_on(torchrun: int) -> Iterator[None]:
-    """Within the block SIGTERM goes on to the ranks: torchrun itself would kill them while a checkpoint is saved."""
+def _passing_on(torchrun: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Within the block SIGTERM goes on to torchrun, and by it to the ranks, which save their state and end."""
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        with suppress(psutil.NoSuchProcess):
-            for rank in psutil.Process(torchrun).children():
-                rank.send_signal(number)
+        torchrun.send_signal(number)
 
     before = signal.signal(signal.SIGTERM, pass_on)
     try:

@@ -65,7 +65,7 @@ def explain(error: ValidationError, subject: str) -> str:
     for item in error.errors():
         field = ".".join(str(part) for part in item["loc"] if part != "[key]")
         reason = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
+        if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # of a model, of a dataclass
             parts.append(f"unknown field {field!r}")
         elif item["type"] == "missing":
             parts.append(f"{field} is missing")

@@ -221,6 +221,16 @@ class PpoSettings(_Section):
         description="stop when the KL divergence from the reference is above so many nats a token; empty: never",
     )
 
+    def obstacle_to(self, processes: int) -> str:
+        """Why PPO cannot run on so many ranks; empty where it can."""
+        if processes > self.episodes_per_step:
+            return f"{processes} processes cannot share ppo.episodes_per_step={self.episodes_per_step}"
+        if processes > 1 and self.advantage_source == "preference_oracle":
+            return "ppo.advantage_source=preference_oracle compares pairs, which are not split over ranks"
+        if processes > 1 and self.engine == "vllm":
+            return "ppo.engine=vllm serves one process: use ppo.engine=transformers"
+        return ""
+
     @field_validator("lambda_max")
     @classmethod
     def _ceiling_above_floor(cls, value: float, info: ValidationInfo) -> float:
@@ -323,15 +333,8 @@ class Settings(_Section):
     @classmethod
     def _work_for_every_rank(cls, value: DistributedSettings, info: ValidationInfo) -> DistributedSettings:
         ppo = info.data.get("ppo")
-        if ppo is not None and value.processes > ppo.episodes_per_step:
-            raise ValueError(f"{value.processes} processes cannot share ppo.episodes_per_step={ppo.episodes_per_step}")
-        if ppo is not None and value.processes > 1:
-            if ppo.advantage_source == "preference_oracle":
-                raise ValueError(
-                    "ppo.advantage_source=preference_oracle compares pairs, which are not split over ranks"
-                )
-            if ppo.engine == "vllm":
-                raise ValueError("ppo.engine=vllm serves one process: use ppo.engine=transformers")
+        if ppo is not None and (obstacle := ppo.obstacle_to(value.processes)):
+            raise ValueError(obstacle)
         return value
 
     @field_validator("ppo")

@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from components.foundation import distributed
 from components.foundation.backbone import REFERENCE, Backbone
 from components.foundation.batching import ChatEncoder
-from components.foundation.errors import DataError, GateError
+from components.foundation.errors import DataError, GateError, SettingsError
 from components.foundation.judging import make_judge
 from components.foundation.policy import ACTOR, export_merged
 from components.foundation.preference import Demonstration, PromptRecord, read_jsonl
@@ -81,6 +82,8 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
         if (done := stage.finished()) is not None:
             return done
         settings, store = stage.context.settings, stage.context.store
+        if obstacle := settings.ppo.obstacle_to(distributed.world().size):  # a platform's pool may have more GPUs
+            raise SettingsError(f"{obstacle}; change that, or give the stage fewer GPUs")
         reward_folder, cost_folder = store.fetch(inputs.reward_model), store.fetch(inputs.cost_model)
         compares = settings.ppo.advantage_source == "preference_oracle"
         constraint = label_constraint(settings) if compares else gate_folders(reward_folder, cost_folder, settings)

@@ -49,6 +49,10 @@ def compiled(tmp_path: Path, shallow: Shallow) -> Compiled:
     return steps
 
 
+def environment_of(step: Step) -> dict[str, str]:
+    return {variable.name: variable.value for variable in step.container.env}
+
+
 def step_of(steps: list[Step], stage: str) -> Step:
     return next(step for step in steps if step.stage == stage)
 
@@ -192,19 +196,31 @@ def test_required_affinity_is_one_term_and_preferences_have_weights(tree: Tree, 
 def test_a_stage_over_several_nodes_is_followed_from_a_small_pod(tree: Tree, compiled: Compiled) -> None:
     """Its own pod asks for no accelerator; it is told what to ask for in a TrainJob."""
     tree["pools"]["ppo"] |= {"nodes": 4, "accelerator": {"count": 8}, "affinity": {}, "capacity": "spot"}
-    tree["form_pool"] = "train"
+    tree["form_pool"], tree["config_map"] = "train", "elsewhere"
     steps = compiled(tree)
     step = step_of(steps, "ppo_lagrangian")
     assert not step.container.resources.HasField("accelerator")
     assert step.container.resources.resource_memory_limit == tree["pools"]["small"]["memory"]["limit"]
     assert step.pod.active_deadline_seconds == 0
-    assert json.loads({variable.name: variable.value for variable in step.container.env}["SAFERLHF_TRAIN_JOB"]) == {
+    told = json.loads(environment_of(step)["SAFERLHF_TRAIN_JOB"])
+    assert [(e["variable"], e["kind"], e["name"]) for e in told.pop("environment")] == [
+        ("SAFERLHF_STORE_URI", "configMap", "elsewhere"),
+        ("MLFLOW_TRACKING_URI", "configMap", "elsewhere"),
+        ("AWS_DEFAULT_REGION", "configMap", "elsewhere"),
+        ("AWS_ENDPOINT_URL", "configMap", "elsewhere"),
+        ("AWS_ACCESS_KEY_ID", "secret", "saferlhf-s3"),
+        ("AWS_SECRET_ACCESS_KEY", "secret", "saferlhf-s3"),
+        ("MLFLOW_TRACKING_USERNAME", "secret", "saferlhf-mlflow"),
+        ("MLFLOW_TRACKING_PASSWORD", "secret", "saferlhf-mlflow"),
+    ]
+    assert told == {
         "image": tree["images"]["trainer"],
         "nodes": 4,
         "processes_per_node": 8,
         "resources": {"cpu": "12", "memory": "160Gi", "nvidia.com/gpu": "8"},
         "shared_memory": "32Gi",
         "service_account": "saferlhf",
+        "user_id": 10001,
         "node_selector": {
             "cloud.google.com/gke-accelerator": "nvidia-a100-80gb",
             "cloud.google.com/gke-spot": "true",
@@ -217,7 +233,19 @@ def test_a_stage_over_several_nodes_is_followed_from_a_small_pod(tree: Tree, com
         "deadline_seconds": 86400,
         "retries": 5,
     }
-    assert not any(v.name == "SAFERLHF_TRAIN_JOB" for v in step_of(steps, "sft").container.env)
+    assert "SAFERLHF_PROCESSES" not in environment_of(step)
+    assert "SAFERLHF_TRAIN_JOB" not in environment_of(step_of(steps, "sft"))
+
+
+def test_a_training_stage_has_a_rank_for_each_accelerator_of_its_pool(tree: Tree, compiled: Compiled) -> None:
+    """Others run one model in one process, and without accelerators the settings decide."""
+    tree["pools"]["train"]["accelerator"]["count"] = 8
+    told = {step.stage: environment_of(step).get("SAFERLHF_PROCESSES") for step in compiled(tree)}
+    assert {stage: told[stage] for stage in TRAINING} == dict.fromkeys(TRAINING[:3], "8") | {"ppo_lagrangian": "1"}
+    assert not any(told[stage] for stage in told.keys() - set(TRAINING))
+    tree["cpu_training"] = True
+    tree["pools"]["ppo"].pop("accelerator")
+    assert "SAFERLHF_PROCESSES" not in environment_of(step_of(compiled(tree), "ppo_lagrangian"))
 
 
 def test_a_stage_may_run_in_another_image(tree: Tree, compiled: Compiled) -> None:

@@ -82,7 +82,7 @@ def in_cluster(environment: Mapping[str, str] = os.environ, service_account: Pat
     except (ConfigException, OSError) as error:
         raise ClusterError(
             f"training on several nodes needs a pod with a service account, and this process has none: {error} "
-            f"(looked in {service_account}); run the pipeline on a cluster, or set distributed.nodes=1"
+            f"(looked in {service_account}); run the pipeline on a cluster, or unset SAFERLHF_TRAIN_JOB"
         ) from error
     pod = {name: environment.get(name, "") for name in ("KFP_POD_NAME", "KFP_POD_UID")}
     missing = [name for name, value in pod.items() if not value]

@@ -13,9 +13,12 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from components.foundation.errors import ClusterError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from components.foundation.errors import ClusterError, SettingsError
+from components.foundation.scheduling import explain
 from components.foundation.train_job.kubernetes_api import Cluster, Json
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
@@ -25,7 +28,6 @@ NODE = "node"
 
 _QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 _MANAGER = "saferlhf/train-job"
-_USER_ID = 10001
 _LONGEST_NAME = 45
 """JobSet names pods `<name>-node-0-<index>-<5 characters>`, in 63 characters; this leaves four digits for the index."""
 
@@ -40,6 +42,7 @@ class EnvReference:
 
 
 PLATFORM_ENVIRONMENT = (
+    EnvReference("SAFERLHF_STORE_URI", "configMap", "saferlhf-platform"),
     EnvReference("AWS_ENDPOINT_URL", "configMap", "saferlhf-platform"),
     EnvReference("AWS_DEFAULT_REGION", "configMap", "saferlhf-platform"),
     EnvReference("MLFLOW_TRACKING_URI", "configMap", "saferlhf-platform"),
@@ -68,7 +71,7 @@ class TrainJobSpec:
 
     Attributes:
         run_id, stage, round: what the job is for; they make its name.
-        image: by digest.
+        image: by digest, which goes into the manifests of what the job commits.
         command: see `train_job_command`.
         processes_per_node: ranks on each node.
         resources: of each node, requests and limits alike: cpu, memory, and the GPU resource with its count, for
@@ -78,6 +81,8 @@ class TrainJobSpec:
         deadline_seconds: how long the job may run, queueing not counted.
         retries: how often a preempted job is started again.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     run_id: str
     stage: str
@@ -90,6 +95,7 @@ class TrainJobSpec:
     shared_memory: str = ""
     environment: Sequence[EnvReference] = PLATFORM_ENVIRONMENT
     service_account: str = "saferlhf"
+    user_id: int = 10001
     node_selector: Mapping[str, str] = field(default_factory=dict)
     tolerations: Sequence[Toleration] = ()
     queue: str = ""
@@ -101,6 +107,21 @@ class TrainJobSpec:
     def name(self) -> str:
         """The job's name: the same for every attempt of a step, another for every other step."""
         return job_name(self.run_id, self.stage, self.round)
+
+
+def read_spec(text: str, run_id: str, stage: str, round_number: int, command: Sequence[str]) -> TrainJobSpec:
+    """The job that a platform describes (SAFERLHF_TRAIN_JOB: the other fields of a TrainJobSpec, as JSON), for a stage.
+
+    Raises:
+        SettingsError: it is no such description; the message names the field.
+    """
+    ours = {"run_id": run_id, "stage": stage, "round": round_number, "command": tuple(command)}
+    try:
+        return TypeAdapter(TrainJobSpec).validate_python({**json.loads(text), **ours})
+    except ValidationError as error:
+        raise SettingsError(explain(error, "SAFERLHF_TRAIN_JOB")) from None
+    except (ValueError, TypeError) as error:
+        raise SettingsError(f"SAFERLHF_TRAIN_JOB={text!r} is no JSON object of TrainJobSpec's fields") from error
 
 
 def train_job_command(target: str, arguments: Sequence[str | int | float]) -> tuple[str, ...]:
@@ -180,11 +201,15 @@ def _owned_by_nobody(spec: TrainJobSpec) -> Json:
                 "numNodes": spec.nodes,
                 "numProcPerNode": spec.processes_per_node,
                 "resourcesPerNode": {"requests": dict(spec.resources), "limits": dict(spec.resources)},
-                "env": [_env(reference) for reference in spec.environment],
+                "env": [_image_digest(spec), *(_env(reference) for reference in spec.environment)],
             },
             "runtimePatches": [{"manager": _MANAGER, "trainingRuntimeSpec": _runtime_patch(_pod_patch(spec))}],
         },
     }
+
+
+def _image_digest(spec: TrainJobSpec) -> Json:
+    return {"name": "SAFERLHF_IMAGE_DIGEST", "value": spec.image.partition("@")[2]}
 
 
 def _env(reference: EnvReference) -> Json:
@@ -202,7 +227,10 @@ def _runtime_patch(pod: Json) -> Json:
 def _pod_patch(spec: TrainJobSpec) -> Json:
     pod: Json = {
         "serviceAccountName": spec.service_account,
-        "securityContext": {"runAsNonRoot": True, "runAsUser": _USER_ID, "runAsGroup": _USER_ID, "fsGroup": _USER_ID},
+        "securityContext": {
+            "runAsNonRoot": True,
+            **dict.fromkeys(("runAsUser", "runAsGroup", "fsGroup"), spec.user_id),
+        },
     }
     if spec.node_selector:
         pod["nodeSelector"] = dict(spec.node_selector)
