@@ -83,7 +83,9 @@ def test_what_holds_for_every_step(steps: dict[str, list[Step]], name: str) -> N
         for field in ("cpu_request", "cpu_limit", "memory_request", "memory_limit"):
             assert getattr(resources, f"resource_{field}"), where
         environment = {variable.name: variable.value for variable in step.container.env}
-        assert environment == {"SAFERLHF_IMAGE_DIGEST": step.container.image.partition("@")[2]}, where
+        assert environment.pop("SAFERLHF_IMAGE_DIGEST") == step.container.image.partition("@")[2], where
+        a_rank_a_gpu = STAGES[step.stage].trains and name != "local"
+        assert environment == ({"SAFERLHF_PROCESSES": "1"} if a_rank_a_gpu else {}), where
         assert "pip install" not in " ".join(step.container.command)
 
 
