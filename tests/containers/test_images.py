@@ -87,6 +87,7 @@ def test_the_service_image_is_without_torch(podman: Podman, images: Images) -> N
     modules = [
         *("components.prepare_data.start_run", "components.prepare_data.prepare_data", "components.annotate.annotate"),
         *("components.promote.promote", "components.report.report", "pipelines.cli", "pipelines.safe_rlhf"),
+        *("pipelines.doctor", "pipelines.registry", "pipelines.upload", "components.promote.lineage"),
         *("components.foundation.judging.llm", "kfp.dsl.executor_main", "datasets", "pyarrow.parquet"),
     ]
     program = (
@@ -94,6 +95,20 @@ def test_the_service_image_is_without_torch(podman: Podman, images: Images) -> N
         "print([name for name in ('torch', 'transformers', 'deepspeed', 'pip') if importlib.util.find_spec(name)])"
     )
     assert in_container(podman, images.service, f'python3 -c "{program}"').strip() == "[]"
+
+
+def test_the_service_image_runs_the_servers_of_the_chart(podman: Podman, images: Images) -> None:
+    """SeaweedFS; MLflow's migration; and SQLAlchemy finds the driver of Postgres, with its own copy of libpq."""
+    driver = "import psycopg, sqlalchemy; sqlalchemy.create_engine('postgresql+psycopg://host/db'); "
+    commands = (
+        "weed version",
+        "mlflow db upgrade sqlite:////tmp/mlflow.db 2>/dev/null",
+        "mlflow server --help | head -n 1",
+        f'python3 -c "{driver} print(psycopg.pq.__impl__)"',
+    )
+    lines = in_container(podman, images.service, " && ".join(commands)).splitlines()
+    assert lines[0].startswith("version ")
+    assert lines[-2:] == ["Usage: mlflow server [OPTIONS]", "binary"]
 
 
 def test_the_trainer_image_has_what_its_stages_import(podman: Podman, images: Images) -> None:

@@ -104,6 +104,17 @@ def test_a_step_that_fails_in_its_container_fails_the_run(
     assert not CheckpointStore(STORE).has_text(f"{STORE}/runs/refused/run.json")
 
 
+def test_the_doctor_of_the_service_image_reaches_both_servers(
+    podman: Podman, images: Images, servers: Servers, done: list[FinishedContainer]
+) -> None:
+    """As the chart's Jobs run it."""
+    environment = servers.container_environment | {"SAFERLHF_STORE_URI": STORE}
+    options = [f"--env={name}={value}" for name, value in environment.items()]
+    options += ["--read-only", "--tmpfs=/tmp", "--cap-drop=all", f"--network={servers.network}"]
+    said = podman("run", "--rm", *options, images.service, "saferlhf", "doctor", "s3", "mlflow").stdout
+    assert [line.split()[:2] for line in said.splitlines()] == [["s3:", "ok:"], ["mlflow:", "ok:"]]
+
+
 def test_a_container_has_no_way_out_of_this_machine(podman: Podman, images: Images, servers: Servers) -> None:
     """No route leads beyond its own network."""
     script = "cut -f2 /proc/net/route"
