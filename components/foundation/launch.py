@@ -96,7 +96,7 @@ def _run_on_ranks(processes: int, stage: str, arguments: Sequence[str | int]) ->
     if "error" in told:
         raise getattr(errors, told["error"], TrainingError)(told["message"])
     if code in (PREEMPTED_EXIT_CODE, -signal.SIGTERM):  # stopped before a rank, or torchrun, could listen
-        raise SystemExit(code)
+        raise SystemExit(PREEMPTED_EXIT_CODE)
     if code or "uri" not in told:
         raise TrainingError(
             f"a rank of {stage} died (torchrun ended with status {code}): its last words are above; the stage goes on "
