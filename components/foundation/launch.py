@@ -95,8 +95,8 @@ def _run_on_ranks(processes: int, stage: str, arguments: Sequence[str | int]) ->
         raise SystemExit(told["exit"])
     if "error" in told:
         raise getattr(errors, told["error"], TrainingError)(told["message"])
-    if code == PREEMPTED_EXIT_CODE:  # stopped before a rank could listen
-        raise SystemExit(code)
+    if code in (PREEMPTED_EXIT_CODE, -signal.SIGTERM):  # stopped before a rank, or torchrun, could listen
+        raise SystemExit(PREEMPTED_EXIT_CODE)
     if code or "uri" not in told:
         raise TrainingError(
             f"a rank of {stage} died (torchrun ended with status {code}): its last words are above; the stage goes on "
