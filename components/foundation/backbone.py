@@ -30,7 +30,7 @@ from components.foundation.language_model import (
     load_tokenizer,
     save_causal_lm,
 )
-from components.foundation.settings import LoraSettings
+from components.foundation.setting_sections import LoraSettings
 from components.foundation.trunk import FrozenTrunk
 
 REFERENCE = "reference"

@@ -22,7 +22,8 @@ from components.foundation.preference_trainer import (
 from components.foundation.progress import Progress
 from components.foundation.results import PreferenceModelResult, to_json
 from components.foundation.run_context import finished_uri, open_stage
-from components.foundation.settings import PreferenceModelSettings, Settings
+from components.foundation.setting_sections import PreferenceModelSettings
+from components.foundation.settings import Settings
 from components.foundation.training_checkpoints import TrainingCheckpoints
 
 _VALIDATION_PAIRS = 32

@@ -24,7 +24,7 @@ from components.foundation.batching import (
 )
 from components.foundation.optimization import batch_count, cosine_factor, shuffled_batches
 from components.foundation.role_optimizer import UpdateGuard, make_optimizers
-from components.foundation.settings import PreferenceModelSettings
+from components.foundation.setting_sections import PreferenceModelSettings
 from components.foundation.training_checkpoints import TrainingCheckpoints
 
 

@@ -1,4 +1,4 @@
-"""The profiles: named sets of defaults. What a profile does not name has the default of `settings.py`."""
+"""The profiles: named sets of defaults. What a profile does not name has the default of its section."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from components.foundation import distributed
 from components.foundation.backbone import REFERENCE, Backbone
 from components.foundation.batching import SequenceBatch, TokenSequence, collate, last_answer_token, token_log_probs
 from components.foundation.policy import ACTOR
+from components.foundation.ppo_settings import PpoSettings
 from components.foundation.rollout import Rollout
-from components.foundation.settings import PpoSettings
 from components.ppo_lagrangian.objective import (
     aggregate_cost,
     combine_advantages,

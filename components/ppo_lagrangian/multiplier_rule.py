@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from components.foundation.settings import PpoSettings
+from components.foundation.ppo_settings import PpoSettings
 from components.ppo_lagrangian.multiplier import (
     MultiplierState,
     PidGains,

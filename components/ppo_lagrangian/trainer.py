@@ -27,9 +27,9 @@ from components.foundation.batching import (
 )
 from components.foundation.optimization import cosine_factor
 from components.foundation.policy import ACTOR
+from components.foundation.ppo_settings import PpoSettings
 from components.foundation.role_optimizer import UpdateGuard, make_optimizers
 from components.foundation.rollout import Rollout, RolloutEngine, Sampling
-from components.foundation.settings import PpoSettings
 from components.ppo_lagrangian.episode import (
     COST_CRITIC,
     REWARD_CRITIC,

@@ -23,7 +23,7 @@ from components.foundation.preference import (
 )
 from components.foundation.results import write_records
 from components.foundation.run_context import open_stage
-from components.foundation.settings import DataSettings
+from components.foundation.setting_sections import DataSettings
 
 STAGE = "prepare_data"
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"

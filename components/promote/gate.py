@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from components.foundation.results import Estimate, Evaluation, HeldOutAnswer
-from components.foundation.settings import GateSettings
+from components.foundation.setting_sections import GateSettings
 from components.foundation.statistics import win_rate
 
 PROMOTE, CHALLENGE = "promote", "challenger"

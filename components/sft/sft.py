@@ -20,7 +20,7 @@ from components.foundation.preference_trainer import OnStep
 from components.foundation.progress import Progress
 from components.foundation.role_optimizer import UpdateGuard, make_optimizers
 from components.foundation.run_context import open_stage
-from components.foundation.settings import SftSettings
+from components.foundation.setting_sections import SftSettings
 from components.foundation.training_checkpoints import TrainingCheckpoints
 
 STAGE = "sft"

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from scipy.optimize import brentq
 
-from components.foundation.settings import PpoSettings
+from components.foundation.ppo_settings import PpoSettings
 from components.ppo_lagrangian.multiplier import MultiplierState
 from components.ppo_lagrangian.multiplier_rule import next_multiplier, start_multiplier
 from components.ppo_lagrangian.objective import (

@@ -20,10 +20,11 @@ from components.foundation.backbone import Backbone
 from components.foundation.base_model import pull_smol
 from components.foundation.batching import ChatEncoder, TokenSequence, collate, token_log_probs
 from components.foundation.policy import ACTOR
+from components.foundation.ppo_settings import PpoSettings
 from components.foundation.rollout import Rollout, RolloutEngine, Sampling
 from components.foundation.rollout.transformers_engine import TransformersEngine
 from components.foundation.rollout.vllm_engine import VllmEngine
-from components.foundation.settings import LoraSettings, PpoSettings
+from components.foundation.setting_sections import LoraSettings
 
 TEXTS = [f"Tell me something about the number {number}, and why people like it." for number in range(64)]
 SAMPLING = Sampling(temperature=0.7, max_new_tokens=32, seed=0)

@@ -224,7 +224,7 @@ def test_training_that_diverges_names_its_last_checkpoint_which_stays(
     from components.foundation.base_model import resolve_base_model
     from components.foundation.batching import TokenSequence
     from components.foundation.role_optimizer import make_optimizers
-    from components.foundation.settings import SftSettings
+    from components.foundation.setting_sections import SftSettings
     from components.sft import sft
 
     losses, calls = sft.answer_cross_entropy, 0

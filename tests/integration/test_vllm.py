@@ -24,11 +24,12 @@ from components.foundation.base_model import make_tiny
 from components.foundation.errors import RolloutError
 from components.foundation.language_model import import_transformers
 from components.foundation.policy import ACTOR
+from components.foundation.ppo_settings import PpoSettings
 from components.foundation.rollout import Rollout, Sampling
 from components.foundation.rollout.transformers_engine import TransformersEngine
 from components.foundation.rollout.vllm_engine import VllmEngine
 from components.foundation.rollout.vllm_server import PYTHON_VARIABLE
-from components.foundation.settings import LoraSettings, PpoSettings
+from components.foundation.setting_sections import LoraSettings
 
 pytestmark = [
     pytest.mark.vllm,

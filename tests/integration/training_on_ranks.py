@@ -22,6 +22,7 @@ from components.foundation.backbone import Backbone
 from components.foundation.base_model import make_tiny
 from components.foundation.batching import TokenSequence, collate
 from components.foundation.policy import ACTOR
+from components.foundation.ppo_settings import PpoSettings
 from components.foundation.preference_trainer import (
     ScoredPair,
     answer_scores,
@@ -31,7 +32,7 @@ from components.foundation.preference_trainer import (
 from components.foundation.role_optimizer import RoleOptimizer, make_optimizers
 from components.foundation.rollout import Sampling
 from components.foundation.rollout.transformers_engine import TransformersEngine
-from components.foundation.settings import LoraSettings, PpoSettings, PreferenceModelSettings, SftSettings
+from components.foundation.setting_sections import LoraSettings, PreferenceModelSettings, SftSettings
 from components.ppo_lagrangian.episode import COST, COST_CRITIC, REWARD, REWARD_CRITIC
 from components.ppo_lagrangian.multiplier import CostConstraint
 from components.ppo_lagrangian.trainer import PpoLagrangian

@@ -23,7 +23,7 @@ from components.foundation.batching import SequenceBatch, TokenSequence, collate
 from components.foundation.errors import ModelError
 from components.foundation.language_model import save_causal_lm
 from components.foundation.preference_trainer import answer_scores
-from components.foundation.settings import LoraSettings
+from components.foundation.setting_sections import LoraSettings
 
 LoadTiny = Callable[[str], Backbone]
 MakeTiny = Callable[[str], Path]

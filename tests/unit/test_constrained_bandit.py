@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from components.foundation.settings import PpoSettings
+from components.foundation.ppo_settings import PpoSettings
 from components.ppo_lagrangian.multiplier_rule import next_multiplier, start_multiplier
 from tests.benchmarks.bandit import COST, PAPER_NU, REWARD, THRESHOLD, bandit, optimum, shaped_policy, train
 from tests.benchmarks.fixed_nu import Point, compare, picture, table

@@ -13,10 +13,11 @@ from components.foundation.backbone import Backbone
 from components.foundation.batching import TokenSequence
 from components.foundation.errors import DivergenceError
 from components.foundation.policy import ACTOR
+from components.foundation.ppo_settings import PpoSettings
 from components.foundation.preference_trainer import PreferenceScores, ScoredPair, train_preference_model
 from components.foundation.role_optimizer import UpdateGuard, WholeOptimizer
 from components.foundation.rollout.transformers_engine import TransformersEngine
-from components.foundation.settings import LoraSettings, PpoSettings, PreferenceModelSettings, SftSettings
+from components.foundation.setting_sections import LoraSettings, PreferenceModelSettings, SftSettings
 from components.ppo_lagrangian.episode import COST, COST_CRITIC, REWARD, REWARD_CRITIC
 from components.ppo_lagrangian.multiplier import CostConstraint
 from components.ppo_lagrangian.trainer import PpoLagrangian

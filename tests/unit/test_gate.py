@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.foundation.results import Estimate, Evaluation
-from components.foundation.settings import GateSettings
+from components.foundation.setting_sections import GateSettings
 from components.promote.gate import decide
 
 GATE = GateSettings(max_unsafe_rate=0.3, min_win_rate=0.45, max_over_refusal_rate=0.2)

@@ -18,7 +18,7 @@ from components.foundation.judging import AnswerPair, check_usable, make_judge, 
 from components.foundation.judging.llm import LlmJudge
 from components.foundation.judging.rules import RulesJudge
 from components.foundation.preference import PromptRecord
-from components.foundation.settings import AnnotateSettings
+from components.foundation.setting_sections import AnnotateSettings
 
 PROMPT = PromptRecord("How do I boil an egg?", "benign")
 KEY = "sk-very-secret"

@@ -14,10 +14,12 @@ import torch
 from components.foundation.backbone import REFERENCE, Backbone
 from components.foundation.batching import SequenceBatch, TokenSequence, answer_cross_entropy, collate, token_log_probs
 from components.foundation.policy import ACTOR
+from components.foundation.ppo_settings import PpoSettings
 from components.foundation.preference import Demonstration, PromptRecord
 from components.foundation.rollout import Rollout, Sampling
 from components.foundation.rollout.transformers_engine import TransformersEngine
-from components.foundation.settings import LoraSettings, PpoSettings, resolve_settings
+from components.foundation.setting_sections import LoraSettings
+from components.foundation.settings import resolve_settings
 from components.ppo_lagrangian.episode import (
     COST,
     COST_CRITIC,

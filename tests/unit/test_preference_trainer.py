@@ -30,7 +30,7 @@ from components.foundation.preference_trainer import (
     score_validation,
     train_preference_model,
 )
-from components.foundation.settings import LoraSettings, PreferenceModelSettings
+from components.foundation.setting_sections import LoraSettings, PreferenceModelSettings
 from components.reward_model.loss import reward_loss
 
 LoadTiny = Callable[[str], Backbone]

@@ -23,7 +23,8 @@ from components.foundation.preference_trainer import PreferenceLoss, PreferenceS
 from components.foundation.role_optimizer import make_optimizers
 from components.foundation.rollout import Sampling
 from components.foundation.rollout.transformers_engine import TransformersEngine
-from components.foundation.settings import LoraSettings, resolve_settings
+from components.foundation.setting_sections import LoraSettings
+from components.foundation.settings import resolve_settings
 from components.ppo_lagrangian.episode import COST, COST_CRITIC, REWARD, REWARD_CRITIC
 from components.ppo_lagrangian.multiplier import CostConstraint
 from components.ppo_lagrangian.objective import actor_loss, critic_loss, whiten

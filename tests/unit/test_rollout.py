@@ -18,7 +18,7 @@ from components.foundation.backbone import REFERENCE, Backbone
 from components.foundation.base_model import TINY_ARCHITECTURES
 from components.foundation.rollout import Sampling
 from components.foundation.rollout.transformers_engine import TransformersEngine, draw, truncate
-from components.foundation.settings import LoraSettings
+from components.foundation.setting_sections import LoraSettings
 
 LoadTiny = Callable[[str], Backbone]
 MakeTiny = Callable[[str], Path]

@@ -12,7 +12,7 @@ from components.evaluate.evaluate import summarize
 from components.foundation.judging import make_judge
 from components.foundation.preference import DualPreference, PromptRecord
 from components.foundation.results import HeldOutAnswer
-from components.foundation.settings import AnnotateSettings
+from components.foundation.setting_sections import AnnotateSettings
 
 PROMPTS = [PromptRecord(f"prompt {i}", "red_team", "theft") for i in range(20)]
 

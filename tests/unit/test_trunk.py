@@ -14,7 +14,7 @@ from components.foundation.backbone import REFERENCE, Backbone
 from components.foundation.base_model import TINY_ARCHITECTURES
 from components.foundation.batching import SequenceBatch, TokenSequence, collate
 from components.foundation.preference_trainer import answer_scores
-from components.foundation.settings import LoraSettings
+from components.foundation.setting_sections import LoraSettings
 from components.foundation.trunk import FrozenTrunk
 
 LoadTiny = Callable[[str], Backbone]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from components.foundation.errors import DataError
-from components.foundation.settings import DataSettings
+from components.foundation.setting_sections import DataSettings
 from components.prepare_data.prepare_data import load_all, write_prepared
 from pipelines.validate import validate_file
 

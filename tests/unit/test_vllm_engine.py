@@ -17,12 +17,13 @@ import pytest
 from components.foundation.backbone import Backbone
 from components.foundation.errors import RolloutError, SettingsError
 from components.foundation.policy import ACTOR
+from components.foundation.ppo_settings import PpoSettings
 from components.foundation.rollout import Sampling
 from components.foundation.rollout.engines import make_engine
 from components.foundation.rollout.transformers_engine import TransformersEngine
 from components.foundation.rollout.vllm_engine import VllmEngine, prompt_seed
 from components.foundation.rollout.vllm_server import PYTHON_VARIABLE, find_vllm_python
-from components.foundation.settings import LoraSettings, PpoSettings
+from components.foundation.setting_sections import LoraSettings
 from tests.misbehaving_vllm import EOS, NONSENSE, fake_vllm
 
 LoadTiny = Callable[[str], Backbone]

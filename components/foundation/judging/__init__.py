@@ -9,7 +9,7 @@ from typing import Protocol
 
 from components.foundation.errors import AnnotationError, SettingsError
 from components.foundation.preference import PromptRecord
-from components.foundation.settings import AnnotateSettings
+from components.foundation.setting_sections import AnnotateSettings
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from components.foundation.backbone import Backbone
+from components.foundation.ppo_settings import PpoSettings
 from components.foundation.rollout import RolloutEngine
 from components.foundation.rollout.transformers_engine import TransformersEngine
-from components.foundation.settings import PpoSettings
 
 
 def make_engine(settings: PpoSettings, backbone: Backbone, role: str, model_folder: Path) -> RolloutEngine:

@@ -21,9 +21,9 @@ from pathlib import Path
 from pydantic import BaseModel, Field, ValidationError
 
 from components.foundation.backbone import Backbone
+from components.foundation.ppo_settings import PpoSettings
 from components.foundation.rollout import Rollout, Sampling
 from components.foundation.rollout.vllm_server import VllmServer, find_vllm_python
-from components.foundation.settings import PpoSettings
 
 _BASE = "base"
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM reserves room for
