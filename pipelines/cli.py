@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import shlex
-import signal
 import sys
 import time
 from pathlib import Path
@@ -16,22 +15,27 @@ import typer
 from components.foundation.errors import SaferlhfError, SettingsError
 from components.foundation.settings import resolve_settings
 from pipelines import registry
+from pipelines.kubeflow import commands as kubeflow
+from pipelines.options import INTERRUPTED, Overrides, Profile, Seed
 
-app = typer.Typer(help="Safe RLHF as a Kubeflow pipeline.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="Safe RLHF as a Kubeflow pipeline.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,  # they may hold keys
+)
 data_app = typer.Typer(help="Look at data files.", no_args_is_help=True)
 models_app = typer.Typer(help="Base models.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(models_app, name="models")
 app.add_typer(registry.registry_app, name="registry")
+app.add_typer(kubeflow.schedule_app, name="schedule")
 for command in (registry.promote, registry.rollback, registry.lineage):
     app.command()(command)
+app.command()(kubeflow.upload)
+app.command()(kubeflow.submit)
 
-_INTERRUPTED = 128 + signal.SIGINT
-
-Profile = Annotated[str, typer.Option(help="smol: a real 135M language model; tiny: random weights, for tests")]
 WorkDir = Annotated[Path, typer.Option(help="folder of the servers' data and of the run's results")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated")]
-Seed = Annotated[int, typer.Option(help="seed of every random choice")]
 
 
 @app.command()
@@ -56,7 +60,7 @@ def run(
         run_here(LocalRun(settings, overrides, workdir, run_id, resumed=bool(resume)))
     except KeyboardInterrupt:
         typer.echo(f"saferlhf: interrupted; the same command with --resume {run_id} goes on", err=True)
-        raise typer.Exit(_INTERRUPTED) from None
+        raise typer.Exit(INTERRUPTED) from None
 
 
 @app.command()
@@ -96,25 +100,6 @@ def compile_(
         typer.echo(f"start its runs with the service account {cluster.service_account}")
         if cluster.has_placeholder_images:
             typer.echo("its images are examples: give yours with --image-trainer, -rollout and -service", err=True)
-
-
-@app.command()
-def upload(
-    file: Annotated[Path, typer.Argument(help="the pipeline's YAML, from `saferlhf compile`")],
-    host: Annotated[str, typer.Option(envvar="KFP_HOST", help="address of Kubeflow's pipeline server")],
-    version: Annotated[str, typer.Option(help="start of the version's name")] = "saferlhf",
-    namespace: Annotated[str, typer.Option(envvar="KFP_NAMESPACE", help="for a Kubeflow with several users")] = "",
-    token_file: Annotated[str, typer.Option(envvar="KFP_TOKEN_FILE", help="a service account's token")] = "",
-    schedule: Annotated[str, typer.Option(help='six fields, seconds first, or "none" to remove the schedule')] = "",
-    parameter: Annotated[list[str] | None, typer.Option(help="name=value for scheduled runs; may be repeated")] = None,
-    service_account: Annotated[str, typer.Option(help="of scheduled runs")] = "",
-) -> None:
-    """Upload a compiled pipeline to Kubeflow as a new version, unless it is there; set or remove its schedule."""
-    from pipelines.upload import Upload, upload_and_schedule
-
-    wish = Upload(file, version, namespace, schedule, tuple(parameter or ()), service_account)
-    for line in upload_and_schedule(wish, host, token_file):
-        typer.echo(line)
 
 
 @app.command()

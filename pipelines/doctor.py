@@ -1,6 +1,6 @@
 """`saferlhf doctor`: does what a run needs really answer, from here, with these keys?
 
-Addresses and keys come from the environment that steps have: SAFERLHF_STORE_URI, AWS_*, MLFLOW_TRACKING_URI, KFP_HOST.
+Addresses and keys come from the environment that steps have: SAFERLHF_STORE_URI, AWS_*, MLFLOW_TRACKING_URI, KFP_*.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import SaferlhfError, SettingsError
 from components.foundation.tracking import Tracker
-from pipelines import cluster
+from pipelines.kubeflow.client import EXPERIMENT, PIPELINE, access_from, connect
+from pipelines.kubeflow.versions import count_versions
 
 
 def examine(names: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], bool]:
@@ -40,16 +41,14 @@ def _s3(environment: Mapping[str, str]) -> str:
 
 def _mlflow(environment: Mapping[str, str]) -> str:
     uri = _needed(environment, "MLFLOW_TRACKING_URI")
-    Tracker(uri, cluster.EXPERIMENT).check()
+    Tracker(uri, EXPERIMENT).check()
     return f"{uri} answers queries"
 
 
 def _kfp(environment: Mapping[str, str]) -> str:
-    host = _needed(environment, "KFP_HOST")
-    namespace = environment.get("KFP_NAMESPACE") or None
-    client = cluster.connect(host, namespace, environment.get("KFP_TOKEN_FILE", ""))
-    versions = cluster.count_versions(client, namespace)
-    return f"{host} holds {versions} version{'' if versions == 1 else 's'} of {cluster.PIPELINE}"
+    access = access_from(environment)
+    versions = count_versions(connect(access))
+    return f"{access.host} holds {versions} version{'' if versions == 1 else 's'} of {PIPELINE}"
 
 
 def _needed(environment: Mapping[str, str], name: str) -> str:

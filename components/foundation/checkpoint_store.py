@@ -105,7 +105,7 @@ class CheckpointStore:
             parents=list(parents),
             labels=dict(labels or {}),
             settings_digest=settings_digest,
-            git_sha=self._environment.get("SAFERLHF_GIT_SHA") or _git_sha(),
+            git_sha=git_sha(self._environment),
             image_digest=self._environment.get("SAFERLHF_IMAGE_DIGEST", ""),
             format_version=FORMAT_VERSION,
         )
@@ -342,6 +342,11 @@ def _same_file(first: Path, second: Path) -> bool:
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def git_sha(environment: Mapping[str, str]) -> str:
+    """Commit of the code that runs: what the image says, else the checkout; empty where neither knows."""
+    return environment.get("SAFERLHF_GIT_SHA") or _git_sha()
 
 
 @functools.cache

@@ -16,6 +16,7 @@
     +-- ServiceError         a local server (S3, MLflow) did not start
     |   +-- RolloutError     the rollout server did not start, died, or answered nonsense
     +-- ClusterError         Kubernetes or Kubeflow cannot be reached, or refuses a call
+        +-- ClusterUnavailableError  it does not answer, or says that it cannot now
         +-- JobConflictError there is a TrainJob of our name that is not ours
         +-- JobDeletedError  somebody else deleted the TrainJob
         +-- JobFailedError   the TrainJob ended as Failed, or was preempted too often
@@ -87,6 +88,10 @@ class RolloutError(ServiceError):
 
 class ClusterError(SaferlhfError):
     """Kubernetes or Kubeflow cannot be reached, or refuses a call."""
+
+
+class ClusterUnavailableError(ClusterError):
+    """Kubeflow does not answer, or says that it cannot now; asking again may help."""
 
 
 class JobConflictError(ClusterError):

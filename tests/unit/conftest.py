@@ -1,4 +1,4 @@
-"""Tiny random models for the unit tests, made once per test process."""
+"""Tiny random models for the unit tests, made once per test process; a pipeline server and a compiled pipeline."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ import transformers
 
 from components.foundation.backbone import Backbone
 from components.foundation.base_model import make_tiny
+from pipelines.compiling import compile_to
+from tests.unit.kfp_server import KfpServer, kfp_server
+from tests.unit.kubeflow_command import ENVIRONMENT
 
 MakeTiny = Callable[[str], Path]
 LoadTiny = Callable[[str], Backbone]
@@ -59,3 +62,22 @@ def load_plain() -> LoadPlain:
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
     return load
+
+
+@pytest.fixture
+def kfp(monkeypatch: pytest.MonkeyPatch) -> Iterator[KfpServer]:
+    """A server that speaks KFP's API, for the `saferlhf` command of this test."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    with kfp_server() as server:
+        monkeypatch.setenv("KFP_HOST", server.url)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def compiled_pipeline(tmp_path_factory: pytest.TempPathFactory, shallow: Shallow) -> Path:
+    """One round, for no platform."""
+    file = tmp_path_factory.mktemp("compiled") / "pipeline.yaml"
+    shallow(compile_to, file, 1)
+    return file

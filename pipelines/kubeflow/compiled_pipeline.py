@@ -1,0 +1,94 @@
+"""A compiled pipeline as a run needs to know it: its rounds, the settings of its platform, and what its form takes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from components.foundation.errors import SettingsError
+from components.foundation.settings import Settings, resolve_settings
+
+
+@dataclass(frozen=True)
+class CompiledPipeline:
+    """What `saferlhf compile` has put into the YAML.
+
+    Attributes:
+        source: the file, or the version on the server; for messages.
+        rounds: that a run of it has.
+        settings: `key=value`, of the platform that it was compiled for.
+    """
+
+    source: str
+    rounds: int
+    settings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RunChoice:
+    """What a user chooses for a run; `overrides` are `key=value`."""
+
+    profile: str = "smol"
+    seed: int = 0
+    overrides: tuple[str, ...] = ()
+
+
+def read_compiled(file: Path) -> CompiledPipeline:
+    """Read the YAML that `saferlhf compile` wrote.
+
+    Raises:
+        SettingsError: the file cannot be read, or is something else.
+    """
+    try:
+        text = read_bytes(file).decode("utf-8")
+        first = next(iter(yaml.load_all(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))))
+    except (yaml.YAMLError, UnicodeDecodeError, StopIteration):
+        first = None
+    return pipeline_of(first, str(file))
+
+
+def pipeline_of(spec: Any, source: str) -> CompiledPipeline:
+    """The same of a PipelineSpec as a tree; KFP's API puts it beside a platform_spec where there is one.
+
+    Raises:
+        SettingsError: it is no pipeline of ours.
+    """
+    try:
+        spec = spec.get("pipeline_spec", spec)
+        parameters = spec["root"]["inputDefinitions"]["parameters"]
+        start = spec["root"]["dag"]["tasks"]["start-run"]["inputs"]["parameters"]
+        rounds = int(start["rounds"]["runtimeValue"]["constant"])
+        settings = tuple(json.loads(parameters["run_set"]["defaultValue"]))
+        for name in ("run_id", "run_profile", "run_seed"):
+            parameters[name]["parameterType"]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise SettingsError(f"{source} is no compiled pipeline of ours: make one with `saferlhf compile`") from None
+    return CompiledPipeline(source, rounds, settings)
+
+
+def run_parameters(pipeline: CompiledPipeline, choice: RunChoice) -> tuple[Settings, dict[str, str | int]]:
+    """(the settings as the run will resolve them, values of the pipeline's parameters).
+
+    Raises:
+        SettingsError: a setting is refused, or asks for another number of rounds than the pipeline has.
+    """
+    overrides = [*pipeline.settings, *choice.overrides]
+    settings = resolve_settings(choice.profile, choice.seed, [f"rounds={pipeline.rounds}", *overrides])
+    if settings.rounds != pipeline.rounds:
+        raise SettingsError(
+            f"rounds={settings.rounds} is asked of {pipeline.source}, which was compiled with {pipeline.rounds}: "
+            "compile it anew"
+        )
+    return settings, {"run_profile": choice.profile, "run_seed": choice.seed, "run_set": json.dumps(overrides)}
+
+
+def read_bytes(file: Path) -> bytes:
+    """Raises: SettingsError if the file cannot be read."""
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise SettingsError(f"{file} cannot be read ({error.strerror}): make it with `saferlhf compile`") from error

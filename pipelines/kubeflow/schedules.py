@@ -1,0 +1,192 @@
+"""`saferlhf schedule`: makes the recurring runs on the server what a file of schedules says, and no more than that.
+
+Apply: 1 find the versions and check the settings against them, 2 compare, 3 show, 4 stop if a run that would lose its
+schedule is in flight, 5 make the new, then delete the old. A failure in between leaves the old or the new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from components.foundation.errors import ClusterError, SettingsError
+from pipelines.kubeflow.client import KubeflowClient
+from pipelines.kubeflow.compiled_pipeline import run_parameters
+from pipelines.kubeflow.recurring_runs import RecurringRun, create, delete, list_ours, named, record_of, switch
+from pipelines.kubeflow.schedule_file import Schedule
+from pipelines.kubeflow.versions import PipelineVersion, find_version
+from pipelines.kubeflow.watch import runs_in_flight
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What there is to do for one schedule.
+
+    Attributes:
+        make: it is new, or not what it should be.
+        stale: recurring runs of its name that must go.
+        turn: one that only has to be paused or resumed.
+        enabled: what it shall be.
+        lines: the differences, for the user.
+    """
+
+    schedule: Schedule
+    version: PipelineVersion
+    parameters: Mapping[str, Any]
+    make: bool
+    enabled: bool
+    stale: list[RecurringRun] = field(default_factory=list)
+    turn: RecurringRun | None = None
+    lines: list[str] = field(default_factory=list)
+
+    @property
+    def verb(self) -> str:
+        if self.make:
+            return "replace" if self.stale else "create"
+        if self.stale:
+            return "remove the duplicate"
+        return ("resume" if self.enabled else "pause") if self.turn else "unchanged"
+
+
+def apply_schedules(client: KubeflowClient, schedules: Sequence[Schedule], dry_run: bool) -> Iterator[str]:
+    """Do what is needed, and yield what was found and done, a line each.
+
+    Raises:
+        SettingsError: a schedule names a version that is not there, or a setting that does not fit it.
+        ClusterError: a run is in flight, or the server refuses a call; the message says what is in place.
+    """
+    changes = _plan(client, schedules)
+    for change in changes:
+        yield f"{change.schedule.name}: {change.verb}"
+        yield from (f"  {line}" for line in change.lines)
+    blocked = [
+        f"{change.schedule.name}: run {run}"
+        for change in changes
+        for stale in change.stale
+        for run in runs_in_flight(client, stale.id)
+    ]
+    if blocked:
+        raise ClusterError(
+            f"nothing was changed: a schedule is not replaced while a run of it is in flight ({'; '.join(blocked)}): "
+            "apply again when it has ended"
+        )
+    if dry_run:
+        yield "dry run: nothing was changed"
+        return
+    todo = [change for change in changes if change.verb != "unchanged"]
+    for number, change in enumerate(todo):
+        try:
+            _carry_out(client, change)
+        except ClusterError as error:
+            left = ", ".join(later.schedule.name for later in todo[number + 1 :])
+            raise type(error)(f"{error}{f'; not reached: {left}' if left else ''}") from None
+        yield f"{change.schedule.name}: done"
+
+
+def list_schedules(client: KubeflowClient) -> list[str]:
+    """A table of the schedules, or one line that says that there is none."""
+    ours, _ = list_ours(client)
+    if not ours:
+        return ["no schedules"]
+    columns = ("cron", "start", "end", "version", "profile", "seed", "settings")
+    rows: list[tuple[str, ...]] = [("name", "state", *columns)]
+    for run in sorted(ours, key=lambda run: run.name):
+        state = "on" if run.enabled else "paused"
+        rows.append((run.name, state, *(run.record.get(column, "") or "-" for column in columns)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def turn(client: KubeflowClient, name: str, on: bool) -> str:
+    """Resume or pause a schedule; says what was done.
+
+    Raises:
+        ClusterError: there is none of that name, or the server refuses.
+    """
+    runs = [run for run in named(client, name) if run.enabled != on]
+    for run in runs:
+        switch(client, run, on)
+    return f"{name}: {'' if runs else 'already '}{'on' if on else 'paused'}"
+
+
+def delete_schedule(client: KubeflowClient, name: str, ignore_missing: bool = False) -> str:
+    """Delete a schedule; its past runs stay.
+
+    Args:
+        ignore_missing: it is well if there is none of that name.
+
+    Raises:
+        ClusterError: there is none of that name, a run of it is in flight, or the server refuses.
+    """
+    if ignore_missing and name not in {run.name for run in list_ours(client)[0]}:
+        return f"{name}: is not there"
+    found = named(client, name)
+    if running := [run for stale in found for run in runs_in_flight(client, stale.id)]:
+        raise ClusterError(
+            f"{name}: not deleted, run {', '.join(running)} is in flight: pause the schedule now, and delete it then"
+        )
+    for run in found:
+        delete(client, run.id)
+    return f"{name}: deleted"
+
+
+def _plan(client: KubeflowClient, schedules: Sequence[Schedule]) -> list[_Change]:
+    ours, others = list_ours(client)
+    if taken := [schedule.name for schedule in schedules if schedule.name in others]:
+        raise ClusterError(f"there is a recurring run {taken[0]!r} that saferlhf did not make: choose another name")
+    return [_compare(client, schedule, [run for run in ours if run.name == schedule.name]) for schedule in schedules]
+
+
+def _compare(client: KubeflowClient, schedule: Schedule, present: list[RecurringRun]) -> _Change:
+    try:
+        version, pipeline = find_version(client, schedule.version)
+        _, parameters = run_parameters(pipeline, schedule.choice)
+    except SettingsError as error:
+        raise SettingsError(f"schedule {schedule.name}: {error}") from None
+    wanted = record_of(schedule, version)
+    kept = next((run for run in present if run.record == wanted), None)
+    was_on = any(run.enabled for run in present) if present else True
+    enabled = was_on if schedule.enabled is None else schedule.enabled
+    stale = [run for run in present if run is not kept]
+    lines = _differences(present[-1].record if present else {}, wanted) if kept is None else []
+    if present and enabled != (was_on if kept is None else kept.enabled):
+        lines.append(f"enabled: {str(not enabled).lower()} -> {str(enabled).lower()}")
+    turned = kept if kept is not None and kept.enabled != enabled else None
+    return _Change(schedule, version, parameters, kept is None, enabled, stale, turned, lines)
+
+
+def _differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    if not old:
+        return [f"{key}: {value}" for key, value in new.items() if value]
+    keys = [*new, *(key for key in old if key not in new)]
+    return [
+        f"{key}: {old.get(key) or '-'} -> {new.get(key) or '-'}" for key in keys if old.get(key, "") != new.get(key, "")
+    ]
+
+
+def _carry_out(client: KubeflowClient, change: _Change) -> None:
+    name, made = change.schedule.name, ""
+    if change.make:
+        try:
+            made = create(client, change.schedule, change.version, change.parameters, change.enabled)
+        except ClusterError as error:
+            state = "the old schedule goes on" if change.stale else "there is no such schedule"
+            raise type(error)(f"{error}; {name}: {state}; apply again") from None
+    if change.turn is not None:
+        switch(client, change.turn, change.enabled)
+    for number, stale in enumerate(change.stale):
+        try:
+            delete(client, stale.id)
+        except ClusterError as error:
+            state = _take_back(client, made, stale) if made and number == 0 else f"the old {stale.id} is there too"
+            raise type(error)(f"{error}; {name}: {state}; apply again") from None
+
+
+def _take_back(client: KubeflowClient, made: str, stale: RecurringRun) -> str:
+    """The old one could not be deleted: without the new one, all is as before. Says how it went."""
+    try:
+        delete(client, made)
+    except ClusterError:
+        return f"both are in place, the old {stale.id} and the new {made}, and either may start runs"
+    return "the new one was taken back, and the old schedule goes on"

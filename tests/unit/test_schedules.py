@@ -1,0 +1,302 @@
+"""`saferlhf schedule` with KFP's own client, against a server on the loopback interface that speaks its REST API."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.kubeflow.client import Access, connect
+from pipelines.kubeflow.versions import PipelineVersion, upload_pipeline
+from tests.unit.kfp_server import KfpServer
+from tests.unit.kubeflow_command import saferlhf
+
+WEEKLY = """
+schedules:
+  - {name: weekly, cron: "0 0 2 * * 1", profile: tiny, seed: 7, settings: [ppo.steps=2], service_account: saferlhf}
+"""
+BOTH = WEEKLY + '  - {name: monthly, cron: "0 0 3 1 * *", start: 2026-12-01T00:00:00Z}\n'
+Apply = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def version(kfp: KfpServer, compiled_pipeline: Path) -> PipelineVersion:
+    made = upload_pipeline(connect(Access(kfp.url)), compiled_pipeline, "v")
+    kfp.calls.clear()
+    return made
+
+
+@pytest.fixture
+def apply(version: PipelineVersion, tmp_path: Path) -> Apply:
+    """Applies a text, with further arguments; (exit status, what was said)."""
+
+    def run(text: str, *arguments: str) -> tuple[int, str]:
+        file = tmp_path / "schedules.yaml"
+        file.write_text(text)
+        return saferlhf("schedule", "apply", "-f", str(file), *arguments)
+
+    return run
+
+
+def schedule(kfp: KfpServer, name: str) -> dict[str, Any]:
+    (only,) = [entry for entry in kfp.schedules if entry["display_name"] == name]
+    return only
+
+
+def test_a_new_schedule_is_made_as_it_is_written(kfp: KfpServer, apply: Apply, version: PipelineVersion) -> None:
+    status, said = apply(BOTH)
+    assert status == 0, said
+    weekly, monthly = schedule(kfp, "weekly"), schedule(kfp, "monthly")
+    assert weekly["trigger"]["cron_schedule"] == {"cron": "0 0 2 * * 1"}
+    assert monthly["trigger"]["cron_schedule"] == {"cron": "0 0 3 1 * *", "start_time": "2026-12-01T00:00:00+00:00"}
+    assert weekly["runtime_config"]["parameters"] == {
+        "run_id": "[[RunUUID]]",
+        "run_profile": "tiny",
+        "run_seed": 7,
+        "run_set": '["ppo.steps=2"]',
+    }
+    reference = {"pipeline_id": version.pipeline_id, "pipeline_version_id": version.version_id}
+    for entry in (weekly, monthly):
+        assert (entry["no_catchup"], entry["max_concurrency"], entry["mode"]) == (True, "1", "ENABLE")
+        assert entry["pipeline_version_reference"] == reference
+    assert (weekly["service_account"], "service_account" in monthly) == ("saferlhf", False)
+    assert [e["display_name"] for e in kfp.experiments] == ["safe-rlhf"]
+    assert "weekly: create\n  cron: 0 0 2 * * 1\n" in said
+
+
+def test_applied_twice_nothing_is_changed_the_second_time(kfp: KfpServer, apply: Apply) -> None:
+    apply(BOTH)
+    before = list(kfp.schedules)
+    kfp.calls.clear()
+    assert apply(BOTH) == (0, "weekly: unchanged\nmonthly: unchanged\n")
+    assert kfp.changes == []
+    assert kfp.schedules == before
+
+
+def test_a_changed_cron_replaces_exactly_one(kfp: KfpServer, apply: Apply) -> None:
+    apply(BOTH)
+    old, other = schedule(kfp, "weekly")["recurring_run_id"], schedule(kfp, "monthly")
+    kfp.calls.clear()
+    status, said = apply(BOTH.replace("0 0 2 * * 1", "0 30 2 * * 1"))
+    assert status == 0
+    assert said == "weekly: replace\n  cron: 0 0 2 * * 1 -> 0 30 2 * * 1\nmonthly: unchanged\nweekly: done\n"
+    assert kfp.changes == ["POST /recurringruns", f"DELETE /recurringruns/{old}"]
+    assert schedule(kfp, "weekly")["trigger"]["cron_schedule"]["cron"] == "0 30 2 * * 1"
+    assert schedule(kfp, "monthly") == other
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("seed: 7", "seed: 8", "seed: 7 -> 8"),
+        ("profile: tiny", "profile: smol", "profile: tiny -> smol"),
+        ("settings: [ppo.steps=2], ", "", 'settings: ["ppo.steps=2"] -> -'),
+        ("seed: 7", "seed: 7, experiment: other", "experiment: safe-rlhf -> other"),
+        ("seed: 7", "seed: 7, end: 2027-01-01T00:00:00Z", "end: - -> 2027-01-01T00:00:00+00:00"),
+        ("account: saferlhf", "account: default-editor", "service_account: saferlhf -> default-editor"),
+    ],
+)
+def test_a_dry_run_shows_the_difference_and_changes_nothing(
+    kfp: KfpServer, apply: Apply, old: str, new: str, line: str
+) -> None:
+    apply(WEEKLY)
+    kfp.calls.clear()
+    assert apply(WEEKLY.replace(old, new), "--dry-run") == (
+        0,
+        f"weekly: replace\n  {line}\ndry run: nothing was changed\n",
+    )
+    assert kfp.changes == []
+
+
+def test_latest_is_the_newest_version_at_the_time_of_applying(
+    kfp: KfpServer, apply: Apply, version: PipelineVersion, compiled_pipeline: Path, tmp_path: Path
+) -> None:
+    apply(WEEKLY)
+    other = tmp_path / "other.yaml"
+    other.write_bytes(compiled_pipeline.read_bytes() + b"# other\n")
+    newer = upload_pipeline(connect(Access(kfp.url)), other, "v")
+    assert f"version: {version.name} -> {newer.name}" in apply(WEEKLY)[1]
+    reference = schedule(kfp, "weekly")["pipeline_version_reference"]
+    assert reference["pipeline_version_id"] == newer.version_id
+    (tmp_path / "back.yaml").write_bytes(compiled_pipeline.read_bytes())
+    status, said = apply(WEEKLY.replace("seed: 7", "seed: 7, version: back.yaml"))
+    assert (status, f"version: {newer.name} -> {version.name}" in said) == (0, True)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("state", ["PENDING", "RUNNING", "PAUSED", "CANCELING"])
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+def test_a_schedule_whose_run_is_in_flight_is_not_replaced(
+    kfp: KfpServer, apply: Apply, state: str, dry_run: list[str]
+) -> None:
+    apply(BOTH)
+    mine = schedule(kfp, "weekly")["recurring_run_id"]
+    for _ in range(3):  # more than the server has on a page
+        kfp.start_scheduled_run(mine, "SUCCEEDED")
+    run = kfp.start_scheduled_run(mine, state)
+    kfp.calls.clear()
+    changed = BOTH.replace("0 0 2 * * 1", "0 30 2 * * 1").replace("0 0 3 1", "0 0 4 1")
+    status, said = apply(changed, *dry_run)
+    assert status == 1
+    assert "cron: 0 0 2 * * 1 -> 0 30 2 * * 1" in said
+    assert f"nothing was changed: a schedule is not replaced while a run of it is in flight (weekly: run {run} " in said
+    assert f"({state})" in said
+    assert kfp.changes == []
+    kfp.runs[-1]["state"] = "FAILED"
+    assert apply(changed)[0] == 0
+
+
+def test_a_run_of_another_schedule_is_no_obstacle(kfp: KfpServer, apply: Apply) -> None:
+    apply(BOTH)
+    kfp.start_scheduled_run(schedule(kfp, "monthly")["recurring_run_id"], "RUNNING")
+    assert apply(BOTH.replace("0 0 2 * * 1", "0 30 2 * * 1"))[0] == 0
+
+
+def test_pausing_and_resuming_is_possible_while_a_run_is_in_flight(kfp: KfpServer, apply: Apply) -> None:
+    apply(WEEKLY)
+    mine = schedule(kfp, "weekly")["recurring_run_id"]
+    kfp.start_scheduled_run(mine, "RUNNING")
+    kfp.calls.clear()
+    off = WEEKLY.replace("seed: 7", "seed: 7, enabled: false")
+    assert apply(off) == (0, "weekly: pause\n  enabled: true -> false\nweekly: done\n")
+    assert apply(off) == (0, "weekly: unchanged\n")
+    assert schedule(kfp, "weekly")["mode"] == "DISABLE"
+    on = WEEKLY.replace("seed: 7", "seed: 7, enabled: true")
+    assert apply(on) == (0, "weekly: resume\n  enabled: false -> true\nweekly: done\n")
+    assert kfp.changes == [f"POST /recurringruns/{mine}:disable", f"POST /recurringruns/{mine}:enable"]
+
+
+def test_one_that_was_paused_stays_paused_unless_the_file_says_otherwise(kfp: KfpServer, apply: Apply) -> None:
+    apply(WEEKLY)
+    assert saferlhf("schedule", "pause", "weekly") == (0, "weekly: paused\n")
+    assert apply(WEEKLY) == (0, "weekly: unchanged\n")
+    changed = WEEKLY.replace("seed: 7", "seed: 8")
+    assert apply(changed)[0] == 0
+    assert schedule(kfp, "weekly")["mode"] == "DISABLE"
+    assert apply(changed.replace("seed: 8", "seed: 9, enabled: true"))[0] == 0
+    assert schedule(kfp, "weekly")["mode"] == "ENABLE"
+
+
+def test_schedules_are_listed_paused_resumed_and_deleted_by_name(kfp: KfpServer, apply: Apply) -> None:
+    assert saferlhf("schedule", "list") == (0, "no schedules\n")
+    apply(BOTH + '  - {name: third, cron: "0 0 4 * * *"}\n')  # more than the server has on a page
+    assert saferlhf("schedule", "pause", "weekly")[1] == "weekly: paused\n"
+    kfp.calls.clear()
+    assert saferlhf("schedule", "pause", "weekly")[1] == "weekly: already paused\n"
+    assert kfp.changes == []
+    head, *rows = saferlhf("schedule", "list")[1].splitlines()
+    assert head.split() == "name state cron start end version profile seed settings".split()
+    assert [row.split()[:2] for row in rows] == [["monthly", "on"], ["third", "on"], ["weekly", "paused"]]
+    assert "0 0 2 * * 1" in rows[2] and '["ppo.steps=2"]' in rows[2]
+    assert saferlhf("schedule", "resume", "weekly")[1] == "weekly: on\n"
+    assert schedule(kfp, "weekly")["mode"] == "ENABLE"
+    assert saferlhf("schedule", "delete", "weekly") == (0, "weekly: deleted\n")
+    assert [entry["display_name"] for entry in kfp.schedules] == ["monthly", "third"]
+    assert saferlhf("schedule", "delete", "weekly", "--ignore-missing") == (0, "weekly: is not there\n")
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("command", ["pause", "resume", "delete"])
+def test_an_unknown_name_lists_those_that_there_are(kfp: KfpServer, apply: Apply, command: str) -> None:
+    assert "has no schedule 'daily' in KFP: there is none" in saferlhf("schedule", command, "daily")[1]
+    apply(BOTH)
+    kfp.calls.clear()
+    status, said = saferlhf("schedule", command, "daily")
+    assert (status, kfp.changes) == (1, [])
+    assert "there is monthly, weekly" in said
+
+
+@pytest.mark.fault
+def test_a_schedule_whose_run_is_in_flight_is_not_deleted(kfp: KfpServer, apply: Apply) -> None:
+    apply(WEEKLY)
+    run = kfp.start_scheduled_run(schedule(kfp, "weekly")["recurring_run_id"], "RUNNING")
+    status, said = saferlhf("schedule", "delete", "weekly")
+    assert status == 1
+    assert f"weekly: not deleted, run {run} (RUNNING) is in flight: pause the schedule now" in said
+    assert schedule(kfp, "weekly")["mode"] == "ENABLE"
+
+
+@pytest.mark.fault
+def test_what_somebody_else_made_is_never_touched(kfp: KfpServer, apply: Apply) -> None:
+    theirs = {"display_name": "weekly", "recurring_run_id": "x", "mode": "ENABLE", "description": "mine"}
+    kfp.schedules.append(theirs)
+    assert "recurring run 'weekly' that saferlhf did not make: choose another name" in apply(WEEKLY)[1]
+    assert saferlhf("schedule", "delete", "weekly")[0] == 1
+    assert saferlhf("schedule", "list") == (0, "no schedules\n")
+    assert kfp.changes == []
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("extra", "sentence"),
+    [
+        ("version: v7", "schedule weekly: safe-rlhf has no version 'v7' in KFP"),
+        ("version: none.yaml", "none.yaml cannot be read"),
+        ("settings: [rounds=3]", "schedule weekly: rounds=3 is asked of version v-"),
+    ],
+)
+def test_one_schedule_that_does_not_fit_the_server_stops_all(
+    kfp: KfpServer, apply: Apply, extra: str, sentence: str
+) -> None:
+    text = BOTH.replace("settings: [ppo.steps=2]", extra)
+    status, said = apply(text)
+    assert status == 1
+    assert sentence in said
+    assert kfp.changes == []
+
+
+@pytest.mark.fault
+def test_a_file_that_is_refused_makes_no_call(kfp: KfpServer, apply: Apply) -> None:
+    assert apply(BOTH.replace("0 0 3 1 * *", "0 3 1 * *"))[0] == 1
+    assert kfp.calls == []
+
+
+@pytest.mark.fault
+def test_if_the_new_one_cannot_be_made_the_old_one_goes_on(kfp: KfpServer, apply: Apply) -> None:
+    apply(BOTH)
+    before = list(kfp.schedules)
+    kfp.refuse["POST /recurringruns"] = (500, "no database")
+    status, said = apply(BOTH.replace("seed: 7", "seed: 8").replace("0 0 3 1", "0 0 4 1"))
+    assert status == 1
+    assert "cannot make the schedule weekly: KFP answers 500 Internal Server Error (no database)" in said
+    assert "weekly: the old schedule goes on; apply again; not reached: monthly" in said
+    assert kfp.schedules == before
+
+
+@pytest.mark.fault
+def test_if_the_first_one_cannot_be_made_it_is_said_that_there_is_none(kfp: KfpServer, apply: Apply) -> None:
+    kfp.refuse["POST /recurringruns"] = (500, "no database")
+    assert "weekly: there is no such schedule; apply again" in apply(WEEKLY)[1]
+
+
+@pytest.mark.fault
+def test_if_the_old_one_cannot_be_deleted_the_new_one_is_taken_back(kfp: KfpServer, apply: Apply) -> None:
+    apply(WEEKLY)
+    before = list(kfp.schedules)
+    kfp.refuse[f"DELETE /recurringruns/{before[0]['recurring_run_id']}"] = (503, "busy")
+    status, said = apply(WEEKLY.replace("seed: 7", "seed: 8"))
+    assert status == 1
+    assert "weekly: the new one was taken back, and the old schedule goes on; apply again" in said
+    assert kfp.schedules == before
+
+
+@pytest.mark.fault
+def test_if_nothing_can_be_deleted_both_are_named_and_the_next_apply_mends_it(kfp: KfpServer, apply: Apply) -> None:
+    apply(WEEKLY)
+    kfp.refuse["DELETE /recurringruns/*"] = (503, "busy")
+    changed = WEEKLY.replace("seed: 7", "seed: 8")
+    status, said = apply(changed)
+    old, new = (entry["recurring_run_id"] for entry in kfp.schedules)
+    assert status == 1
+    assert f"both are in place, the old {old} and the new {new}, and either may start runs; apply again" in said
+    kfp.refuse.clear()
+    assert apply(changed) == (0, "weekly: remove the duplicate\nweekly: done\n")
+    assert schedule(kfp, "weekly")["recurring_run_id"] == new
+
+
+def test_one_that_somebody_deleted_meanwhile_is_no_failure(kfp: KfpServer, apply: Apply) -> None:
+    apply(WEEKLY)
+    kfp.refuse["DELETE /recurringruns/*"] = (404, "not found")
+    assert apply(WEEKLY.replace("seed: 7", "seed: 8"))[0] == 0
