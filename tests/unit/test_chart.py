@@ -13,6 +13,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from pipelines.kubeflow.schedule_file import read_schedules
 from tests.unit.helm_chart import (
     CHART,
     IMAGE,
@@ -42,6 +43,7 @@ RIGHTS = {
         ("pipelines.kubeflow.org", "pipelines/versions"): "get list create",
         ("pipelines.kubeflow.org", "experiments"): "get list create",
         ("pipelines.kubeflow.org", "jobs"): "get list create delete",
+        ("pipelines.kubeflow.org", "runs"): "list",
     },
 }
 
@@ -290,28 +292,42 @@ def test_the_upload_has_the_pipeline_byte_for_byte(tmp_path: Path) -> None:
     assert find(objects, "ConfigMap", "saferlhf-pipeline")["data"]["pipeline.yaml"] == text
     job = find(objects, "Job", "saferlhf-upload")
     assert job["metadata"]["annotations"]["helm.sh/hook"] == "post-install,post-upgrade"
-    (container,) = job["spec"]["template"]["spec"]["containers"]
-    assert container["args"] == ["--version=0.1.0", "--schedule=none"]
+    (upload,) = job["spec"]["template"]["spec"]["initContainers"]
+    assert upload["command"] == ["saferlhf", "upload", "/pipeline/pipeline.yaml"]
+    assert upload["args"] == ["--version=0.1.0"]
     theirs = render(platform_values("eks", pipeline={"file": "", "existingConfigMap": "mine", "versionName": "v7"}))
     assert "saferlhf-pipeline" not in names(theirs, "ConfigMap")
     spec = find(theirs, "Job", "saferlhf-upload")["spec"]["template"]["spec"]
     assert {"name": "pipeline", "configMap": {"name": "mine"}} in spec["volumes"]
-    assert "--version=v7" in spec["containers"][0]["args"]
+    assert spec["initContainers"][0]["args"] == ["--version=v7"]
     assert "saferlhf-upload" not in names(render(platform_values("eks", pipeline={"file": ""})), "Job")
 
 
-def test_a_schedule_becomes_arguments_of_the_upload() -> None:
-    schedule = {"enabled": True, "cron": "0 30 1 * * 0", "parameters": {"run_seed": 10_000_000, "run_id": "weekly"}}
+def test_a_schedule_becomes_a_file_that_the_job_applies(tmp_path: Path) -> None:
+    schedule = {"enabled": True, "cron": "0 30 1 * * 0", "seed": 10_000_000, "settings": ["ppo.steps=2"]}
     objects = render(platform_values("eks", schedule=schedule))
+    spec = find(objects, "Job", "saferlhf-upload")["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    assert container["command"] == ["saferlhf", "schedule", "apply"]
+    assert container["args"] == ["--file=/schedules/schedules.yaml"]
+    assert {"name": "schedules", "configMap": {"name": "saferlhf-schedules"}} in spec["volumes"]
+    assert {"name": "schedules", "mountPath": "/schedules", "readOnly": True} in container["volumeMounts"]
+    file = tmp_path / "schedules.yaml"
+    file.write_text(find(objects, "ConfigMap", "saferlhf-schedules")["data"]["schedules.yaml"])
+    (read,) = read_schedules(file)
+    assert (read.name, read.cron, read.profile, read.seed) == ("safe-rlhf", "0 30 1 * * 0", "smol", 10_000_000)
+    assert read.settings == ["store.uri=s3://example-saferlhf", "ppo.steps=2"]
+    assert (read.version, read.service_account) == ("/pipeline/pipeline.yaml", "saferlhf")
+
+
+def test_without_a_schedule_the_job_removes_what_there_was() -> None:
+    objects = render(platform_values("eks"))
     (container,) = find(objects, "Job", "saferlhf-upload")["spec"]["template"]["spec"]["containers"]
-    assert container["args"] == [
-        "--version=0.1.0",
-        "--schedule=0 30 1 * * 0",
-        "--service-account=saferlhf",
-        "--parameter=run_id=weekly",
-        "--parameter=run_seed=10000000",
-        "--parameter=run_uri=s3://example-saferlhf/runs/[[RunUUID]]",
+    assert [*container["command"], *container["args"]] == [
+        *("saferlhf", "schedule", "delete"),
+        *("safe-rlhf", "--ignore-missing"),
     ]
+    assert "saferlhf-schedules" not in names(objects, "ConfigMap")
 
 
 def test_with_profiles_the_upload_carries_a_token_for_kfp_alone() -> None:

@@ -11,17 +11,15 @@ from typing import Any
 import pytest
 import typer.main
 from click import Command
-from kfp import compiler
 from mlflow.cli import cli as mlflow_cli
 from mlflow.cli import server as mlflow_server
 from mlflow.server.security_utils import is_allowed_host_header
-from typer.testing import CliRunner
 
 from pipelines.cli import app
 from pipelines.doctor import SERVICES
-from pipelines.safe_rlhf import build_pipeline
-from tests.unit.helm_chart import find, platform_values, pods, render
-from tests.unit.kfp_server import kfp_server
+from tests.unit.helm_chart import find, names, platform_values, pods, render
+from tests.unit.kfp_server import KfpServer
+from tests.unit.kubeflow_command import saferlhf
 
 
 def server_arguments(**mlflow: Any) -> dict[str, Any]:
@@ -76,28 +74,40 @@ def test_seaweedfs_knows_every_flag() -> None:
     assert [flag for flag in flags if flag not in known | {"logtostderr"}] == []
 
 
-def test_the_upload_job_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Job's own arguments, with the pipeline of its ConfigMap, against a server that speaks KFP's API."""
-    file = tmp_path / "pipeline.yaml"
-    compiler.Compiler().compile(build_pipeline(1), str(file))
-    values = platform_values("try", schedule={"enabled": True}, pipeline={"file": file.read_text()})
-    objects = render(values)
-    file.write_text(find(objects, "ConfigMap", "saferlhf-pipeline")["data"]["pipeline.yaml"])
-    (container,) = find(objects, "Job", "saferlhf-upload")["spec"]["template"]["spec"]["containers"]
-    arguments = [*container["command"], *container["args"]][1:]
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with kfp_server() as server:
-        monkeypatch.setenv("KFP_HOST", server.url)
-        result = CliRunner().invoke(app, [text.replace("/pipeline/pipeline.yaml", str(file)) for text in arguments])
-        assert result.exit_code == 0, result.output
-        (version,), (schedule,) = server.versions, server.schedules
+def test_the_upload_job_does_what_it_says(kfp: KfpServer, compiled_pipeline: Path, tmp_path: Path) -> None:
+    """The Job's own commands with the files of its ConfigMaps, against a server that speaks KFP's API."""
+    pipeline = {"file": compiled_pipeline.read_text()}
+    run_job(platform_values("try", schedule={"enabled": True}, pipeline=pipeline), tmp_path)
+    (version,), (schedule,) = kfp.versions, kfp.schedules
     assert version["display_name"].startswith("0.1.0-")
+    assert schedule["pipeline_version_reference"]["pipeline_version_id"] == version["pipeline_version_id"]
     assert schedule["trigger"]["cron_schedule"]["cron"] == "0 0 2 * * 1"
     assert schedule["service_account"] == "saferlhf"
     assert schedule["runtime_config"]["parameters"] == {
         "run_id": "[[RunUUID]]",
-        "run_uri": "s3://saferlhf/runs/[[RunUUID]]",
+        "run_profile": "smol",
+        "run_seed": 0,
+        "run_set": '["store.uri=s3://saferlhf"]',
     }
+    run_job(platform_values("try", schedule={"enabled": False}, pipeline=pipeline), tmp_path)
+    assert (len(kfp.versions), kfp.schedules) == (1, [])
+
+
+def run_job(values: dict[str, Any], folder: Path) -> None:
+    """What the kubelet does: files where the volumes are mounted, then each container's command, in their order."""
+    objects = render(values)
+    mounts = {"/pipeline/pipeline.yaml": "saferlhf-pipeline", "/schedules/schedules.yaml": "saferlhf-schedules"}
+    for path, config_map in mounts.items():
+        if config_map in names(objects, "ConfigMap"):
+            name, file = path.rpartition("/")[2], folder / path[1:]
+            file.parent.mkdir(exist_ok=True)
+            text = find(objects, "ConfigMap", config_map)["data"][name]
+            file.write_text(text.replace("/pipeline/", f"{folder}/pipeline/"))
+    spec = find(objects, "Job", "saferlhf-upload")["spec"]["template"]["spec"]
+    for container in [*spec["initContainers"], *spec["containers"]]:
+        arguments = [*container["command"], *container["args"]][1:]
+        status, said = saferlhf(*(re.sub("(/pipeline/|/schedules/)", rf"{folder}\1", text) for text in arguments))
+        assert status == 0, said
 
 
 def test_the_doctor_of_every_pod_exists() -> None:

@@ -30,7 +30,7 @@ def test_the_host_is_named_by_the_argument_then_ours_then_kfps_variable_then_the
 def test_without_a_host_it_is_said_how_to_name_one() -> None:
     with pytest.raises(SettingsError, match="give --host, or set KFP_HOST or KF_PIPELINES_ENDPOINT"):
         access_from({})
-    with pytest.raises(SettingsError, match="host='kfp.example.com' is refused: write http"):
+    with pytest.raises(SettingsError, match=r"host='kfp\.example\.com' is refused: write http"):
         access_from({}, host="kfp.example.com")
 
 

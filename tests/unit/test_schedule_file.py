@@ -23,7 +23,7 @@ schedules:
     experiment: nightly
     service_account: saferlhf
     enabled: false
-  - {name: monthly, cron: 0  0 3 1 * ?, version: pipeline.yaml}
+  - {name: monthly, cron: '0  0 3 1 * ?', version: pipeline.yaml}
 """
 
 
@@ -79,7 +79,14 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "cron",
-    ["0 0 2 * * 1", "0 */15 9-17 ? * mon-fri", "59 59 23 31 12 6", "0 0 0 1,15 JAN,jul *", "5/10 0 0 * * SUN", "* * * * * ?"],
+    [
+        "0 0 2 * * 1",
+        "0 */15 9-17 ? * mon-fri",
+        "59 59 23 31 12 6",
+        "0 0 0 1,15 JAN,jul *",
+        "5/10 0 0 * * SUN",
+        "* * * * * ?",
+    ],
 )
 def test_what_kfp_can_read_is_accepted(cron: str) -> None:
     check_cron(cron)

@@ -187,7 +187,7 @@ def test_schedules_are_listed_paused_resumed_and_deleted_by_name(kfp: KfpServer,
     assert saferlhf("schedule", "pause", "weekly")[1] == "weekly: already paused\n"
     assert kfp.changes == []
     head, *rows = saferlhf("schedule", "list")[1].splitlines()
-    assert head.split() == "name state cron start end version profile seed settings".split()
+    assert head.split() == ["name", "state", "cron", "start", "end", "version", "profile", "seed", "settings"]
     assert [row.split()[:2] for row in rows] == [["monthly", "on"], ["third", "on"], ["weekly", "paused"]]
     assert "0 0 2 * * 1" in rows[2] and '["ppo.steps=2"]' in rows[2]
     assert saferlhf("schedule", "resume", "weekly")[1] == "weekly: on\n"
