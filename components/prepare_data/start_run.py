@@ -30,8 +30,7 @@ def run_start_run(run_uri: str, run_id: str, profile: str, seed: int, overrides:
         SettingsError: the run's id or a setting is refused, or asks for another number of rounds than the pipeline has.
     """
     configure_logging()
-    if not _RUN_ID.fullmatch(run_id):
-        raise SettingsError(f"run_id={run_id!r} is refused: use up to 63 lower-case letters, digits and hyphens")
+    check_run_id(run_id)
     settings = resolve_settings(profile, seed, [*_store(run_uri), f"rounds={rounds}", *_read_overrides(overrides)])
     run_uri = run_uri or f"{settings.store.uri.rstrip('/')}/runs/{run_id}"
     if settings.rounds != rounds:
@@ -41,6 +40,12 @@ def run_start_run(run_uri: str, run_id: str, profile: str, seed: int, overrides:
     create_run(run_uri, run_id, settings)
     log.info("run %s, settings %s", run_id, settings.digest()[:12])
     return run_uri
+
+
+def check_run_id(run_id: str) -> None:
+    """Raises: SettingsError unless the id can name a run in the store, in MLflow and in a cluster."""
+    if not _RUN_ID.fullmatch(run_id):
+        raise SettingsError(f"run_id={run_id!r} is refused: use up to 63 lower-case letters, digits and hyphens")
 
 
 def _store(run_uri: str) -> list[str]:

@@ -52,6 +52,7 @@ def submit(
     set_: Overrides = None,
     experiment: Annotated[str, typer.Option(help="Kubeflow's experiment; made if it is not there")] = "safe-rlhf",
     service_account: Annotated[str, typer.Option(help="of the steps; else the platform's, else Kubeflow's")] = "",
+    resume: Annotated[str, typer.Option(help="id of a run that stopped: its finished stages are not run again")] = "",
     wait: Annotated[bool, typer.Option("--wait", help="watch it to its end; status 0 only if it succeeded")] = False,
     host: Host = "",
     namespace: Namespace = "",
@@ -64,7 +65,7 @@ def submit(
     from pipelines.kubeflow.submit import submit as start
 
     choice = RunChoice(profile, seed, tuple(set_ or ()))
-    wish = Submission(choice, file, version, platform, rounds, experiment, service_account)
+    wish = Submission(choice, file, version, platform, rounds, experiment, service_account, resume)
     run = start(wish, access_from(os.environ, host, namespace, token_file))
     typer.echo(f"run {run.run_id}: {run.name}\n{run.link}")
     if wait:

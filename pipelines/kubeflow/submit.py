@@ -16,6 +16,7 @@ from components.foundation.errors import SettingsError
 from components.foundation.setting_sections import BUILTIN, DataSettings
 from components.foundation.settings import Settings, resolve_settings
 from components.prepare_data.prepare_data import BUILTIN_FOLDER
+from components.prepare_data.start_run import check_run_id
 from pipelines.compiling import compile_to
 from pipelines.kubeflow.client import EXPERIMENT, Access, KubeflowClient, connect
 from pipelines.kubeflow.compiled_pipeline import CompiledPipeline, RunChoice, read_compiled, run_parameters
@@ -27,7 +28,12 @@ _SOURCES = ("preferences", "demonstrations", "prompts", "held_out")
 
 @dataclass(frozen=True)
 class Submission:
-    """The command's arguments. One of `file`, `version` and `platform` says what to run; `rounds` 0: as it comes."""
+    """The command's arguments. One of `file`, `version` and `platform` says what to run.
+
+    Attributes:
+        rounds: 0: as the pipeline, or the settings, have them.
+        resume: id of a run that stopped, whose finished stages are not run again; "" for a new one.
+    """
 
     choice: RunChoice
     file: Path | None = None
@@ -36,6 +42,7 @@ class Submission:
     rounds: int = 0
     experiment: str = EXPERIMENT
     service_account: str = ""
+    resume: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,8 @@ def submit(wish: Submission, access: Access) -> SubmittedRun:
     """
     if sum((wish.file is not None, bool(wish.version), bool(wish.platform))) != 1:
         raise SettingsError("say what to run: a compiled YAML, or --version of an uploaded one, or --platform")
+    if wish.resume:
+        check_run_id(wish.resume)
     if wish.rounds:
         wish = replace(wish, choice=replace(wish.choice, overrides=(*wish.choice.overrides, f"rounds={wish.rounds}")))
     resolve_settings(wish.choice.profile, wish.choice.seed, wish.choice.overrides)
@@ -110,9 +119,14 @@ def _compiled_for_platform(wish: Submission, output: Path) -> Submission:
 def _start(client: KubeflowClient, wish: Submission, local: CompiledPipeline | None) -> SubmittedRun:
     version, pipeline = (None, local) if local is not None else find_version(client, wish.version)
     settings, parameters = run_parameters(pipeline, wish.choice)
+    if wish.resume:
+        parameters["run_id"] = wish.resume
     name = run_name(settings, dict(os.environ), datetime.now(UTC))
     experiment = client.experiment_id(wish.experiment)
-    with client.explained(f"start the run {name}"), contextlib.redirect_stdout(None):
+    with (
+        client.explained(f"start the run {name} (if unsure, look for that name before you try again)"),
+        contextlib.redirect_stdout(None),
+    ):
         run = client.run_pipeline(
             experiment,
             name,

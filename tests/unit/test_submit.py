@@ -86,6 +86,11 @@ def test_a_platform_is_compiled_with_its_own_settings_and_account(
     assert json.loads(run["runtime_config"]["parameters"]["run_set"]) == ["dtype=float32", "ppo.steps=2", "rounds=2"]
 
 
+def test_a_run_that_stopped_goes_on_by_its_id(kfp: KfpServer, compiled_pipeline: Path) -> None:
+    assert saferlhf("submit", str(compiled_pipeline), "--resume", "0b5c-7")[0] == 0
+    assert kfp.runs[0]["runtime_config"]["parameters"]["run_id"] == "0b5c-7"
+
+
 def test_the_link_is_of_the_ui_where_that_is_elsewhere(
     kfp: KfpServer, compiled_pipeline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +113,7 @@ def test_the_link_is_of_the_ui_where_that_is_elsewhere(
         ([str(SHIPPED)], f"{SHIPPED} is no compiled pipeline of ours"),
         (["none.yaml"], "none.yaml cannot be read"),
         (["--version", "latest", "--set", "seed"], "write key=value"),
+        (["FILE", "--resume", "Mine"], "run_id='Mine' is refused"),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_is_sent(
