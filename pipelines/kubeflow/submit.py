@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from components.foundation.checkpoint_store import git_sha
-from components.foundation.errors import SettingsError
+from components.foundation.errors import ClusterUnavailableError, SettingsError
 from components.foundation.setting_sections import BUILTIN, DataSettings
 from components.foundation.settings import Settings, resolve_settings
 from components.prepare_data.prepare_data import BUILTIN_FOLDER
@@ -123,17 +123,17 @@ def _start(client: KubeflowClient, wish: Submission, local: CompiledPipeline | N
         parameters["run_id"] = wish.resume
     name = run_name(settings, dict(os.environ), datetime.now(UTC))
     experiment = client.experiment_id(wish.experiment)
-    with (
-        client.explained(f"start the run {name} (if unsure, look for that name before you try again)"),
-        contextlib.redirect_stdout(None),
-    ):
-        run = client.run_pipeline(
-            experiment,
-            name,
-            pipeline_package_path=str(wish.file) if version is None else None,
-            params=parameters,
-            pipeline_id=version.pipeline_id if version else None,
-            version_id=version.version_id if version else None,
-            service_account=wish.service_account or None,
-        )
+    try:
+        with client.explained(f"start the run {name}"), contextlib.redirect_stdout(None):
+            run = client.run_pipeline(
+                experiment,
+                name,
+                pipeline_package_path=str(wish.file) if version is None else None,
+                params=parameters,
+                pipeline_id=version.pipeline_id if version else None,
+                version_id=version.version_id if version else None,
+                service_account=wish.service_account or None,
+            )
+    except ClusterUnavailableError as error:
+        raise ClusterUnavailableError(f"{error}; look for that name before you try again: it may run") from None
     return SubmittedRun(client, str(run.run_id), name)

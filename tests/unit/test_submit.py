@@ -132,6 +132,7 @@ def test_a_run_that_kfp_refuses_is_explained(kfp: KfpServer, compiled_pipeline: 
     assert status == 1
     assert "cannot start the run smol-1-round-" in said
     assert "KFP answers 503 Service Unavailable (no workflow controller)" in said
+    assert "look for that name before you try again: it may run" in said
     assert kfp.runs == []
 
 
