@@ -171,7 +171,7 @@ def _carry_out(client: KubeflowClient, change: _Change) -> None:
         try:
             made = create(client, change.schedule, change.version, change.parameters, change.enabled)
         except ClusterError as error:
-            state = "the old schedule goes on" if change.stale else "there is no such schedule"
+            state = "the old schedule goes on" if change.stale else "it was not made, as far as is known"
             raise type(error)(f"{error}; {name}: {state}; apply again") from None
     if change.turn is not None:
         switch(client, change.turn, change.enabled)

@@ -73,9 +73,14 @@ def test_a_token_file_is_read_at_every_call(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault
-def test_a_token_that_is_refused_appears_nowhere(compiled_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("in_file", [False, True])
+def test_a_token_that_is_refused_appears_nowhere(
+    compiled_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_file: bool
+) -> None:
     """Though the server repeats it."""
-    monkeypatch.setenv("KF_PIPELINES_TOKEN", SECRET)
+    file = tmp_path / "token"
+    file.write_text(SECRET)
+    monkeypatch.setenv(*(("KFP_TOKEN_FILE", str(file)) if in_file else ("KF_PIPELINES_TOKEN", SECRET)))
     with kfp_server(token="abc") as server:
         for command in (["upload", str(compiled_pipeline)], ["schedule", "list"], ["submit", "--version=latest"]):
             status, said = saferlhf(*command, "--host", server.url, "--namespace", "team-a")

@@ -220,7 +220,7 @@ def test_a_schedule_whose_run_is_in_flight_is_not_deleted(kfp: KfpServer, apply:
 
 @pytest.mark.fault
 def test_what_somebody_else_made_is_never_touched(kfp: KfpServer, apply: Apply) -> None:
-    theirs = {"display_name": "weekly", "recurring_run_id": "x", "mode": "ENABLE", "description": "mine"}
+    theirs = {"display_name": "weekly", "recurring_run_id": "x", "mode": "ENABLE", "description": '{"cron": "mine"}'}
     kfp.schedules.append(theirs)
     assert "recurring run 'weekly' that saferlhf did not make: choose another name" in apply(WEEKLY)[1]
     assert saferlhf("schedule", "delete", "weekly")[0] == 1
@@ -266,9 +266,9 @@ def test_if_the_new_one_cannot_be_made_the_old_one_goes_on(kfp: KfpServer, apply
 
 
 @pytest.mark.fault
-def test_if_the_first_one_cannot_be_made_it_is_said_that_there_is_none(kfp: KfpServer, apply: Apply) -> None:
+def test_if_a_first_one_cannot_be_made_that_is_said(kfp: KfpServer, apply: Apply) -> None:
     kfp.refuse["POST /recurringruns"] = (500, "no database")
-    assert "weekly: there is no such schedule; apply again" in apply(WEEKLY)[1]
+    assert "weekly: it was not made, as far as is known; apply again" in apply(WEEKLY)[1]
 
 
 @pytest.mark.fault
