@@ -234,6 +234,18 @@ def test_a_server_that_fails_for_a_while_is_asked_again(kfp: KfpServer, run_id: 
 
 
 @pytest.mark.fault
+def test_only_silence_in_a_row_counts(kfp: KfpServer, run_id: str) -> None:
+    """Every second look fails, more often in all than a run is given up for."""
+    kfp.script = [("RUNNING", [])] * (PATIENCE + 1) + [("SUCCEEDED", [])]
+
+    def every_second_time(call: str) -> None:
+        kfp.refuse = {} if kfp.refuse else {"GET /runs/*": (503, "restarting")}
+
+    kfp.on_call = every_second_time
+    assert watched(kfp, run_id)[0] == "SUCCEEDED"
+
+
+@pytest.mark.fault
 def test_a_server_that_stays_away_is_given_up_and_the_run_is_not(kfp: KfpServer, run_id: str) -> None:
     kfp.refuse["GET /runs/*"] = (503, "restarting")
     with pytest.raises(ClusterError, match=f"run {run_id} goes on, and cannot be watched"):
