@@ -305,10 +305,10 @@ def test_a_rollout_server_that_dies_costs_the_step_it_died_in(runs: Runs, tmp_pa
             pytest.raises(RolloutError, match="died or hung up"),
         ):
             train_policy(dying, lambda step: dying.step(prompts, step), 3, PpoTrace(0.0), checkpoints)
-        saved = {role: backbone.role_tensors(role) for role in dying.optimizers}
+        saved = {role: backbone.role_tensors(role) for role in dying.trained}
         backbone, fresh = trainer()
         with TrainingCheckpoints(stage, backbone, []) as checkpoints:
-            assert checkpoints.restore(fresh.optimizers).step == 1
+            assert checkpoints.restore(fresh.trained).step == 1
         for role, tensors in saved.items():
             assert all(torch.equal(tensors[name], t) for name, t in backbone.role_tensors(role).items())
         fresh._engine.close()
