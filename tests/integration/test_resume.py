@@ -26,7 +26,7 @@ pytestmark = pytest.mark.xdist_group("resume")
 
 STAGES = ("sft", "reward_model", "cost_model", "ppo_lagrangian")
 MODULES = [f"components.{stage}.{stage}" for stage in STAGES]
-SETTINGS = '["ppo.steps=4", "ppo.ptx_coefficient=0.5", "checkpoint.every_steps=1"]'
+SETTINGS = '["ppo.steps=4", "ppo.critics=head", "ppo.ptx_coefficient=0.5", "checkpoint.every_steps=1"]'
 
 # Without threads there is nothing that a fork could break; the modules are imported once, for all attempts.
 _PROCESSES = multiprocessing.get_context("forkserver")
