@@ -41,14 +41,21 @@ class PpoSettings(Section):
     )
     critics: Literal["adapter", "head"] = Field(
         "adapter",
-        description="adapter: each critic has an adapter and a head; head: a head on the hidden states that the reward "
-        "or cost model scores by, which takes no pass of its own",
+        description="adapter: each critic has an adapter and a head, which learn by gradient steps; head: a head on "
+        "the hidden states that the reward or cost model scores by, fitted by ridge regression, without passes of its "
+        "own",
+    )
+    critic_ridge: float = Field(
+        0.5, gt=0, description="penalty of that regression, relative to the mean squared deviation of a hidden state"
+    )
+    critic_memory: float = Field(
+        0.9, ge=0, le=1, description="what an answer counts in that regression one step later, relative to before"
     )
     actor_learning_rate: float = Field(5e-4, gt=0)
     actor_schedule: Literal["constant", "cosine"] = Field(
         "constant", description="cosine: the actor's learning rate falls to nearly 0 over the steps of a round"
     )
-    critic_learning_rate: float = Field(5e-4, gt=0)
+    critic_learning_rate: float = Field(5e-4, gt=0, description="of critics with an adapter")
     kl_coefficient: float = Field(0.05, ge=0, description="beta")
     clip_ratio: float = Field(0.2, gt=0, lt=1)
     value_clip: float = Field(5.0, gt=0)

@@ -25,8 +25,21 @@ MAX_SKIPPED_UPDATES = 3
 log = logging.getLogger("saferlhf")
 
 
-class RoleOptimizer(Protocol):
-    """AdamW on the parameters of one role."""
+class TrainedRole(Protocol):
+    """How a role learns: what a checkpoint keeps of it, besides the role's parameters."""
+
+    def moments(self) -> dict[str, Tensor]:
+        """What was learned about the way so far, whole; empty before the first step.
+
+        All ranks call; what others than rank 0 get need not be complete.
+        """
+
+    def load(self, parameters: Sequence[Tensor], moments: Mapping[str, Tensor]) -> None:
+        """Bring back the role's parameters, in their order, and what `moments` returned. All ranks call."""
+
+
+class RoleOptimizer(TrainedRole, Protocol):
+    """AdamW on the parameters of one role; its moments are AdamW's state as `<number of the parameter>/<name>`."""
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of this rank's part of the loss; any number of times before `step`."""
@@ -41,15 +54,6 @@ class RoleOptimizer(Protocol):
         """
 
     def set_learning_rate(self, learning_rate: float) -> None: ...
-
-    def moments(self) -> dict[str, Tensor]:
-        """AdamW's state, whole, as `<number of the parameter>/<name>`; empty before the first step.
-
-        All ranks call; what others than rank 0 get need not be complete.
-        """
-
-    def load(self, parameters: Sequence[Tensor], moments: Mapping[str, Tensor]) -> None:
-        """Bring back the role's parameters, in their order, and what `moments` returned. All ranks call."""
 
 
 def make_optimizers(backbone: Backbone, learning_rates: Mapping[str, float]) -> dict[str, RoleOptimizer]:

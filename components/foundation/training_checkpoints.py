@@ -1,9 +1,10 @@
 """Checkpoints within a training stage: killed at any step and started again, it ends with the same bits.
 
-A checkpoint is a commit under `<stage>/checkpoints/step-<n>` with the trained adapters and heads, their optimisers'
-moments, and a small record of the stage's own. Batches, learning rates and samples are functions of seed and step
-(see `Stage.seed`), so the step is all there is to say of data position and random state. What is stored does not depend
-on the number of ranks or on what ZeRO partitions: a stage may go on with more ranks, or fewer. Rank 0 writes.
+A checkpoint is a commit under `<stage>/checkpoints/step-<n>` with the trained adapters and heads, what their training
+keeps (AdamW's moments), and a small record of the stage's own. Batches, learning rates and samples are functions of
+seed and step (see `Stage.seed`), so the step is all there is to say of data position and random state. What is stored
+does not depend on the number of ranks or on what ZeRO partitions: a stage may go on with more ranks, or fewer. Rank 0
+writes.
 Only the newest checkpoint is kept, and none once the stage has finished.
 """
 
@@ -25,7 +26,7 @@ from components.foundation.backbone import Backbone
 from components.foundation.errors import DivergenceError, IntegrityError, TrainingError
 from components.foundation.exit_codes import PREEMPTED_EXIT_CODE
 from components.foundation.results import read_record, to_json
-from components.foundation.role_optimizer import RoleOptimizer
+from components.foundation.role_optimizer import TrainedRole
 from components.foundation.run_context import Stage
 
 _TENSORS, _STATE = "state.safetensors", "state.json"
@@ -67,7 +68,7 @@ class TrainingCheckpoints:
         self._clock = clock
         self._settings = stage.context.settings.checkpoint
         self._uri = stage.checkpoints_uri
-        self._optimizers: Mapping[str, RoleOptimizer] = {}
+        self._trained: Mapping[str, TrainedRole] = {}
         self._saved_at = clock()
         self._preempted = False
         self._outer_handler: Any = None
@@ -85,14 +86,14 @@ class TrainingCheckpoints:
             kept = f"the last checkpoint is kept: {latest}" if latest else "no checkpoint had been saved yet"
             raise DivergenceError(f"{error}; {kept}") from error
 
-    def restore(self, optimizers: Mapping[str, RoleOptimizer]) -> TrainingState:
-        """Bring back the newest checkpoint, if there is one; `optimizers` are those of the trained roles, by role.
+    def restore(self, trained: Mapping[str, TrainedRole]) -> TrainingState:
+        """Bring back the newest checkpoint, if there is one; `trained` are the stage's trained roles, by name.
 
         Raises:
             TrainingError: the checkpoint was made from other inputs or settings, or for other roles.
             IntegrityError: it is damaged.
         """
-        self._optimizers = optimizers
+        self._trained = trained
         store = self._stage.context.store
         latest = distributed.from_main(self._latest)
         if latest is None:
@@ -153,10 +154,10 @@ class TrainingCheckpoints:
     def _tensors(self) -> dict[str, Tensor]:
         """Parameters and moments, whole; on ranks other than 0 without the parameters."""
         tensors = {}
-        for role, optimizer in self._optimizers.items():
+        for role, training in self._trained.items():
             for name, parameter in self._backbone.role_state(role).items():
                 tensors[f"{role}/parameters/{name}"] = parameter
-            for key, moment in optimizer.moments().items():
+            for key, moment in training.moments().items():
                 tensors[f"{role}/optimizer/{key}"] = moment.detach().cpu().contiguous()
         return tensors
 
@@ -168,10 +169,10 @@ class TrainingCheckpoints:
             stored = load_file(path, device=str(self._backbone.device))
         except (OSError, SafetensorError) as error:
             raise IntegrityError(f"checkpoint {path} cannot be read: {error}") from error
-        for role, optimizer in self._optimizers.items():
-            self._load_role(role, optimizer, stored)
+        for role, training in self._trained.items():
+            self._load_role(role, training, stored)
 
-    def _load_role(self, role: str, optimizer: RoleOptimizer, stored: Mapping[str, Tensor]) -> None:
+    def _load_role(self, role: str, training: TrainedRole, stored: Mapping[str, Tensor]) -> None:
         own = self._backbone.role_shapes(role)
         saved = _below(stored, f"{role}/parameters/")
         if {name: t.shape for name, t in saved.items()} != own:
@@ -179,7 +180,7 @@ class TrainingCheckpoints:
                 f"the checkpoint under {self._uri} holds no {role!r} of this model's shape: it was made by another "
                 "version or for another model; delete it, or start a new run"
             )
-        optimizer.load([saved[name] for name in own], _below(stored, f"{role}/optimizer/"))
+        training.load([saved[name] for name in own], _below(stored, f"{role}/optimizer/"))
 
     def _check_origin(self, uri: str) -> None:
         context = self._stage.context

@@ -43,7 +43,7 @@ class Appraisal:
 
     Attributes:
         score: [B] of the whole answers; rewards hold the missing-EOS penalty, costs are aggregated.
-        values: [B, T] the critic's values *before* each answer token.
+        values: [B, T] the critic's values *before* each answer token; 0 until a critic that is a head has been fitted.
         features: [B, T, D] what the values are linear in, where the critic is a head on the model's hidden states.
     """
 
@@ -84,6 +84,14 @@ class Episode:
 
 Score = Callable[[Sequence[TokenSequence]], Episode]
 """Prompts and sampled answers -> the episode that the update works on."""
+
+
+@dataclass(frozen=True)
+class Signals:
+    """[B, T] rewards and costs of each token, with their KL terms; no cost where one signal holds both."""
+
+    reward: Tensor
+    cost: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -138,52 +146,61 @@ def collated(backbone: Backbone, sequences: Sequence[TokenSequence]) -> Sequence
 
 
 def appraise(backbone: Backbone, model: str, critic: str, batch: SequenceBatch) -> Appraisal:
-    """Score a batch by a model and value it by the model's critic: one pass where the critic is a head, else two."""
+    """Score a batch by a model; value it by the model's critic, or keep what a critic that is a head will read."""
     with backbone.role(model):
         hidden = backbone.hidden_states(batch.input_ids, batch.attention_mask, batch.trunk)
         answer_scores = backbone.head_outputs(model, hidden[:, -batch.answer_length :])
-        features = None if backbone.has_adapter(critic) else _before_answer_tokens(hidden, batch)
+    score = last_answer_token(answer_scores, batch.answer_mask)
+    if not backbone.has_adapter(critic):
+        return Appraisal(score, torch.zeros_like(answer_scores), _before_answer_tokens(hidden, batch))
     with backbone.role(critic):
-        values = token_values(backbone, critic, batch) if features is None else backbone.head_outputs(critic, features)
-    return Appraisal(last_answer_token(answer_scores, batch.answer_mask), values * batch.answer_mask, features)
+        values = token_values(backbone, critic, batch)
+    return Appraisal(score, values * batch.answer_mask, None)
 
 
-def compute_advantages(episode: Episode, settings: PpoSettings, multiplier: float) -> Advantages:
-    """Shape both signals, estimate both advantages, combine them by the multiplier, then whiten.
+def shape_signals(episode: Episode, settings: PpoSettings) -> Signals:
+    """The rewards and the costs of each token.
 
     With `ppo.reward_shaping` nu there is one signal, reward - nu cost, and one critic, the reward's.
     """
+
+    def shape(score: Tensor, kl_sign: float) -> Tensor:
+        return shape_rewards(
+            episode.log_probs,
+            episode.reference_log_probs,
+            score,
+            episode.batch.answer_mask,
+            kl_coefficient=settings.kl_coefficient,
+            kl_sign=kl_sign,
+            clip=settings.score_clip,
+        )
+
+    if settings.reward_shaping is not None:
+        return Signals(shape(episode.reward.score - settings.reward_shaping * episode.cost.score, -1.0), None)
+    return Signals(shape(episode.reward.score, -1.0), shape(episode.cost.score, +1.0))
+
+
+def compute_advantages(episode: Episode, signals: Signals, settings: PpoSettings, multiplier: float) -> Advantages:
+    """Estimate the advantages of both signals, combine them by the multiplier, then whiten."""
     mask = episode.batch.answer_mask
     # without critics there is no value to stop at: the advantage of a token is all that follows
     gae_lambda = settings.gae_lambda if settings.advantage_source == "models" else 1.0
     discounts = {"gamma": settings.gamma, "gae_lambda": gae_lambda}
 
-    def estimate(appraisal: Appraisal, kl_sign: float) -> tuple[Tensor, Tensor]:
-        shaped = shape_rewards(
-            episode.log_probs,
-            episode.reference_log_probs,
-            appraisal.score,
-            mask,
-            kl_coefficient=settings.kl_coefficient,
-            kl_sign=kl_sign,
-            clip=settings.score_clip,
-        )
+    def estimate(shaped: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         if settings.macro_action == "none":
-            return generalized_advantages(shaped, appraisal.values, mask, **discounts)
+            return generalized_advantages(shaped, values, mask, **discounts)
         if settings.macro_action == "ngram":
             actions = ngram_actions(mask, settings.macro_action_length)
         else:
             actions = perplexity_actions(episode.log_probs, mask)
-        return macro_action_advantages(shaped, appraisal.values, mask, actions, **discounts)
+        return macro_action_advantages(shaped, values, mask, actions, **discounts)
 
+    combined, reward_returns = estimate(signals.reward, episode.reward.values)
     cost_returns = None
-    if settings.reward_shaping is not None:
-        score = episode.reward.score - settings.reward_shaping * episode.cost.score
-        combined, reward_returns = estimate(replace(episode.reward, score=score), -1.0)
-    else:
-        reward_advantages, reward_returns = estimate(episode.reward, -1.0)
-        cost_advantages, cost_returns = estimate(episode.cost, +1.0)
-        combined = combine_advantages(reward_advantages, cost_advantages, multiplier)
+    if signals.cost is not None:
+        cost_advantages, cost_returns = estimate(signals.cost, episode.cost.values)
+        combined = combine_advantages(combined, cost_advantages, multiplier)
     if settings.whiten_advantages:
         combined = whiten(combined, mask, distributed.total)
     return Advantages(combined, reward_returns, cost_returns)

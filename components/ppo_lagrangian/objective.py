@@ -69,6 +69,11 @@ def generalized_advantages(
     return advantages, advantages + values
 
 
+def returns_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """[B, T] discounted sum of the rewards from each token on, which a value before that token estimates."""
+    return generalized_advantages(rewards, torch.zeros_like(rewards), mask, gamma=gamma, gae_lambda=1.0)[1]
+
+
 def ngram_actions(mask: Tensor, length: int) -> Tensor:
     """[B, T] -> [B, T] number of each token's macro action: runs of `length` tokens, counted from the first."""
     return (torch.arange(mask.shape[1], device=mask.device) // length).expand_as(mask)

@@ -152,7 +152,7 @@ def train_policy(
     checkpoints: TrainingCheckpoints,
 ) -> PpoTrace:
     """Run all steps, or those that an earlier attempt did not get to; returns the trace of all of them."""
-    state = checkpoints.restore(trainer.optimizers)
+    state = checkpoints.restore(trainer.trained)
     if state.record:
         progress = from_json(PpoProgress, state.record)
         trace, trainer.multiplier = progress.trace, progress.multiplier()

@@ -1,6 +1,7 @@
 """The PPO-Lagrangian training loop (paper section 3.3, algorithm in appendix B).
 
-Each step: 1 roll out, 2 score, 3 shape, 4 advantages, 5 update actor and critics, 6 multiplier, 7 log.
+Each step: 1 roll out, 2 score, 3 shape, 4 advantages, 5 update actor and critics, 6 multiplier, 7 log. Critics that
+are heads are fitted between 3 and 4, and have no part in 5.
 Several ranks share a rollout batch: each generates and scores its own episodes, and what depends on all of them (costs,
 whitening, losses, means) is summed over ranks, so lambda is the same on every one.
 Shapes: B episodes (of this rank), P prompt tokens, T answer tokens.
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from components.foundation.batching import (
 from components.foundation.optimization import cosine_factor
 from components.foundation.policy import ACTOR
 from components.foundation.ppo_settings import PpoSettings
-from components.foundation.role_optimizer import UpdateGuard, make_optimizers
+from components.foundation.role_optimizer import TrainedRole, UpdateGuard, make_optimizers
 from components.foundation.rollout import Rollout, RolloutEngine, Sampling
 from components.ppo_lagrangian.episode import (
     COST_CRITIC,
@@ -37,16 +38,19 @@ from components.ppo_lagrangian.episode import (
     Appraisal,
     Episode,
     Score,
+    Signals,
     collated,
     compute_advantages,
     score_episode,
+    shape_signals,
     token_values,
     weigh_tokens,
 )
+from components.ppo_lagrangian.head_critic import FOLDS, HeadCritic
 from components.ppo_lagrangian.health import check_kl, check_scores
 from components.ppo_lagrangian.multiplier import CostConstraint
 from components.ppo_lagrangian.multiplier_rule import next_multiplier, start_multiplier
-from components.ppo_lagrangian.objective import actor_loss, critic_loss
+from components.ppo_lagrangian.objective import actor_loss, critic_loss, returns_to_go
 from components.ppo_lagrangian.share import Minibatch, Share
 
 
@@ -71,7 +75,7 @@ class StepMetrics:
 
 
 class PpoLagrangian:
-    """Holds the six roles, the optimisers of the trained ones (by role) and the multiplier.
+    """Holds the six roles, how the trained ones are trained (by role) and the multiplier.
 
     `demonstrations` are what the actor must not forget: with `ppo.ptx_coefficient` above 0, each of its updates also
     lowers the language-model loss on as many of them as there are episodes in the minibatch.
@@ -95,9 +99,19 @@ class PpoLagrangian:
         self._guard = UpdateGuard(settings.max_skipped_updates)
         self.multiplier = start_multiplier(settings)
         rates = {ACTOR: settings.actor_learning_rate}
-        if settings.advantage_source == "models":
-            rates |= dict.fromkeys((REWARD_CRITIC, COST_CRITIC), settings.critic_learning_rate)
+        critics = (REWARD_CRITIC, COST_CRITIC) if settings.advantage_source == "models" else ()
+        rates |= {critic: settings.critic_learning_rate for critic in critics if backbone.has_adapter(critic)}
         self.optimizers = make_optimizers(backbone, rates)
+        self.head_critics = {
+            critic: HeadCritic(backbone, critic, settings.critic_ridge, settings.critic_memory)
+            for critic in critics
+            if critic not in rates
+        }
+
+    @property
+    def trained(self) -> dict[str, TrainedRole]:
+        """What a checkpoint must keep, by role."""
+        return {**self.optimizers, **self.head_critics}
 
     def step(self, prompts: Sequence[tuple[int, ...]], step: int, score: Score | None = None) -> StepMetrics:
         """One rollout batch and its update. `score` judges the answers; without it, the reward and the cost model do.
@@ -123,7 +137,9 @@ class PpoLagrangian:
         means = self._means(episode, rollout, int(lengths.sum()), len(prompts))
         check_kl(means["kl"], s.max_kl, step)
         # 3 shape, 4 advantages
-        advantages = compute_advantages(episode, s, self.multiplier.value)
+        signals = shape_signals(episode, s)
+        episode = self._fit_heads(episode, signals, own, step)
+        advantages = compute_advantages(episode, signals, s, self.multiplier.value)
         # 5 update
         losses = self._update(episode, advantages, Share(own, lengths), step)
         # 6 multiplier
@@ -173,6 +189,25 @@ class PpoLagrangian:
         world = distributed.world()
         return sorted(self._order(count, step, epoch=0)[0][world.rank :: world.size].tolist())
 
+    def _fit_heads(self, episode: Episode, signals: Signals, places: Tensor, step: int) -> Episode:
+        """The episode with the values of critics that are heads; `places` are those of this rank's episodes."""
+        mask = episode.batch.answer_mask
+        order, _ = self._order(self._settings.episodes_per_step, step, epoch=0)
+        folds = order.argsort()[places] % FOLDS
+
+        def valued(critic: str, appraisal: Appraisal, signal: Tensor | None) -> Appraisal:
+            if critic not in self.head_critics or signal is None or appraisal.features is None:
+                return appraisal
+            returns = returns_to_go(signal, mask, self._settings.gamma)
+            values = self.head_critics[critic].fit(appraisal.features, returns, mask, folds)
+            return replace(appraisal, values=values)
+
+        return replace(
+            episode,
+            reward=valued(REWARD_CRITIC, episode.reward, signals.reward),
+            cost=valued(COST_CRITIC, episode.cost, signals.cost),
+        )
+
     def _update(self, episode: Episode, advantages: Advantages, share: Share, step: int) -> dict[str, float]:
         """Every epoch passes once over the episodes in minibatches; returns the last losses and clipped tokens, of
         which each rank has its part."""
@@ -195,6 +230,11 @@ class PpoLagrangian:
                 for critic, appraisal, returns in critics:
                     if critic in self.optimizers and returns is not None:
                         losses[critic] = self._update_critic(critic, episode.batch, appraisal, returns, minibatch, step)
+        for critic, appraisal, returns in critics:
+            if critic in self.head_critics and returns is not None:
+                losses[critic] = self._critic_loss(
+                    appraisal.values, appraisal.values, returns, episode.batch, int(share.tokens.sum())
+                ).item()
         return losses
 
     def _draw_demonstrations(self, share: Share, generator: torch.Generator) -> tuple[SequenceBatch, Tensor]:
@@ -255,19 +295,15 @@ class PpoLagrangian:
         rows, optimizer = minibatch.rows, self.optimizers[critic]
         batch = all_rows.rows(rows)
         with self._backbone.role(critic, train=True):
-            if appraisal.features is not None:
-                values = self._backbone.head_outputs(critic, appraisal.features[rows])
-            else:
-                values = token_values(self._backbone, critic, batch)
-            loss = critic_loss(
-                values,
-                appraisal.values[rows],
-                returns[rows],
-                batch.answer_mask,
-                value_clip=self._settings.value_clip,
-                total_tokens=minibatch.tokens,
-            )
+            values = token_values(self._backbone, critic, batch)
+            loss = self._critic_loss(values, appraisal.values[rows], returns[rows], batch, minibatch.tokens)
             loss = minibatch.counts * loss
             optimizer.backward(loss)
         self._step_optimizer(critic, loss.item(), step)
         return loss.item()
+
+    def _critic_loss(
+        self, values: Tensor, old_values: Tensor, returns: Tensor, batch: SequenceBatch, tokens: int
+    ) -> Tensor:
+        value_clip = self._settings.value_clip
+        return critic_loss(values, old_values, returns, batch.answer_mask, value_clip=value_clip, total_tokens=tokens)

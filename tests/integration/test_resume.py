@@ -26,7 +26,7 @@ pytestmark = pytest.mark.xdist_group("resume")
 
 STAGES = ("sft", "reward_model", "cost_model", "ppo_lagrangian")
 MODULES = [f"components.{stage}.{stage}" for stage in STAGES]
-SETTINGS = '["ppo.steps=4", "ppo.ptx_coefficient=0.5", "checkpoint.every_steps=1"]'
+SETTINGS = '["ppo.steps=4", "ppo.critics=head", "ppo.ptx_coefficient=0.5", "checkpoint.every_steps=1"]'
 
 # Without threads there is nothing that a fork could break; the modules are imported once, for all attempts.
 _PROCESSES = multiprocessing.get_context("forkserver")
@@ -305,10 +305,10 @@ def test_a_rollout_server_that_dies_costs_the_step_it_died_in(runs: Runs, tmp_pa
             pytest.raises(RolloutError, match="died or hung up"),
         ):
             train_policy(dying, lambda step: dying.step(prompts, step), 3, PpoTrace(0.0), checkpoints)
-        saved = {role: backbone.role_tensors(role) for role in dying.optimizers}
+        saved = {role: backbone.role_tensors(role) for role in dying.trained}
         backbone, fresh = trainer()
         with TrainingCheckpoints(stage, backbone, []) as checkpoints:
-            assert checkpoints.restore(fresh.optimizers).step == 1
+            assert checkpoints.restore(fresh.trained).step == 1
         for role, tensors in saved.items():
             assert all(torch.equal(tensors[name], t) for name, t in backbone.role_tensors(role).items())
         fresh._engine.close()

@@ -20,7 +20,7 @@ from components.foundation.results import PpoTrace, from_json, to_json
 from components.foundation.rollout.transformers_engine import TransformersEngine
 from components.foundation.settings import Settings, resolve_settings
 from components.ppo_lagrangian.comparison import ask_annotator, compare_episode
-from components.ppo_lagrangian.episode import COST, REWARD, compute_advantages
+from components.ppo_lagrangian.episode import COST, REWARD, compute_advantages, shape_signals
 from components.ppo_lagrangian.multiplier import CostConstraint, MultiplierState
 from components.ppo_lagrangian.ppo_lagrangian import PpoProgress, draw_batch, label_constraint, place_roles
 from components.ppo_lagrangian.trainer import PpoLagrangian, StepMetrics
@@ -139,7 +139,7 @@ def test_advantages_are_half_the_gaps_of_an_answer_and_the_kl_that_follows(polic
     )
     episode = compare_episode(policy, ScriptedJudge(replies), settings, [PROMPT, PROMPT], sequences)
     assert episode.costs == [1.0, 0.0]
-    found = compute_advantages(episode, settings.ppo, multiplier=2.0).combined
+    found = compute_advantages(episode, shape_signals(episode, settings.ppo), settings.ppo, multiplier=2.0).combined
     expected = (math.log(3) - 2 * math.log(9)) / 2 / 3
     torch.testing.assert_close(found[0], torch.full((4,), expected))
     torch.testing.assert_close(found[1], torch.tensor([-expected - 0.2, -expected - 0.2, 0.0, 0.0]))

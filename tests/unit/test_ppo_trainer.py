@@ -27,6 +27,7 @@ from components.ppo_lagrangian.episode import (
     REWARD_CRITIC,
     compute_advantages,
     score_episode,
+    shape_signals,
     weigh_tokens,
 )
 from components.ppo_lagrangian.multiplier import CostConstraint
@@ -95,32 +96,34 @@ def _demonstration_loss(backbone: Backbone, demonstrations: Sequence[TokenSequen
 
 
 @pytest.mark.golden
-def test_both_kinds_of_critic_start_from_the_values_of_their_model(load_roles: Callable[[str], Backbone]) -> None:
-    """The value before a token is what the model's head says of the text up to there, read one text at a time."""
-    for critics in ("adapter", "head"):
-        backbone = load_roles(critics)
-        episode = score_episode(backbone, SEQUENCES, SETTINGS)
-        assert (episode.reward.features is None) == (critics == "adapter")
-        for model, appraisal in ((REWARD, episode.reward), (COST, episode.cost)):
-            for row, sequence in enumerate(SEQUENCES):
-                ids = torch.tensor([[*sequence.prompt, *sequence.answer]])
-                with backbone.role(model):
-                    alone = backbone.scores(model, ids, torch.ones_like(ids))[0]
-                first = len(sequence.prompt) - 1
-                torch.testing.assert_close(
-                    appraisal.values[row, : len(sequence.answer)], alone[first:-1], atol=1e-4, rtol=1e-4
-                )
-                torch.testing.assert_close(appraisal.score[row], alone[-1], atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("critics", ["adapter", "head"])
+def test_a_critic_reads_the_text_up_to_each_token(load_roles: Callable[[str], Backbone], critics: str) -> None:
+    """An adapter's first values are what the model's head says there, read one text at a time; so are the features."""
+    backbone = load_roles(critics)
+    episode = score_episode(backbone, SEQUENCES, SETTINGS)
+    for model, appraisal in ((REWARD, episode.reward), (COST, episode.cost)):
+        assert (appraisal.features is None) == (critics == "adapter")
+        for row, sequence in enumerate(SEQUENCES):
+            ids = torch.tensor([[*sequence.prompt, *sequence.answer]])
+            with backbone.role(model):
+                alone = backbone.scores(model, ids, torch.ones_like(ids))[0]
+                hidden = backbone.hidden_states(ids, torch.ones_like(ids))[0]
+            before = slice(len(sequence.prompt) - 1, -1)
+            found, expected = appraisal.values, alone[before]
+            if appraisal.features is not None:
+                found, expected = appraisal.features, hidden[before]
+            torch.testing.assert_close(found[row, : len(sequence.answer)], expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(appraisal.score[row], alone[-1], atol=1e-4, rtol=1e-4)
 
 
 def test_a_critic_that_is_a_head_learns_and_leaves_its_model_alone(load_roles: Callable[[str], Backbone]) -> None:
+    """Costs of answers are what the head predicts from the hidden states, so the errors of a fit fall to nearly 0."""
     backbone = load_roles("head")
     before = score_episode(backbone, SEQUENCES, SETTINGS)
     heads = copy.deepcopy([p.detach() for p in backbone.trainable_parameters(REWARD_CRITIC)])
-    trainer = _trainer(
-        backbone, SETTINGS.model_copy(update={"actor_learning_rate": 1e-9})
-    )  # the same answers each step
-    losses = [trainer.step(PROMPTS, step=0).reward_critic_loss for _ in range(30)]
+    changes = {"actor_learning_rate": 1e-9, "critic_ridge": 1e-4, "critic_memory": 1.0}  # a policy that stays the same
+    trainer = _trainer(backbone, SETTINGS.model_copy(update=changes))
+    losses = [trainer.step(PROMPTS, step).reward_critic_loss for step in range(30)]
     after = score_episode(backbone, SEQUENCES, SETTINGS)
     assert torch.equal(before.reward.score, after.reward.score)
     assert torch.equal(before.cost.score, after.cost.score)
@@ -136,14 +139,17 @@ def test_one_step_changes_actor_and_critics_and_nothing_else(
 ) -> None:
     backbone = load_roles(critics)
     before = score_episode(backbone, SEQUENCES, SETTINGS)
+    roles = (REWARD_CRITIC, COST_CRITIC)
+    critics_before = {role: backbone.role_state(role) for role in roles}
     metrics = _trainer(backbone, SETTINGS).step(PROMPTS, step=0)
     after = score_episode(backbone, SEQUENCES, SETTINGS)
     assert torch.equal(before.reference_log_probs, after.reference_log_probs)
     assert torch.equal(before.reward.score, after.reward.score)
     assert torch.equal(before.cost.score, after.cost.score)
     assert not torch.equal(before.log_probs, after.log_probs)
-    assert not torch.equal(before.reward.values, after.reward.values)
-    assert not torch.equal(before.cost.values, after.cost.values)
+    for role in roles:
+        now = backbone.role_state(role)
+        assert any(not torch.equal(tensor, now[name]) for name, tensor in critics_before[role].items())
     assert metrics.ptx_loss == 0.0
 
 
@@ -190,9 +196,10 @@ def test_reward_shaping_is_the_plain_reward_less_the_weighted_cost(load_roles: C
     settings = SETTINGS.model_copy(update={"reward_shaping": 0.7})
     shaped = replace(episode.reward, score=episode.reward.score - 0.7 * episode.cost.score)
     nothing = replace(episode.cost, score=torch.zeros(4), values=torch.zeros_like(episode.cost.values))
-    found = compute_advantages(episode, settings, multiplier=9.0)
+    found = compute_advantages(episode, shape_signals(episode, settings), settings, multiplier=9.0)
     # lambda 0 leaves the reward side alone
-    expected = compute_advantages(replace(episode, reward=shaped, cost=nothing), SETTINGS, multiplier=0.0)
+    plain = replace(episode, reward=shaped, cost=nothing)
+    expected = compute_advantages(plain, shape_signals(plain, SETTINGS), SETTINGS, multiplier=0.0)
     torch.testing.assert_close(found.combined, expected.combined)
     torch.testing.assert_close(found.reward_returns, expected.reward_returns)
     assert found.cost_returns is None
