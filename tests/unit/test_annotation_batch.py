@@ -57,6 +57,7 @@ def test_small_shares_give_one_item_and_none_gives_none() -> None:
     assert sum(item.gold is not None for item in few) == sum(item.labels_wanted == 3 for item in few) == 1
     bare = build_items(PAIRS[:3], KNOWN, Mixture(0.0, 3, 0.0), seed=0)
     assert len(bare) == 3 and {item.labels_wanted for item in bare} == {1}
+    assert build_items([], KNOWN, MIXTURE, seed=0) == []  # nobody labels gold items for their own sake
     alike = [replace(r, is_response_0_safe=True, is_response_1_safe=True) for r in KNOWN]
     assert all(item.gold is None for item in build_items(PAIRS[:3], alike, MIXTURE, seed=0))
 

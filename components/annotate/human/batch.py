@@ -85,7 +85,7 @@ def build_items(
 
 
 def _count(share: float, total: int) -> int:
-    return max(1, round(share * total)) if share > 0 else 0
+    return max(1, round(share * total)) if share > 0 and total else 0
 
 
 def _item(prompt: str, category: str, answer_0: str, answer_1: str, random_: random.Random) -> Item:
