@@ -16,6 +16,7 @@ from components.annotate.human.formats import ARGILLA, LABEL_STUDIO
 from components.annotate.human.label_import import ImportReport, import_labels
 from components.annotate.human.results import LabelResult, result_table, summarize
 from components.annotate.human.waiting import waiting_words
+from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import SettingsError
 from components.foundation.run_context import RunContext, open_run
 from components.foundation.setting_sections import StoreSettings
@@ -87,10 +88,13 @@ def open_batch(run: str, round_number: int, workdir: Path) -> Iterator[tuple[Run
     """A run and the batch of one of its rounds (0: the newest that has one).
 
     Raises:
-        SettingsError: there is no such batch.
+        SettingsError: there is no such run or batch.
     """
     with services_in_environment(workdir):
-        context = open_run(run if run.startswith("s3://") else f"{StoreSettings().uri}/runs/{run}")
+        uri = run if run.startswith("s3://") else f"{StoreSettings().uri}/runs/{run}"
+        if not CheckpointStore(StoreSettings().uri).has_text(f"{uri}/run.json"):
+            raise SettingsError(f"there is no run {uri}: give its id or s3:// URI, and the --workdir that it has")
+        context = open_run(uri)
         rounds = [round_number] if round_number else range(context.settings.rounds, 0, -1)
         batches = [batch for number in rounds if (batch := BatchStore(context, number)).batch_uri() is not None]
         if not batches:
@@ -123,5 +127,5 @@ def problem_lines(report: ImportReport) -> list[str]:
     shown = report.problems[:_PROBLEMS_SHOWN]
     lines = [f"{p.file} row {p.row}: {p.reason}" if p.row else f"{p.file}: {p.reason}" for p in shown]
     more = len(report.problems) - len(shown)
-    total = f"{len(report.problems)} labels cannot be used" + (f", {more} of them not shown" if more else "")
+    total = f"refused for {len(report.problems)} reasons" + (f", {more} of them not shown" if more else "")
     return [*lines, f"saferlhf: {total}: nothing was imported; mend the files and import them again"]

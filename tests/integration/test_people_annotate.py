@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -283,7 +283,10 @@ def test_somebody_who_always_answers_a_is_flagged_and_left_out_on_demand(
 
 
 @pytest.mark.fault
-def test_a_run_without_a_batch_is_named(services: Endpoints, tmp_path: Path) -> None:
+def test_a_run_without_a_batch_and_one_that_is_not_there_are_named(services: Endpoints, tmp_path: Path) -> None:
     run = start(tmp_path)
     done = run.command("status")
     assert done.exit_code == 1 and "no batch for people in any round" in str(done.exception)
+    nowhere = replace(run, uri=f"{run.uri}-not")
+    done = nowhere.command("status")
+    assert done.exit_code == 1 and f"there is no run {nowhere.uri}" in str(done.exception)
