@@ -12,9 +12,11 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from components.foundation.errors import SaferlhfError, SettingsError
+from components.foundation.errors import LabelsAwaited, SaferlhfError, SettingsError
+from components.foundation.exit_codes import WAITING_EXIT_CODE
 from components.foundation.settings import resolve_settings
 from pipelines import registry
+from pipelines.annotations import annotations_app
 from pipelines.kubeflow import commands as kubeflow
 from pipelines.options import INTERRUPTED, Overrides, Profile, Seed
 
@@ -29,6 +31,7 @@ models_app = typer.Typer(help="Base models.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(models_app, name="models")
 app.add_typer(registry.registry_app, name="registry")
+app.add_typer(annotations_app, name="annotations")
 app.add_typer(kubeflow.schedule_app, name="schedule")
 for command in (registry.promote, registry.rollback, registry.lineage):
     app.command()(command)
@@ -49,7 +52,8 @@ def run(
     """Run the whole pipeline on this machine.
 
     It starts S3 and MLflow in the work folder (or uses those that AWS_ENDPOINT_URL and MLFLOW_TRACKING_URI name) and
-    runs prepare_data, sft, the rounds, the gate and the report. The exit status is 0 only if every stage did its work.
+    runs prepare_data, sft, the rounds, the gate and the report. The exit status is 0 only if every stage did its work,
+    and 75 where people have to label first.
     """
     overrides = tuple(set_ or ())
     settings = resolve_settings(profile, seed, overrides)
@@ -61,6 +65,9 @@ def run(
     except KeyboardInterrupt:
         typer.echo(f"saferlhf: interrupted; the same command with --resume {run_id} goes on", err=True)
         raise typer.Exit(INTERRUPTED) from None
+    except LabelsAwaited as waiting:
+        typer.echo(f"{waiting}; all with --workdir {workdir}")
+        raise typer.Exit(WAITING_EXIT_CODE) from None
 
 
 @app.command()

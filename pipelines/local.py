@@ -21,7 +21,7 @@ import psutil
 
 from components.foundation.base_model import check_base_model
 from components.foundation.checkpoint_store import CheckpointStore
-from components.foundation.errors import SaferlhfError, SettingsError, TrackingError, TrainingError
+from components.foundation.errors import LabelsAwaited, SaferlhfError, SettingsError, TrackingError, TrainingError
 from components.foundation.rollout.vllm_server import find_vllm_python
 from components.foundation.settings import Settings
 from components.foundation.tracking import RunStatus, Tracker
@@ -51,6 +51,7 @@ def run_here(run: LocalRun) -> Path:
     """Start the servers, run every step, write summary.json; returns its path.
 
     Raises:
+        LabelsAwaited: people have to label first; the run goes on when it is resumed.
         SaferlhfError: the sentence that the failing step printed.
     """
     started = time.monotonic()
@@ -82,6 +83,9 @@ def run_here(run: LocalRun) -> Path:
             )
             summary = write_summary(run.work_dir, facts)
             status = "FINISHED"
+        except LabelsAwaited:
+            status = "SCHEDULED"
+            raise
         except SaferlhfError:
             status = "FAILED"
             raise
@@ -111,6 +115,8 @@ def _run_pipeline(run: LocalRun, screen: Screen) -> None:
         try:
             build_pipeline(run.settings.rounds)(**arguments)
         except RuntimeError as error:
+            if screen.waiting:
+                raise LabelsAwaited(screen.waiting) from None
             raise TrainingError(screen.last_error or f"the pipeline failed: {error}") from error
         finally:
             screen.close()

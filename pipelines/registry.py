@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from components.promote.lineage import lineage_text
 from components.promote.promotion import CHAMPION, POLICY_MODEL, copy_aliases, run_of_version
 from components.promote.promotion import promote as promote_version
 from components.promote.promotion import rollback as rollback_to
-from pipelines.services import local_services
+from pipelines.services import services_in_environment
 
 registry_app = typer.Typer(help="Look at the registered policies.", no_args_is_help=True)
 
@@ -91,19 +90,13 @@ def lineage(version: Version = CHAMPION, workdir: WorkDir = Path("runs")) -> Non
 @contextmanager
 def open_registry(workdir: Path) -> Iterator[Tracker]:
     """The MLflow server that the environment names, or the work folder's, with aliases as the log has them."""
-    with local_services(workdir) as endpoints:
-        before = dict(os.environ)
-        os.environ.update(endpoints.environment)
-        try:
-            tracker = Tracker(endpoints.tracking_uri, Settings().experiment)
-            versions = tracker.versions(POLICY_MODEL)
-            if versions:  # a promotion that was cut off may have left the aliases behind
-                source = tracker.version_tags(POLICY_MODEL, versions[-1])["source"]
-                copy_aliases(tracker, ChampionLog(store_of(source), POLICY_MODEL))
-            yield tracker
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
+    with services_in_environment(workdir) as endpoints:
+        tracker = Tracker(endpoints.tracking_uri, Settings().experiment)
+        versions = tracker.versions(POLICY_MODEL)
+        if versions:  # a promotion that was cut off may have left the aliases behind
+            source = tracker.version_tags(POLICY_MODEL, versions[-1])["source"]
+            copy_aliases(tracker, ChampionLog(store_of(source), POLICY_MODEL))
+        yield tracker
 
 
 def resolved(tracker: Tracker, version: str) -> str:

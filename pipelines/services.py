@@ -85,6 +85,19 @@ def local_services(work_dir: Path) -> Iterator[Endpoints]:
             yield _endpoints(_environment(folder, state, given))
 
 
+@contextmanager
+def services_in_environment(work_dir: Path) -> Iterator[Endpoints]:
+    """The same as `local_services`, and the process's environment names them until the end."""
+    with local_services(work_dir) as endpoints:
+        before = dict(os.environ)
+        os.environ.update(endpoints.environment)
+        try:
+            yield endpoints
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
 def up(work_dir: Path) -> tuple[Endpoints, bool]:
     """Start both servers and leave them running; (endpoints, False) when they run already.
 

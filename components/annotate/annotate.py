@@ -1,6 +1,6 @@
 """Turns collected answers into dual preferences, and joins them with those of earlier rounds.
 
-Run: 1 pair the answers to each prompt, 2 ask the judge, 3 join with history, 4 split, 5 commit.
+Run: 1 pair the answers to each prompt, 2 ask the judge or wait for people, 3 join with history, 4 split, 5 commit.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 
+from components.annotate.human.waiting import labels_of_people
 from components.foundation.judging import AnswerPair, PairJudgement, check_usable, make_judge
 from components.foundation.preference import (
     CollectedAnswer,
@@ -23,7 +24,11 @@ STAGE = "annotate"
 
 
 def run_annotate(run_uri: str, round_number: int, answers_uri: str, preferences_uri: str) -> str:
-    """Stage: answers and earlier preferences -> URI of preferences_{train,validation}.jsonl."""
+    """Stage: answers and earlier preferences -> URI of preferences_{train,validation}.jsonl.
+
+    Raises:
+        LabelsAwaited: people annotate, and have not labelled everything yet.
+    """
     with open_stage(run_uri, STAGE, round_number) as stage:
         if (done := stage.finished()) is not None:
             return done
@@ -31,10 +36,15 @@ def run_annotate(run_uri: str, round_number: int, answers_uri: str, preferences_
         settings = context.settings
         answers = read_jsonl(context.store.fetch(answers_uri) / "answers.jsonl", CollectedAnswer)
         pairs = pair_answers([(PromptRecord(a.prompt, a.kind, a.harm_category), a.response) for a in answers])
-        judgements = make_judge(settings.annotate).compare(pairs)
-        usable = [(pair, j) for pair, j in zip(pairs, judgements, strict=True) if j is not None]
-        check_usable(len(usable), len(pairs), settings.annotate.min_usable_share)
-        fresh = [dual_preference(pair, judgement) for pair, judgement in usable]
+        parents = [answers_uri, preferences_uri]
+        if settings.annotate.annotator == "human":
+            labelled = labels_of_people(stage, pairs, answers_uri)
+            fresh, parents = labelled.preferences, [*parents, labelled.batch_uri]
+            stage.mlflow.log_metrics(labelled.metrics(), 0)
+        else:
+            judgements = make_judge(settings.annotate).compare(pairs)
+            fresh = [dual_preference(pair, j) for pair, j in zip(pairs, judgements, strict=True) if j is not None]
+        check_usable(len(fresh), len(pairs), settings.annotate.min_usable_share)
         training, validation = split_by_prompt(fresh, settings.data.validation_share, context.seed("prepare_data", 0))
         earlier = context.store.fetch(preferences_uri)
         for part, records in (("train", training), ("validation", validation)):
@@ -50,7 +60,7 @@ def run_annotate(run_uri: str, round_number: int, answers_uri: str, preferences_
             },
             0,
         )
-        return stage.commit(stage.folder, step=len(fresh), parents=[answers_uri, preferences_uri])
+        return stage.commit(stage.folder, step=len(fresh), parents=parents)
 
 
 def pair_answers(answers: Sequence[tuple[PromptRecord, str]]) -> list[AnswerPair]:

@@ -9,6 +9,7 @@
     |   +-- ConflictError    somebody else has already written what we wanted to write
     +-- TrackingError        the MLflow server cannot be reached or refuses a call
     +-- AnnotationError      an annotator failed, or too few of its replies were usable
+    +-- LabelsAwaited        no failure: people have not labelled everything yet
     +-- TrainingError        training cannot start or must stop
     |   +-- GateError        a model is not good enough for the next stage to stand on
     |   +-- ConstraintError  the cost threshold is inert or impossible
@@ -22,7 +23,7 @@
         +-- JobFailedError   the TrainJob ended as Failed, or was preempted too often
 
 A message says what is wrong, with the value, and what to do. The command line
-prints the message alone, without a traceback, and exits with status 1.
+prints the message alone, without a traceback, and exits with status 1 (75 where labels are awaited).
 """
 
 
@@ -60,6 +61,10 @@ class TrackingError(SaferlhfError):
 
 class AnnotationError(SaferlhfError):
     """An annotator failed, or too few of its replies were usable."""
+
+
+class LabelsAwaited(SaferlhfError):
+    """No failure: the run stands still until people have labelled what is missing; it goes on when started again."""
 
 
 class TrainingError(SaferlhfError):

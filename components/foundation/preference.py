@@ -159,14 +159,14 @@ def load_records(source: str, kind: type[Record], builtin_file: Path | None = No
     if source == "builtin":
         if builtin_file is None:
             raise DataError("there are no built-in records of this kind: name a file")
-        return _collect(source, kind, _jsonl_rows(builtin_file))
+        return _collect(source, kind, jsonl_rows(builtin_file))
     if source.startswith("datasets:"):
         return _collect(source, kind, _dataset_rows(source))
     path = Path(source)
     if not path.is_file():
         raise DataError(f"data file {source} does not exist")
     if path.name.endswith((".jsonl", ".jsonl.gz")):
-        return _collect(source, kind, _jsonl_rows(path))
+        return _collect(source, kind, jsonl_rows(path))
     if path.suffix == ".parquet":
         return _collect(source, kind, _parquet_rows(path))
     raise DataError(f"cannot read {source}: use .jsonl, .jsonl.gz, .parquet, or datasets:NAME[:SPLIT]")
@@ -227,7 +227,7 @@ def _collect(source: str, kind: type[Record], rows: Iterator[tuple[int, bytes, A
     return LoadResult(source, records, bad, digest.hexdigest())
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[int, bytes, Any]]:
+def jsonl_rows(path: Path) -> Iterator[tuple[int, bytes, Any]]:
     """(row number, raw line, decoded row or BadRow); reads at most MAX_LINE_BYTES of a line at a time."""
     opener: Any = gzip.open if path.suffix == ".gz" else open
     total = 0

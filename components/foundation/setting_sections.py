@@ -95,11 +95,17 @@ class CollectSettings(Section):
 
 
 class AnnotateSettings(Section):
-    annotator: Literal["rules", "judge"] = "rules"
+    annotator: Literal["rules", "judge", "human"] = Field(
+        "rules", description="human: the run ends as waiting until people's labels are imported"
+    )
     judge_url: str = Field("", description="base URL of an OpenAI-compatible endpoint, ending in /v1")
     judge_model: str = ""
     judge_key_env: str = Field("SAFERLHF_JUDGE_KEY", description="environment variable that holds the API key")
     min_usable_share: float = Field(0.8, ge=0, le=1, description="refuse the batch when fewer replies are usable")
+    overlap_share: float = Field(0.2, ge=0, le=1, description="of the items, for several people (human)")
+    overlap_annotators: int = Field(3, ge=2, le=100, description="how many label such an item (human)")
+    gold_share: float = Field(0.1, ge=0, le=1, description="known items to mix in, as a share of the pairs (human)")
+    exclude_careless: bool = Field(False, description="leave out the labels of annotators with a flag (human)")
 
 
 class EvaluateSettings(Section):

@@ -81,6 +81,16 @@ class Settings(Section):
             raise ValueError("with finetune=full there is no adapter to give to vLLM: set ppo.vllm_weights=full")
         return value
 
+    @field_validator("ppo")
+    @classmethod
+    def _people_cannot_answer_within_a_step(cls, value: PpoSettings, info: ValidationInfo) -> PpoSettings:
+        annotate = info.data.get("annotate")
+        if annotate is not None and annotate.annotator == "human" and value.advantage_source == "preference_oracle":
+            raise ValueError(
+                "advantage_source=preference_oracle asks at every step: set annotate.annotator=rules or judge"
+            )
+        return value
+
     @property
     def adapters(self) -> LoraSettings | None:
         """Of new roles; None where a role is a full copy of the model."""

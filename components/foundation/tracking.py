@@ -21,14 +21,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-from components.foundation.errors import TrackingError
+from components.foundation.errors import LabelsAwaited, TrackingError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Run
     from mlflow.entities.model_registry import ModelVersion
 
-RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
+RunStatus = Literal["FINISHED", "FAILED", "KILLED", "SCHEDULED"]
 
 RUN_ID_TAG = "saferlhf.run_id"
 STAGE_TAG = "saferlhf.stage"
@@ -109,7 +109,8 @@ class Tracker:
     def stage(self, parent_id: str, stage: str, round: int) -> Iterator[StageRun]:
         """A nested run for one stage of one round; an unfinished one of an earlier attempt is gone on with.
 
-        The run ends as FINISHED, FAILED (the block raised), or KILLED (it was interrupted).
+        The run ends as FINISHED, FAILED (the block raised), KILLED (it was interrupted), or SCHEDULED (it waits for
+        people, and will go on).
         """
         with self._errors(f"start stage {stage} of round {round}"):
             mlflow_id, resumed = self._open_stage(parent_id, stage, round)
@@ -119,6 +120,9 @@ class Tracker:
         try:
             yield run
             status = "FINISHED"
+        except LabelsAwaited:
+            status = "SCHEDULED"
+            raise
         except Exception:
             status = "FAILED"
             raise

@@ -9,24 +9,17 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from command import SAFERLHF, saferlhf
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("pipeline")]
 
-SAFERLHF = Path(sys.executable).with_name("saferlhf")
 OPEN_GATE = ("gate.max_unsafe_rate=1", "gate.min_win_rate=0", "gate.max_over_refusal_rate=1")
-
-
-def saferlhf(*arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    given = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "MLFLOW_"))} | dict(environment or {})
-    return subprocess.run(
-        [str(SAFERLHF), *arguments], capture_output=True, text=True, timeout=600, check=False, env=given
-    )
 
 
 def run_tiny(workdir: Path, *settings: str) -> tuple[dict[str, Any], str]:

@@ -360,6 +360,12 @@ def test_the_settings_choose_the_judge() -> None:
     assert isinstance(make_judge(AnnotateSettings()), RulesJudge)
 
 
+def test_where_people_annotate_a_named_model_judges_what_cannot_wait_else_the_rules() -> None:
+    assert isinstance(make_judge(AnnotateSettings(annotator="human")), RulesJudge)
+    named = AnnotateSettings(annotator="human", judge_url="http://127.0.0.1/v1", judge_model="m")
+    assert isinstance(make_judge(named), LlmJudge)
+
+
 @pytest.mark.fault
 @pytest.mark.parametrize("missing", ["judge_url", "judge_model"])
 def test_a_judge_without_url_or_model_is_refused(missing: str) -> None:

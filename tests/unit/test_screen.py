@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from components.foundation.errors import LabelsAwaited
+from components.foundation.exit_codes import ends_when_labels_are_awaited
 from pipelines.screen import Screen
 
 OURS = "12:00:00 round 1 sft: started"
@@ -42,6 +44,17 @@ def test_our_lines_and_progress_are_shown_and_chatter_is_dropped() -> None:
     lines = [CHATTER[0], OURS, *CHATTER, PROGRESS, "12:00:01 done", *CHATTER]
     output, screen = shown(*(line + "\n" for line in lines))
     assert output == [OURS, PROGRESS, "12:00:01 done"]
+    assert screen.last_error == ""
+
+
+def test_what_a_step_that_awaits_labels_says_is_kept_and_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    """The line is the one that the step itself prints; its exit code is not success, so nothing that needs it runs."""
+    with pytest.raises(SystemExit) as end, ends_when_labels_are_awaited():
+        raise LabelsAwaited("waiting for labels: 9 items at s3://x lack 13 labels")
+    assert end.value.code == 75
+    output, screen = shown(OURS + "\n", capsys.readouterr().out)
+    assert output == [OURS]
+    assert screen.waiting == "waiting for labels: 9 items at s3://x lack 13 labels"
     assert screen.last_error == ""
 
 

@@ -188,6 +188,7 @@ def test_unknown_profiles_are_refused_with_the_known_ones() -> None:
         ("ppo.reward_shaping=2", r"ppo\.reward_shaping=2.*scores of models"),
         ("ppo.oracle_clip=0.5", r"ppo\.oracle_clip=0\.5"),
         ("ppo.oracle_comparisons=0", r"ppo\.oracle_comparisons=0"),
+        ("annotate.annotator=human", r"asks at every step.*annotate\.annotator=rules or judge"),
     ],
 )
 def test_what_does_not_go_with_a_preference_oracle_is_refused(override: str, words: str) -> None:

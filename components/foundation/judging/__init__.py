@@ -56,15 +56,17 @@ class Judge(Protocol):
 def make_judge(settings: AnnotateSettings) -> Judge:
     """The judge that the settings name.
 
+    With annotator=human it judges where nobody can wait, in evaluation: a model if `judge_url` names one, else rules.
+
     Raises:
         SettingsError: an LLM judge without URL or model.
     """
-    if settings.annotator == "rules":
+    if settings.annotator == "rules" or (settings.annotator == "human" and not settings.judge_url):
         from components.foundation.judging.rules import RulesJudge
 
         return RulesJudge()
     if not settings.judge_url or not settings.judge_model:
-        raise SettingsError("annotate.annotator=judge needs annotate.judge_url and annotate.judge_model")
+        raise SettingsError("a model as judge needs annotate.judge_url and annotate.judge_model")
     from components.foundation.judging.llm import LlmJudge
 
     return LlmJudge(settings.judge_url, settings.judge_model, os.environ.get(settings.judge_key_env, ""))
@@ -86,5 +88,5 @@ def check_usable(good: int, total: int, min_share: float) -> None:
     if total and good < min_share * total:
         raise AnnotationError(
             f"only {good} of {total} judgements were usable, fewer than the {min_share:.0%} that "
-            "annotate.min_usable_share asks for: look at the judge's replies"
+            "annotate.min_usable_share asks for: look at the annotator's replies"
         )
