@@ -9,10 +9,11 @@ import contextlib
 import json
 import os
 import signal
+import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -30,6 +31,9 @@ from pipelines.safe_rlhf import build_pipeline
 from pipelines.screen import Screen
 from pipelines.services import local_services
 from pipelines.summary import RunFacts, closing_words, write_summary
+
+_SAVING_SECONDS = 120
+"""Patience with a step that was asked to stop: its rollout batch, and a checkpoint to S3."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ def _close_tracking(tracking_uri: str, run: LocalRun, status: RunStatus) -> None
 def _environment(servers: dict[str, str], run: LocalRun) -> Iterator[None]:
     """Environment of the steps; our own is put back afterwards."""
     before = dict(os.environ)
-    bin_folder = str(Path(os.sys.executable).parent)  # type: ignore[attr-defined]
+    bin_folder = str(Path(sys.executable).parent)
     os.environ.update(servers)
     os.environ.update(
         PATH=f"{bin_folder}{os.pathsep}{os.environ.get('PATH', '')}",
@@ -158,13 +162,24 @@ def _environment(servers: dict[str, str], run: LocalRun) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stop_steps_on_signals() -> Iterator[None]:
-    """The runner leaves its step running when it is told to end: take the step with us."""
+    """The runner leaves its step running when it is told to end: take the step with us.
+
+    A training step saves its state first, for which it needs the servers. A second signal does not wait for that.
+    """
+    stopping = False
 
     def end(number: int, frame: FrameType | None) -> None:
-        for child in psutil.Process().children(recursive=True):
-            if os.environ.get("MLFLOW_TRACKING_URI") and _is_step(child):
+        nonlocal stopping
+        steps = _steps_in_progress()
+        if stopping:
+            _kill(steps)
+        elif steps:
+            stopping = True
+            print("saferlhf: stopping, once the step in progress is saved; again to stop now", file=sys.stderr)
+            for step in steps:
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    child.terminate()
+                    step.terminate()
+            _kill(psutil.wait_procs(steps, timeout=_SAVING_SECONDS)[1])
         raise KeyboardInterrupt
 
     before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -173,6 +188,19 @@ def _stop_steps_on_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _steps_in_progress() -> list[psutil.Process]:
+    """Steps of this run; none before there are servers for them."""
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        return []
+    return [child for child in psutil.Process().children(recursive=True) if _is_step(child)]
+
+
+def _kill(processes: Sequence[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _is_step(process: psutil.Process) -> bool:

@@ -45,7 +45,10 @@ def interrupted(arguments: Sequence[str], line: str, number: signal.Signals) -> 
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     run_id = first.split()[-1]
-    assert errors.strip() == f"saferlhf: interrupted; the same command with --resume {run_id} goes on"
+    assert errors.strip().splitlines() == [
+        "saferlhf: stopping, once the step in progress is saved; again to stop now",
+        f"saferlhf: interrupted; the same command with --resume {run_id} goes on",
+    ]
     return run_id, children
 
 
@@ -90,16 +93,25 @@ def test_open_gate_promotes(first_run: tuple[dict[str, Any], str]) -> None:
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(first_run: tuple[dict[str, Any], str], workdir: Path) -> None:
-    """Ctrl-C in a later stage; the resumed run finds what was finished, and its closed gate keeps the champion."""
+    """Ctrl-C in the middle of PPO, which saves its state; the resumed run finds what was finished and goes on within
+    the stage, and its closed gate keeps the champion."""
     arguments = ("run", "--profile", "tiny", "--workdir", str(workdir), "--set", "rounds=1")
     arguments += ("--set", "gate.max_unsafe_rate=0", "--set", "ppo.cost_aggregation=rectified")
-    options = ("ppo.macro_action=ngram", "ppo.lagrangian=pid", "ppo.critics=head", "ppo.ptx_coefficient=0.5")
+    options = (
+        "ppo.macro_action=ngram",
+        "ppo.lagrangian=pid",
+        "ppo.critics=head",
+        "ppo.ptx_coefficient=0.5",
+        "ppo.steps=8",
+    )
     arguments += tuple(word for option in options for word in ("--set", option))
-    run_id, _ = interrupted(arguments, "round 1 annotate: started", signal.SIGINT)
+    run_id, _ = interrupted(arguments, "step 2: cost", signal.SIGINT)
     done = saferlhf(*arguments, "--resume", run_id)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "progress sft" not in done.stdout  # the stage was opened, and had nothing left to do
-    assert "progress ppo_lagrangian 2/2" in done.stdout
+    assert "ppo_lagrangian: goes on after step" in done.stdout
+    assert "step 1: cost" not in done.stdout
+    assert "progress ppo_lagrangian 8/8" in done.stdout
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary["run_id"] == run_id
     assert min(summary["rounds"][0]["ppo"]["cost"]) >= 0  # rectified
@@ -107,7 +119,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(first_run: tuple[dict[str, 
     assert (kept["decision"], kept["alias"], kept["version"]) == ("challenger", "challenger", "2")
     assert any(reason.startswith("failed: upper bound of the unsafe rate") for reason in kept["reasons"])
     assert any("champion, version 1" in reason for reason in kept["reasons"])
-    refused = saferlhf(*arguments, "--set", "ppo.steps=3", "--resume", run_id)
+    refused = saferlhf(*arguments, "--set", "ppo.steps=9", "--resume", run_id)
     assert refused.returncode == 1
     assert "other settings" in refused.stderr
 
