@@ -15,7 +15,7 @@ import typer
 
 from components.foundation.errors import SaferlhfError, SettingsError
 from components.foundation.settings import resolve_settings
-from pipelines import registry
+from pipelines import registry, serving
 
 app = typer.Typer(help="Safe RLHF as a Kubeflow pipeline.", no_args_is_help=True, add_completion=False)
 data_app = typer.Typer(help="Look at data files.", no_args_is_help=True)
@@ -23,6 +23,7 @@ models_app = typer.Typer(help="Base models.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(models_app, name="models")
 app.add_typer(registry.registry_app, name="registry")
+app.add_typer(serving.serve_app, name="serve")
 for command in (registry.promote, registry.rollback, registry.lineage):
     app.command()(command)
 

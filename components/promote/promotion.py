@@ -1,7 +1,7 @@
 """Who becomes champion: decided against whoever is champion at that moment, however many promotions run at once.
 
 Promote: 1 read the log's last entry, 2 decide against its version, 3 append an entry, or start again where somebody
-else was faster, 4 copy the entry to MLflow's aliases, `previous_champion` first.
+else was faster, 4 copy the entry to MLflow's aliases, `previous_champion` first, 5 write what serves the champion.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from components.foundation.run_context import RunContext
 from components.foundation.tracking import Tracker
 from components.promote.champion_log import ChampionEntry, ChampionLog
 from components.promote.gate import CHALLENGE, PROMOTE, RegressionResults, benign_win_rate, decide
+from components.promote.serving import hand_over
 
 POLICY_MODEL = "saferlhf-policy"
 CHAMPION, PREVIOUS_CHAMPION, CHALLENGER = "champion", "previous_champion", "challenger"
@@ -43,6 +44,8 @@ def promote(context: RunContext, version: str) -> PromotionResult:
         champion = champion_version(context.tracker, last)
         if champion == version:
             copy_aliases(context.tracker, champions)
+            if last is not None:  # in case that an earlier promotion was cut off
+                hand_over(context, POLICY_MODEL, last, _canary_share(context, last))
             reasons = last.reasons if last is not None else ["passed: it is the champion already"]
             return PromotionResult(PROMOTE, reasons, POLICY_MODEL, version, CHAMPION)
         decision, reasons = decide_on_version(context, version, champion)
@@ -57,6 +60,7 @@ def promote(context: RunContext, version: str) -> PromotionResult:
             log.info("another version became champion meanwhile: version %s is measured against it", version)
             continue
         copy_aliases(context.tracker, champions)
+        hand_over(context, POLICY_MODEL, entry, _canary_share(context, entry))
         return PromotionResult(PROMOTE, reasons, POLICY_MODEL, version, CHAMPION)
 
 
@@ -82,6 +86,7 @@ def rollback(context: RunContext, to_version: str, reason: str) -> ChampionEntry
     )
     champions.append(entry)
     copy_aliases(context.tracker, champions)
+    hand_over(context, POLICY_MODEL, entry, _canary_share(context, entry))
     return entry
 
 
@@ -159,6 +164,11 @@ def _win_rate_against(context: RunContext, ours: list[HeldOutAnswer], champions:
         return None
     theirs = read_records(HeldOutAnswer, champions / "answers.jsonl")
     return benign_win_rate(ours, theirs, context.settings.evaluate.confidence)
+
+
+def _canary_share(context: RunContext, entry: ChampionEntry) -> float:
+    """All of the traffic for a first champion, and for one that stood the test before."""
+    return 1.0 if entry.action == ROLLBACK or not entry.previous else context.settings.serving.canary_share
 
 
 def _now() -> str:
