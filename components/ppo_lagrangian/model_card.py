@@ -95,8 +95,8 @@ def _quality(evidence: CardEvidence) -> str:
     reward, cost = evidence.results
     auc = "" if cost.auc is None else f", AUC of unsafe against safe {cost.auc:.3f}"
     return (
-        f"Of held-out pairs, the reward model ranks {reward.accuracy:.1%} as labelled ({reward.validation_pairs} pairs) "
-        f"and the cost model {cost.accuracy:.1%} ({cost.validation_pairs} pairs{auc})."
+        f"Of held-out pairs, the reward model ranks {reward.accuracy:.1%} as labelled ({reward.validation_pairs} "
+        f"pairs), the cost model {cost.accuracy:.1%} ({cost.validation_pairs} pairs{auc})."
     )
 
 
