@@ -10,10 +10,6 @@ BUILTIN = "builtin"
 """Value of a data setting that means: the records shipped with the project."""
 
 
-_QUANTITY = r"^[1-9][0-9]*(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"
-"""What Kubernetes takes for an amount of CPU or memory."""
-
-
 class Section(BaseModel):
     """A named group of settings. Unknown keys are refused, and a value is of the kind that its setting asks for."""
 
@@ -160,8 +156,8 @@ class ServingSettings(Section):
     canary_share: float = Field(
         1.0, ge=0, le=1, description="of the traffic that a new champion gets at first; the last one keeps the rest"
     )
-    cpu: str = Field("4", pattern=_QUANTITY, description="of a replica, requested and at most")
-    memory: str = Field("16Gi", pattern=_QUANTITY, description="the same")
+    cpu: float = Field(4, gt=0, description="cores of a replica, requested and at most")
+    memory: str = Field("16Gi", pattern=r"^[1-9][0-9]*(Mi|Gi|Ti|M|G|T)$", description="the same")
     gpus: int = Field(1, ge=0, description="of a replica; with 0, vLLM must be built for CPUs")
     trial_seconds: float = Field(
         300, gt=0, description="patience with the exported model that is asked one question before it is registered"

@@ -61,7 +61,7 @@ def inference_service(policy: ServedPolicy, settings: ServingSettings, canary_sh
         canary_share: of the traffic for this policy; the one that served before keeps the rest. With 1 the field is
             left out, which is how KServe ends a canary.
     """
-    resources: dict[str, str] = {"cpu": settings.cpu, "memory": settings.memory}
+    resources: dict[str, str] = {"cpu": f"{settings.cpu:g}", "memory": settings.memory}
     if settings.gpus:
         resources["nvidia.com/gpu"] = str(settings.gpus)
     predictor = {
