@@ -80,7 +80,7 @@ def promote(version: Version, workdir: WorkDir = Path("runs")) -> None:
             typer.echo(reason)
         typer.echo(f"{POLICY_MODEL} version {number} is {result.alias}")
         if result.alias == CHAMPION:
-            typer.echo(_to_serve(tracker, number))
+            _tell_what_serves(tracker, number)
     if result.alias != CHAMPION:
         raise typer.Exit(1)
 
@@ -94,7 +94,7 @@ def rollback(
     with open_registry(workdir) as tracker:
         entry = rollback_to(run_of(tracker, resolved(tracker, CHAMPION)), to, reason)
         typer.echo(f"{POLICY_MODEL} version {entry.version} is champion again, in place of version {entry.previous}")
-        typer.echo(_to_serve(tracker, entry.version))
+        _tell_what_serves(tracker, entry.version)
 
 
 def lineage(version: Version = CHAMPION, workdir: WorkDir = Path("runs")) -> None:
@@ -104,12 +104,13 @@ def lineage(version: Version = CHAMPION, workdir: WorkDir = Path("runs")) -> Non
         typer.echo(lineage_text(store_of(source), source.removesuffix("/model")), nl=False)
 
 
-def _to_serve(tracker: Tracker, version: str) -> str:
-    """Where the InferenceService of the champion is."""
+def _tell_what_serves(tracker: Tracker, version: str) -> None:
+    """Print where the InferenceService of the champion is."""
     store = store_of(tracker.version_tags(POLICY_MODEL, version)["source"])
     entry = ChampionLog(store, POLICY_MODEL).latest()
-    number = entry.number if entry else 0
-    return f"to serve it: {handed_over_uri(store, POLICY_MODEL, number)}, or `saferlhf serve apply`"
+    if entry is not None:
+        uri = handed_over_uri(store, POLICY_MODEL, entry.number)
+        typer.echo(f"to serve it: {uri}, or `saferlhf serve apply`")
 
 
 @contextmanager

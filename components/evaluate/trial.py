@@ -51,7 +51,7 @@ def try_model(policy_uri: str, folder: Path, seconds: float) -> TrialResult:
 
 
 def _ask_transformers(policy_uri: str, folder: Path, seconds: float) -> str:
-    command = [sys.executable, "-I", str(_PROGRAM), str(folder), QUESTION]  # -I: nothing of ours can be imported
+    command = [sys.executable, "-I", str(_PROGRAM), str(folder), QUESTION]  # -I: no PYTHONPATH, no current folder
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=seconds, check=False, env={**os.environ, **_OFFLINE}

@@ -108,12 +108,13 @@ def hand_over(context: RunContext, model: str, entry: ChampionEntry, canary_shar
 
     An entry that has its manifest keeps it: it is of the same version, whoever wrote it.
     """
-    tags = context.tracker.version_tags(model, entry.version)
-    policy = served_policy(context.store, entry.version, tags)
     uri = handed_over_uri(context.store, model, entry.number)
+    if context.store.has_text(uri):
+        return uri
+    policy = served_policy(context.store, entry.version, context.tracker.version_tags(model, entry.version))
     try:
         context.store.write_text(uri, to_yaml(inference_service(policy, context.settings.serving, canary_share)))
-    except ConflictError:
+    except ConflictError:  # somebody else was faster
         return uri
     log.info("to serve %s version %s: %s", model, entry.version, uri)
     return uri

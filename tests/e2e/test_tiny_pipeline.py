@@ -146,6 +146,9 @@ def test_the_registry_tells_who_is_champion_why_and_from_what(
         for stage in ("round-2/cost_model", "round-1/ppo_lagrangian", "round-1/annotate", "round-0/prepare_data"):
             assert stage in origin
         assert re.search(r"^ +[0-9a-f]{64}  preferences_train.jsonl$", origin, re.MULTILINE)
+        share = ("--version", "1", "--canary-share", "0.1")
+        assert saferlhf("serve", "render", "-o", str(file), *share, *where).returncode == 0
+        assert "canaryTrafficPercent: 10\n" in file.read_text()
         again = saferlhf("promote", "1", *where)  # it is champion already
         assert again.returncode == 0 and "saferlhf-policy-serving/000001.yaml" in again.stdout
         for arguments, words in (
