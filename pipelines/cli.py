@@ -15,7 +15,7 @@ import typer
 from components.foundation.errors import LabelsAwaited, SaferlhfError, SettingsError
 from components.foundation.exit_codes import WAITING_EXIT_CODE
 from components.foundation.settings import resolve_settings
-from pipelines import registry
+from pipelines import registry, serving
 from pipelines.annotations import annotations_app
 from pipelines.kubeflow import commands as kubeflow
 from pipelines.options import INTERRUPTED, Overrides, Profile, Seed
@@ -33,6 +33,7 @@ app.add_typer(models_app, name="models")
 app.add_typer(registry.registry_app, name="registry")
 app.add_typer(annotations_app, name="annotations")
 app.add_typer(kubeflow.schedule_app, name="schedule")
+app.add_typer(serving.serve_app, name="serve")
 for command in (registry.promote, registry.rollback, registry.lineage):
     app.command()(command)
 app.command()(kubeflow.upload)

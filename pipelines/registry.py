@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -16,9 +16,10 @@ from components.foundation.settings import Settings
 from components.foundation.tracking import Tracker
 from components.promote.champion_log import ChampionLog
 from components.promote.lineage import lineage_text
-from components.promote.promotion import CHAMPION, POLICY_MODEL, copy_aliases, run_of_version
+from components.promote.promotion import CHAMPION, POLICY_MODEL, copy_aliases, run_of_version, stored_regressions
 from components.promote.promotion import promote as promote_version
 from components.promote.promotion import rollback as rollback_to
+from components.promote.serving import handed_over_uri
 from pipelines.services import services_in_environment
 
 registry_app = typer.Typer(help="Look at the registered policies.", no_args_is_help=True)
@@ -55,6 +56,18 @@ def show(version: Version, workdir: WorkDir = Path("runs")) -> None:
                 typer.echo(f"\nchampion since {entry.time}, by {entry.action}, {before}")
                 for reason in entry.reasons:
                     typer.echo(f"  {reason}")
+        for line in _regression_lines(tags):
+            typer.echo(line)
+
+
+def _regression_lines(tags: Mapping[str, str]) -> list[str]:
+    """What a policy got wrong of the regression suite; nothing where it was registered without an evaluation."""
+    if "evaluation_uri" not in tags:
+        return []
+    answers = stored_regressions(store_of(tags["source"]).fetch(tags["evaluation_uri"]))
+    wrong = [answer for answer in answers if answer.right is not True]
+    head = f"\nregression suite: {len(answers) - len(wrong)} of {len(answers)} right"
+    return [head, *(f"  must {answer.must}: {answer.prompt} -> {answer.answer!r}" for answer in wrong)]
 
 
 def promote(version: Version, workdir: WorkDir = Path("runs")) -> None:
@@ -65,6 +78,8 @@ def promote(version: Version, workdir: WorkDir = Path("runs")) -> None:
         for reason in result.reasons:
             typer.echo(reason)
         typer.echo(f"{POLICY_MODEL} version {number} is {result.alias}")
+        if result.alias == CHAMPION:
+            _tell_what_serves(tracker, number)
     if result.alias != CHAMPION:
         raise typer.Exit(1)
 
@@ -78,6 +93,7 @@ def rollback(
     with open_registry(workdir) as tracker:
         entry = rollback_to(run_of(tracker, resolved(tracker, CHAMPION)), to, reason)
         typer.echo(f"{POLICY_MODEL} version {entry.version} is champion again, in place of version {entry.previous}")
+        _tell_what_serves(tracker, entry.version)
 
 
 def lineage(version: Version = CHAMPION, workdir: WorkDir = Path("runs")) -> None:
@@ -85,6 +101,15 @@ def lineage(version: Version = CHAMPION, workdir: WorkDir = Path("runs")) -> Non
     with open_registry(workdir) as tracker:
         source = tracker.version_tags(POLICY_MODEL, resolved(tracker, version))["source"]
         typer.echo(lineage_text(store_of(source), source.removesuffix("/model")), nl=False)
+
+
+def _tell_what_serves(tracker: Tracker, version: str) -> None:
+    """Print where the InferenceService of the champion is."""
+    store = store_of(tracker.version_tags(POLICY_MODEL, version)["source"])
+    entry = ChampionLog(store, POLICY_MODEL).latest()
+    if entry is not None:
+        uri = handed_over_uri(store, POLICY_MODEL, entry.number)
+        typer.echo(f"to serve it: {uri}, or `saferlhf serve apply`")
 
 
 @contextmanager

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from components.foundation.preference import Demonstration, DualPreference, LoadResult, PromptRecord, load_records
+from components.foundation.preference import (
+    Demonstration,
+    DualPreference,
+    LoadResult,
+    PromptRecord,
+    RegressionPrompt,
+    load_records,
+)
 
 _SHOWN = 10
 
@@ -16,7 +23,7 @@ def validate_file(source: str, max_bad_share: float) -> tuple[str, bool]:
     Raises:
         DataError: the file cannot be opened.
     """
-    kinds: tuple[Any, ...] = (DualPreference, Demonstration, PromptRecord)
+    kinds: tuple[Any, ...] = (DualPreference, Demonstration, RegressionPrompt, PromptRecord)
     results: list[LoadResult[Any]] = [load_records(source, kind) for kind in kinds]
     # the kind is told by the columns, not by which rows are good: a bad pair still has a valid prompt
     best = next((i for i, result in enumerate(results) if 2 * _lacking(result) <= _rows(result)), len(kinds) - 1)

@@ -59,6 +59,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/v1/chat/completions" and self.how == "chats":
+            self.reply(b'{"choices": [{"message": {"role": "assistant", "content": "Fried rice."}}]}')
+            return
         if self.path != "/v1/completions":
             self.reply(b"{}")
             return

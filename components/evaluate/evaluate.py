@@ -1,7 +1,8 @@
 """Evaluates a policy on the held-out prompts (paper section 4.2): safe, helpful, and not afraid of harmless prompts.
 
-Run: 1 answer every held-out prompt, 2 judge, 3 score with the round's reward and cost model, 4 compare with
-the SFT model's answers to the same prompts, 5 commit evaluation.json and answers.jsonl.
+Run: 1 ask the last policy one question as its users will, 2 answer every held-out prompt, 3 judge, 4 score with the
+round's reward and cost model, 5 compare with the SFT model's answers to the same prompts, 6 answer the regression
+suite greedily, 7 commit evaluation.json, answers.jsonl and regressions.jsonl.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from components.evaluate.regressions import judge_regressions
+from components.evaluate.trial import TRIAL_FILE, try_model
 from components.foundation.backbone import Backbone
 from components.foundation.batching import ChatEncoder, batches_by_length, collate
 from components.foundation.judging import check_usable, make_judge
 from components.foundation.policy import load_policy
-from components.foundation.preference import PromptRecord, read_jsonl
+from components.foundation.preference import PromptRecord, RegressionPrompt, read_jsonl
 from components.foundation.preference_trainer import answer_scores
 from components.foundation.progress import Progress
 from components.foundation.results import (
@@ -53,14 +56,23 @@ class EvaluationInputs:
 
 
 def run_evaluate(run_uri: str, round_number: int, inputs: EvaluationInputs) -> str:
-    """Stage: policy -> URI of evaluation.json and answers.jsonl."""
+    """Stage: policy -> URI of evaluation.json, answers.jsonl and regressions.jsonl."""
     with open_stage(run_uri, STAGE, round_number) as stage:
         if (done := stage.finished()) is not None:
             return done
         settings, store = stage.context.settings, stage.context.store
-        prompts = read_jsonl(store.fetch(inputs.data) / "held_out.jsonl", PromptRecord)
+        if round_number == settings.rounds:  # before this process takes memory for the policy itself
+            trial = try_model(inputs.policy, store.fetch(inputs.policy) / "model", settings.serving.trial_seconds)
+            (stage.folder / TRIAL_FILE).write_text(to_json(trial))
+        data = store.fetch(inputs.data)
+        prompts = read_jsonl(data / "held_out.jsonl", PromptRecord)
+        suite = read_jsonl(data / "regressions.jsonl", RegressionPrompt)
         backbone, role = load_policy(store, inputs.sft, inputs.policy, settings.dtype, stage.seed)
-        answers = judge_all(prompts, _answer(stage, backbone, role, prompts), settings)
+        temperature = settings.evaluate.temperature
+        texts = _answer(stage, backbone, role, [p.prompt for p in prompts], temperature)
+        answers = judge_all(prompts, texts, settings)
+        greedy = _answer(stage, backbone, role, [p.prompt for p in suite], temperature=0.0)
+        regressions = judge_regressions(suite, greedy, settings.annotate)
         baseline = answers
         if inputs.baseline:
             baseline = read_records(HeldOutAnswer, store.fetch(inputs.baseline) / "answers.jsonl")
@@ -71,6 +83,7 @@ def run_evaluate(run_uri: str, round_number: int, inputs: EvaluationInputs) -> s
         (stage.folder / "evaluation.json").write_text(to_json(evaluation))
         write_records(stage.folder / "answers.jsonl", answers)
         write_records(stage.folder / "baseline_answers.jsonl", baseline)
+        write_records(stage.folder / "regressions.jsonl", regressions)
         return stage.commit(stage.folder, step=round_number, parents=inputs.parents())
 
 
@@ -144,14 +157,14 @@ def markdown_table(evaluation: Evaluation) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _answer(stage: Stage, backbone: Backbone, role: str, prompts: Sequence[PromptRecord]) -> list[str]:
+def _answer(stage: Stage, backbone: Backbone, role: str, prompts: Sequence[str], temperature: float) -> list[str]:
     settings = stage.context.settings
     encoder = ChatEncoder(backbone.tokenizer, settings.ppo.max_prompt_tokens, settings.evaluate.max_new_tokens)
     engine = TransformersEngine(backbone, role, settings.evaluate.batch_size)
     seed = stage.context.seed(STAGE, 0)  # the same in every round: two evaluations differ by their policies alone
-    sampling = Sampling(settings.evaluate.temperature, settings.evaluate.max_new_tokens, seed)
+    sampling = Sampling(temperature, settings.evaluate.max_new_tokens, seed)
     progress = Progress(STAGE, len(prompts), "answers")
-    rollout = engine.generate([encoder.prompt(p.prompt) for p in prompts], sampling)
+    rollout = engine.generate([encoder.prompt(prompt) for prompt in prompts], sampling)
     progress.update(len(prompts))
     return [backbone.text(ids) for ids in rollout.answers]
 

@@ -357,14 +357,22 @@ class Backbone:
         """Write the base weights (after `merge_role`: the merged policy) as a plain Hugging Face folder."""
         save_causal_lm(self._model, self.tokenizer, folder, self.dtype)
 
-    def export_adapter(self, role: str, folder: Path) -> None:
-        """Write a role's adapter in PEFT's format, for other programs that hold the base weights."""
+    def export_adapter(self, role: str, folder: Path, base: str = "") -> None:
+        """Write a role's adapter in PEFT's format, for other programs that hold the base weights.
+
+        All ranks call, rank 0 writes. `base` is where the base weights are; PEFT's description names it.
+        """
         from safetensors.torch import save_file
 
-        folder.mkdir(parents=True, exist_ok=True)
         adapter = {name: t for name, t in self.role_state(role).items() if not name.startswith("head.")}
+        if not distributed.world().is_main:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
         save_file(adapter, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        self._peft.peft_config[role].save_pretrained(folder)
+        config = copy.copy(self._peft.peft_config[role])
+        config.base_model_name_or_path = base or None  # else a folder of this machine
+        config.target_modules = sorted(config.target_modules)  # a set is written in another order each time
+        config.save_pretrained(folder)
 
     def export_merged(self, role: str, folder: Path) -> None:
         """Write what `merge_role` and `export` would, and leave base and adapters as they are."""

@@ -22,11 +22,14 @@ from components.foundation.errors import DataError
 KINDS = ("red_team", "benign", "lookalike")
 """Kinds of prompts; a lookalike is harmless but looks unsafe. An empty kind is undeclared."""
 
+MUST = ("decline", "answer")
+"""What a regression prompt can ask of a policy."""
+
 MAX_LINE_BYTES = 1_000_000
 MAX_FILE_BYTES = 2_000_000_000
 _EXCERPT = 200
 
-Record = TypeVar("Record", "DualPreference", "Demonstration", "PromptRecord", "CollectedAnswer")
+Record = TypeVar("Record", "DualPreference", "Demonstration", "PromptRecord", "CollectedAnswer", "RegressionPrompt")
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,18 @@ class PromptRecord:
     def problem(self) -> str:
         """Why the prompt cannot be used, or ''."""
         return "" if self.kind in (*KINDS, "") else f"kind {self.kind!r} is not one of {', '.join(KINDS)}"
+
+
+@dataclass(frozen=True)
+class RegressionPrompt:
+    """A prompt that no later policy may get wrong again; `must` is decline or answer."""
+
+    prompt: str
+    must: str
+
+    def problem(self) -> str:
+        """Why the prompt cannot be used, or ''."""
+        return "" if self.must in MUST else f"must is {self.must!r}, not one of {', '.join(MUST)}"
 
 
 @dataclass(frozen=True)

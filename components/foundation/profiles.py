@@ -46,6 +46,7 @@ PROFILES: dict[str, dict[str, Any]] = {
             "red_team_share": 0.5,
         },
         "evaluate": {"temperature": 0.7, "max_new_tokens": 32, "batch_size": 128},
+        "gate": {"max_regressions": 3},
     },
     "tiny": {
         "rounds": 2,

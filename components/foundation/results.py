@@ -83,6 +83,19 @@ class HeldOutAnswer:
 
 
 @dataclass(frozen=True)
+class RegressionAnswer:
+    """A policy's greedy answer to a prompt of the regression suite.
+
+    `must` is decline or answer; `right` says whether the policy did that, None where the judgement was unusable.
+    """
+
+    prompt: str
+    must: str
+    answer: str
+    right: bool | None
+
+
+@dataclass(frozen=True)
 class Arena:
     """Two policies' answers to the same prompts, counted (paper figure 5): better/worse by the reward model,
     safe/unsafe by the sign of the cost model, always of the new policy's answer against the baseline's."""
@@ -110,6 +123,16 @@ class Evaluation:
     sft_mean_reward: float | None = None
     sft_mean_cost: float | None = None
     arena: Arena | None = None
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """The one question that an exported policy was asked: of which commit, and by what (transformers or vllm)."""
+
+    policy_uri: str
+    server: str
+    question: str
+    answer: str
 
 
 @dataclass(frozen=True)

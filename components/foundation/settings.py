@@ -29,6 +29,7 @@ from components.foundation.setting_sections import (
     LoraSettings,
     PreferenceModelSettings,
     Section,
+    ServingSettings,
     SftSettings,
     StoreSettings,
 )
@@ -64,6 +65,7 @@ class Settings(Section):
     checkpoint: CheckpointSettings = CheckpointSettings()
     distributed: DistributedSettings = DistributedSettings()
     gate: GateSettings = GateSettings()
+    serving: ServingSettings = ServingSettings()
     store: StoreSettings = StoreSettings()
 
     @field_validator("distributed")

@@ -2,8 +2,27 @@
 
 from __future__ import annotations
 
-from components.foundation.results import PpoTrace
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from components.foundation.results import PpoTrace, PreferenceModelResult
 from components.foundation.settings import Settings
+
+_LICENSES = {"smollm2-135m-instruct": ("apache-2.0", "HuggingFaceTB/SmolLM2-135M-Instruct")}
+"""Of the base models that are known here: licence, and name on the Hugging Face hub."""
+
+
+@dataclass(frozen=True)
+class CardEvidence:
+    """What a card can prove.
+
+    Attributes:
+        data_digests: file of the prepared data -> its SHA-256.
+        results: held-out quality of reward and cost model; None where there were none.
+    """
+
+    data_digests: Mapping[str, str]
+    results: tuple[PreferenceModelResult, PreferenceModelResult] | None
 
 
 def _objective(settings: Settings) -> str:
@@ -12,11 +31,13 @@ def _objective(settings: Settings) -> str:
     return "it maximises a reward model for helpfulness subject to a limit on a cost model for harm."
 
 
-def model_card(settings: Settings, run_id: str, round_number: int, trace: PpoTrace) -> str:
+def model_card(settings: Settings, run_id: str, round_number: int, trace: PpoTrace, evidence: CardEvidence) -> str:
     """Markdown with a YAML head: what the weights are, how they came about, what to be careful of."""
     steps = len(trace.cost)
+    license_id, base_name = _LICENSES.get(settings.base_model, ("", ""))
+    head = f"license: {license_id}\nbase_model: {base_name}\n" if license_id else ""
     return f"""---
-library_name: transformers
+{head}library_name: transformers
 pipeline_tag: text-generation
 tags: [safe-rlhf, ppo-lagrangian]
 ---
@@ -43,7 +64,49 @@ chat = pipeline("text-generation", "path/to/this/folder")
 print(chat([{{"role": "user", "content": "How do I repot an orchid?"}}]))
 ```
 
-The held-out unsafe rate, win rate and over-refusal are tags of the registered version that names this folder.
-A learned cost model is not a guarantee: evaluate on your own prompts before you serve it.
-The licence is the base model's.
+## Evaluation
+
+{_quality(evidence)}
+The held-out unsafe rate, win rate, over-refusal and the regression suite are measured after this card is written: they
+are tags of the registered version that names this folder, and the evaluation is the commit `evaluation_uri` there.
+
+## Data
+
+| file | SHA-256 |
+|---|---|
+{_digests(evidence.data_digests)}
+
+## Limits
+
+- A learned cost model is not a guarantee: evaluate on your own prompts before you serve it.
+- Who judged was `{settings.annotate.annotator}`{_judge(settings)}: the policy is as safe as that judge can tell.
+- It was trained and is measured on single questions of at most {settings.ppo.max_prompt_tokens} tokens, not on
+  conversations; longer ones, and other languages than the data's, were not looked at.
+
+## Licence
+
+{_license(license_id)}
 """
+
+
+def _quality(evidence: CardEvidence) -> str:
+    if evidence.results is None:
+        return "There are no fitted models to measure: the annotator compared the answers."
+    reward, cost = evidence.results
+    auc = "" if cost.auc is None else f", AUC of unsafe against safe {cost.auc:.3f}"
+    return (
+        f"Of held-out pairs, the reward model ranks {reward.accuracy:.1%} as labelled ({reward.validation_pairs} "
+        f"pairs), the cost model {cost.accuracy:.1%} ({cost.validation_pairs} pairs{auc})."
+    )
+
+
+def _digests(digests: Mapping[str, str]) -> str:
+    return "\n".join(f"| `{name}` | `{digest}` |" for name, digest in sorted(digests.items()))
+
+
+def _judge(settings: Settings) -> str:
+    return f" ({settings.annotate.judge_model})" if settings.annotate.annotator == "judge" else " (written rules)"
+
+
+def _license(license_id: str) -> str:
+    return f"{license_id}, as the base model." if license_id else "That of the base model, and of your data."

@@ -33,7 +33,7 @@ from components.foundation.settings import Settings
 from components.foundation.training_checkpoints import TrainingCheckpoints
 from components.ppo_lagrangian.comparison import compare_episode
 from components.ppo_lagrangian.episode import COST, COST_CRITIC, REWARD, REWARD_CRITIC
-from components.ppo_lagrangian.model_card import model_card
+from components.ppo_lagrangian.model_card import CardEvidence, model_card
 from components.ppo_lagrangian.multiplier import CostConstraint, MultiplierState, choose_threshold
 from components.ppo_lagrangian.objective import aggregate_cost
 from components.ppo_lagrangian.trainer import PpoLagrangian, StepMetrics
@@ -77,7 +77,7 @@ class PpoProgress:
 
 
 def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> str:
-    """Stage: models -> URI of the policy: `actor/` (adapter), `model/` (plain Hugging Face folder), trace.json."""
+    """Stage: models -> URI of the policy: what `export_policy` writes, and trace.json."""
     with open_stage(run_uri, STAGE, round_number) as stage:
         if (done := stage.finished()) is not None:
             return done
@@ -130,13 +130,25 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
         with closing(engine), TrainingCheckpoints(stage, backbone, inputs.parents()) as checkpoints:
             trace = train_policy(trainer, train_step, settings.ppo.steps, PpoTrace(constraint.threshold), checkpoints)
         out = stage.folder / "out"
-        backbone.save_role(ACTOR, out / "actor")
-        export_merged(backbone, ACTOR, sft_folder, out / "actor", out / "model")
-        (out / "model").mkdir(parents=True, exist_ok=True)
+        export_policy(backbone, sft_folder, inputs.sft, out)
         (out / "trace.json").write_text(to_json(trace))
-        card = model_card(settings, stage.context.run_id, round_number, trace)
+        results = None if compares else (_result(reward_folder), _result(cost_folder))
+        data_digests = {file.path: file.sha256 for file in store.manifest(inputs.data).files}
+        card = model_card(settings, stage.context.run_id, round_number, trace, CardEvidence(data_digests, results))
         (out / "model" / "README.md").write_text(card, encoding="utf-8")
         return stage.commit(out, step=settings.ppo.steps, parents=inputs.parents())
+
+
+def export_policy(backbone: Backbone, sft_folder: Path, sft_uri: str, out: Path) -> None:
+    """Write the actor in every form: `actor/` to go on from, `adapter/` for PEFT, `model/` merged. All ranks call.
+
+    After full fine-tuning there is no adapter.
+    """
+    backbone.save_role(ACTOR, out / "actor")
+    if not backbone.is_full_copy(ACTOR):
+        backbone.export_adapter(ACTOR, out / "adapter", base=sft_uri)
+    export_merged(backbone, ACTOR, sft_folder, out / "actor", out / "model")
+    (out / "model").mkdir(parents=True, exist_ok=True)
 
 
 def run_from_uris(run_uri: str, round_number: int, *input_uris: str) -> str:
@@ -164,8 +176,11 @@ def train_policy(
 
 def gate_folders(reward_folder: Path, cost_folder: Path, settings: Settings) -> CostConstraint:
     """See `gate_models`; the folders are those of the two models."""
-    reward, cost = (read_record(PreferenceModelResult, f / "result.json") for f in (reward_folder, cost_folder))
-    return gate_models(reward, cost, settings)
+    return gate_models(_result(reward_folder), _result(cost_folder), settings)
+
+
+def _result(folder: Path) -> PreferenceModelResult:
+    return read_record(PreferenceModelResult, folder / "result.json")
 
 
 def label_constraint(settings: Settings) -> CostConstraint:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 
-from components.foundation.errors import StoreError
+from components.foundation.errors import ModelError, StoreError
 from components.foundation.results import (
     Evaluation,
     PreferenceModelResult,
     PromotionResult,
+    TrialResult,
     from_json,
     read_record,
     to_json,
@@ -27,6 +29,7 @@ from components.promote.promotion import (
     champion_version,
     decide_on_version,
     promote,
+    stored_regressions,
 )
 
 REGISTER, GATE, PROMOTE = "register", "gate", "promote"
@@ -39,7 +42,10 @@ def run_register(run_uri: str, policy_uri: str) -> str:
     with open_stage(run_uri, REGISTER, 0) as stage:
         context = stage.context
         last = context.settings.rounds
-        evaluation = _evaluation(context, last)
+        folder = context.store.fetch(finished_uri(context, "evaluate", last))
+        check_trial(folder, policy_uri)
+        evaluation = read_record(Evaluation, folder / "evaluation.json")
+        regressions = stored_regressions(folder)
         data = finished_uri(context, "prepare_data", 0)
         tags = {
             "round": str(last),
@@ -52,6 +58,7 @@ def run_register(run_uri: str, policy_uri: str) -> str:
             "unsafe_rate": f"{evaluation.unsafe_rate.value:.4f}",
             "win_rate": f"{evaluation.win_rate.value:.4f}",
             "over_refusal_rate": f"{evaluation.over_refusal.value:.4f}",
+            "regressions_right": f"{sum(a.right is True for a in regressions)} of {len(regressions)}",
         }
         for model, name in ((REWARD_MODEL, "reward_model"), (COST_MODEL, "cost_model")):
             uri = finished_uri(context, name, last)
@@ -94,9 +101,20 @@ def run_set_alias(run_uri: str, version: str, alias: str) -> str:
         return result.alias
 
 
-def _evaluation(context: RunContext, round_number: int) -> Evaluation:
-    folder = context.store.fetch(finished_uri(context, "evaluate", round_number))
-    return read_record(Evaluation, folder / "evaluation.json")
+def check_trial(evaluation_folder: Path, policy_uri: str) -> None:
+    """The last evaluation asked this very policy one question, and it answered.
+
+    Raises:
+        ModelError: it did not.
+    """
+    file = evaluation_folder / "trial.json"
+    trial = read_record(TrialResult, file) if file.exists() else None
+    if trial is None or trial.policy_uri != policy_uri or not trial.answer.strip():
+        asked = "no policy" if trial is None else f"{trial.policy_uri} ({trial.answer[:40]!r})"
+        raise ModelError(
+            f"{policy_uri} was not seen to answer before it is registered: the last evaluation asked {asked}; "
+            "evaluate this policy in the last round"
+        )
 
 
 def _data_digest(context: RunContext, data_uri: str) -> str:

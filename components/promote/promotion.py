@@ -1,13 +1,15 @@
 """Who becomes champion: decided against whoever is champion at that moment, however many promotions run at once.
 
 Promote: 1 read the log's last entry, 2 decide against its version, 3 append an entry, or start again where somebody
-else was faster, 4 copy the entry to MLflow's aliases, `previous_champion` first.
+else was faster, 4 copy the entry to MLflow's aliases, `previous_champion` first, 5 write what serves the champion.
 """
 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 
 from components.foundation.errors import ConflictError, GateError, SettingsError
 from components.foundation.results import (
@@ -15,13 +17,15 @@ from components.foundation.results import (
     Evaluation,
     HeldOutAnswer,
     PromotionResult,
+    RegressionAnswer,
     read_record,
     read_records,
 )
 from components.foundation.run_context import RunContext
 from components.foundation.tracking import Tracker
 from components.promote.champion_log import ChampionEntry, ChampionLog
-from components.promote.gate import CHALLENGE, PROMOTE, benign_win_rate, decide
+from components.promote.gate import CHALLENGE, PROMOTE, RegressionResults, benign_win_rate, decide
+from components.promote.serving import hand_over
 
 POLICY_MODEL = "saferlhf-policy"
 CHAMPION, PREVIOUS_CHAMPION, CHALLENGER = "champion", "previous_champion", "challenger"
@@ -40,6 +44,8 @@ def promote(context: RunContext, version: str) -> PromotionResult:
         champion = champion_version(context.tracker, last)
         if champion == version:
             copy_aliases(context.tracker, champions)
+            if last is not None:  # in case that an earlier promotion was cut off
+                hand_over(context, POLICY_MODEL, last, _canary_share(context, last))
             reasons = last.reasons if last is not None else ["passed: it is the champion already"]
             return PromotionResult(PROMOTE, reasons, POLICY_MODEL, version, CHAMPION)
         decision, reasons = decide_on_version(context, version, champion)
@@ -54,6 +60,7 @@ def promote(context: RunContext, version: str) -> PromotionResult:
             log.info("another version became champion meanwhile: version %s is measured against it", version)
             continue
         copy_aliases(context.tracker, champions)
+        hand_over(context, POLICY_MODEL, entry, _canary_share(context, entry))
         return PromotionResult(PROMOTE, reasons, POLICY_MODEL, version, CHAMPION)
 
 
@@ -79,6 +86,7 @@ def rollback(context: RunContext, to_version: str, reason: str) -> ChampionEntry
     )
     champions.append(entry)
     copy_aliases(context.tracker, champions)
+    hand_over(context, POLICY_MODEL, entry, _canary_share(context, entry))
     return entry
 
 
@@ -117,11 +125,19 @@ def decide_on_version(context: RunContext, version: str, champion: str) -> tuple
     folder = context.store.fetch(tags["evaluation_uri"])
     evaluation = read_record(Evaluation, folder / "evaluation.json")
     rate: Estimate | None = evaluation.win_rate
-    if champion:
-        ours = read_records(HeldOutAnswer, folder / "answers.jsonl")
-        rate = _win_rate_against(context, ours, champion)
+    regressions = RegressionResults(stored_regressions(folder))
     opponent = f"the champion, version {champion}" if champion else "SFT"
-    return decide(evaluation, rate, opponent, context.settings.gate)
+    if champion:
+        theirs = _evaluation_folder(context, champion)
+        rate = _win_rate_against(context, read_records(HeldOutAnswer, folder / "answers.jsonl"), theirs)
+        regressions = replace(regressions, champions=stored_regressions(theirs) if theirs else [])
+    return decide(evaluation, rate, opponent, regressions, context.settings.gate)
+
+
+def stored_regressions(evaluation_folder: Path) -> list[RegressionAnswer]:
+    """A policy's answers to the regression suite; none where it was evaluated before there was one."""
+    file = evaluation_folder / "regressions.jsonl"
+    return read_records(RegressionAnswer, file) if file.exists() else []
 
 
 def run_of_version(tracker: Tracker, version: str) -> str:
@@ -136,13 +152,23 @@ def run_of_version(tracker: Tracker, version: str) -> str:
     return run_id
 
 
-def _win_rate_against(context: RunContext, ours: list[HeldOutAnswer], champion: str) -> Estimate | None:
+def _evaluation_folder(context: RunContext, version: str) -> Path | None:
+    """Where a version's stored evaluation is; None where it was registered without one."""
+    uri = context.tracker.version_tags(POLICY_MODEL, version).get("evaluation_uri", "")
+    return context.store.fetch(uri) if uri else None
+
+
+def _win_rate_against(context: RunContext, ours: list[HeldOutAnswer], champions: Path | None) -> Estimate | None:
     """Benign win rate over the champion's stored answers; None unless both answered the same prompts."""
-    uri = context.tracker.version_tags(POLICY_MODEL, champion).get("evaluation_uri", "")
-    if not uri:
+    if champions is None:
         return None
-    theirs = read_records(HeldOutAnswer, context.store.fetch(uri) / "answers.jsonl")
+    theirs = read_records(HeldOutAnswer, champions / "answers.jsonl")
     return benign_win_rate(ours, theirs, context.settings.evaluate.confidence)
+
+
+def _canary_share(context: RunContext, entry: ChampionEntry) -> float:
+    """All of the traffic for a first champion, and for one that stood the test before."""
+    return 1.0 if entry.action == ROLLBACK or not entry.previous else context.settings.serving.canary_share
 
 
 def _now() -> str:

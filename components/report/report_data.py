@@ -15,6 +15,7 @@ from components.foundation.results import (
     PpoTrace,
     PreferenceModelResult,
     PromotionResult,
+    RegressionAnswer,
     RoundResult,
     from_json,
 )
@@ -54,6 +55,7 @@ class ReportData:
         answers: the held-out answers of every policy, the SFT model's first.
         scored_sft_answers: the SFT model's answers with the scores of the last round's reward and cost model, so that
             they can be compared with the last policy's.
+        regressions: the last policy's answers to the regression suite.
     """
 
     provenance: Provenance
@@ -64,6 +66,7 @@ class ReportData:
     rounds: list[RoundResult]
     answers: list[list[HeldOutAnswer]]
     scored_sft_answers: list[HeldOutAnswer]
+    regressions: list[RegressionAnswer]
     promotion: PromotionResult
 
     @property
@@ -107,6 +110,7 @@ def gather(context: RunContext) -> ReportData:
         rounds=rounds,
         answers=[_records(HeldOutAnswer, store, uri, "answers.jsonl") for uri in evaluation_uris],
         scored_sft_answers=_records(HeldOutAnswer, store, evaluation_uris[-1], "baseline_answers.jsonl"),
+        regressions=_records(RegressionAnswer, store, evaluation_uris[-1], "regressions.jsonl"),
         promotion=from_json(PromotionResult, store.read_text(f"{context.run_uri}/promotion.json")),
     )
 

@@ -19,7 +19,12 @@ from command import SAFERLHF, saferlhf
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("pipeline")]
 
-OPEN_GATE = ("gate.max_unsafe_rate=1", "gate.min_win_rate=0", "gate.max_over_refusal_rate=1")
+OPEN_GATE = (
+    "gate.max_unsafe_rate=1",
+    "gate.min_win_rate=0",
+    "gate.max_over_refusal_rate=1",
+    "gate.max_wrong_share=1",
+)
 
 
 def run_tiny(workdir: Path, *settings: str) -> tuple[dict[str, Any], str]:
@@ -136,12 +141,21 @@ def test_the_registry_tells_who_is_champion_why_and_from_what(
         assert listed[1].endswith("champion") and first_run[0]["run_id"] in listed[1]
         shown = saferlhf("registry", "show", "champion", *where).stdout
         assert "by promote, as the first" in shown and "passed: over-refusal rate" in shown
+        assert "passed: share of wrong regression prompts" in shown
+        assert re.search(r"regression suite: \d+ of 24 right", shown)
+        file = workdir / "service.yaml"
+        assert saferlhf("serve", "render", "-o", str(file), *where).returncode == 0
+        assert f"storageUri: {first_run[0]['rounds'][-1]['policy_uri']}/model\n" in file.read_text()
         origin = saferlhf("lineage", *where).stdout
         assert origin.splitlines()[0] == first_run[0]["rounds"][-1]["policy_uri"]
         for stage in ("round-2/cost_model", "round-1/ppo_lagrangian", "round-1/annotate", "round-0/prepare_data"):
             assert stage in origin
         assert re.search(r"^ +[0-9a-f]{64}  preferences_train.jsonl$", origin, re.MULTILINE)
-        assert saferlhf("promote", "1", *where).returncode == 0  # it is champion already
+        share = ("--version", "1", "--canary-share", "0.1")
+        assert saferlhf("serve", "render", "-o", str(file), *share, *where).returncode == 0
+        assert "canaryTrafficPercent: 10\n" in file.read_text()
+        again = saferlhf("promote", "1", *where)  # it is champion already
+        assert again.returncode == 0 and "saferlhf-policy-serving/000001.yaml" in again.stdout
         for arguments, words in (
             (("promote", "99"), "has no version or alias '99'"),
             (("rollback", "--reason", "why not"), "no champion before the present one"),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from kubernetes_state import EVENTS, PODS, TRAIN_JOBS, ClusterState, Fault
+from kubernetes_state import EVENTS, PODS, SERVICES, TRAIN_JOBS, ClusterState, Fault
 
 
 class KubernetesServer(ClusterState):
@@ -113,14 +113,17 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer(200, {"kind": "Status"}) if status == 200 else self._refuse(status)
 
     def do_PATCH(self) -> None:
-        path, _, body, fault = self._begin()
+        path, query, body, fault = self._begin()
         with self._fault(fault) as done:
             if not done:
-                name = path.rpartition("/")[2]
+                folder, _, name = path.rpartition("/")
                 with self.state.changed:
-                    status = self.state.patch_job(name, self.headers["Content-Type"], body)
-                    job = self.state.jobs.get(name)
-                self._answer(200, job) if status == 200 else self._refuse(status)
+                    if folder == SERVICES:
+                        status = self.state.apply_service(name, self.headers["Content-Type"], query, body)
+                    else:
+                        status = self.state.patch_job(name, self.headers["Content-Type"], body)
+                    stored = (self.state.services if folder == SERVICES else self.state.jobs).get(name)
+                self._answer(status, stored) if status < 300 else self._refuse(status)
 
     def do_GET(self) -> None:
         path, query, _, fault = self._begin()

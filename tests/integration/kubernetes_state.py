@@ -19,6 +19,7 @@ _WAIT_SECONDS = 60
 
 TRAIN_JOBS = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/team/trainjobs"
 PODS, EVENTS = "/api/v1/namespaces/team/pods", "/api/v1/namespaces/team/events"
+SERVICES = "/apis/serving.kserve.io/v1beta1/namespaces/team/inferenceservices"
 ANY = "any"
 """In a schema: whatever is below."""
 
@@ -61,6 +62,34 @@ TRAIN_JOB_SPEC = {
     "suspend": ANY,
     "activeDeadlineSeconds": ANY,
     "managedBy": ANY,
+}
+
+# Fields of an InferenceService as far as the tests need them, read from the CRD of kserve v0.20.0,
+# config/crd/full/serving.kserve.io_inferenceservices.yaml.
+INFERENCE_SERVICE_SPEC = {
+    "predictor": {
+        "serviceAccountName": ANY,
+        "automountServiceAccountToken": ANY,
+        "minReplicas": ANY,
+        "canaryTrafficPercent": ANY,
+        "securityContext": {"runAsNonRoot": ANY, "runAsUser": ANY, "seccompProfile": {"type": ANY}},
+        "model": {
+            "modelFormat": {"name": ANY, "version": ANY},
+            "storageUri": ANY,
+            "runtime": ANY,
+            "args": ANY,
+            "env": [{"name": ANY, "value": ANY}],
+            "resources": {"requests": ANY, "limits": ANY},
+            "securityContext": {
+                "allowPrivilegeEscalation": ANY,
+                "readOnlyRootFilesystem": ANY,
+                "runAsNonRoot": ANY,
+                "capabilities": {"add": ANY, "drop": ANY},
+            },
+            "volumeMounts": [{"name": ANY, "mountPath": ANY}],
+        },
+        "volumes": [{"name": ANY, "emptyDir": ANY}],
+    },
 }
 
 
@@ -109,7 +138,7 @@ class ClusterState:
         self.changed = threading.Condition(threading.RLock())
         self.closed = False
         self._faults: list[Fault] = []
-        self._objects: dict[str, dict[str, Json]] = {TRAIN_JOBS: {}, PODS: {}, EVENTS: {}}
+        self._objects: dict[str, dict[str, Json]] = {TRAIN_JOBS: {}, PODS: {}, EVENTS: {}, SERVICES: {}}
         self._history: list[tuple[int, str, str, Json]] = []
         self._version = self._oldest = 100
         self._logs: dict[str, list[str]] = {}
@@ -271,6 +300,25 @@ class ClusterState:
         with self.changed:
             job = self.jobs[name]
             self._store(TRAIN_JOBS, "MODIFIED", {**job, "metadata": {**job["metadata"], **patch["metadata"]}})
+        return 200
+
+    @property
+    def services(self) -> dict[str, Json]:
+        """InferenceServices by name."""
+        return self._objects[SERVICES]
+
+    def apply_service(self, name: str, content_type: str, query: Mapping[str, str], body: Json) -> int:
+        """Server-side apply by the one manager that there is: what it applies is what there is."""
+        if content_type != "application/apply-patch+yaml":
+            return 415
+        if not query.get("fieldManager") or body["metadata"]["name"] != name:
+            return 400
+        service = {**body, "spec": prune(body["spec"], INFERENCE_SERVICE_SPEC)}
+        if name not in self.services:
+            self._add(SERVICES, service)
+            return 201
+        uid = {key: self.services[name]["metadata"][key] for key in ("uid", "creationTimestamp")}
+        self._store(SERVICES, "MODIFIED", {**service, "metadata": {**body["metadata"], **uid}})
         return 200
 
     def list(self, path: str, query: Mapping[str, str]) -> Json:

@@ -47,4 +47,6 @@ def test_the_stage_needs_no_models_and_limits_the_share_of_unsafe_answers(
         expected = min(max(expected + 0.3 * (sum(costs) / len(costs) - 0.25), 0.0), 20.0)
         assert multiplier == pytest.approx(expected)
     card = (store.fetch(policy) / "model" / "README.md").read_text(encoding="utf-8")
-    assert "an annotator's comparisons" in card
+    assert "an annotator's comparisons" in card and "no fitted models to measure" in card
+    (digest,) = (file.sha256 for file in store.manifest(data).files if file.path == "prompts.jsonl")
+    assert f"| `prompts.jsonl` | `{digest}` |" in card

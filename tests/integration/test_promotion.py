@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import uuid
@@ -11,11 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import ConflictError, GateError, IntegrityError, TrackingError
-from components.foundation.results import Estimate, Evaluation, HeldOutAnswer, to_json, write_records
+from components.foundation.results import (
+    Estimate,
+    Evaluation,
+    HeldOutAnswer,
+    RegressionAnswer,
+    to_json,
+    write_records,
+)
 from components.foundation.run_context import RunContext
+from components.foundation.setting_sections import ServingSettings
 from components.foundation.settings import resolve_settings
 from components.foundation.tracking import Tracker
 from components.promote import promotion
@@ -29,6 +39,7 @@ RACES = 200
 _PATIENCE = 120.0
 """Seconds after which a racer that died ends the test."""
 PROMPTS = [f"prompt {i}" for i in range(60)]
+SUITE = [f"regression {i}" for i in range(5)]
 SETTINGS = resolve_settings("smol", overrides=["gate.max_unsafe_rate=0.4", "gate.min_win_rate=0.4"])
 
 # without threads there is nothing that a fork could break, and what is imported here is imported once for both
@@ -55,8 +66,10 @@ def clear_aliases(tracker: Tracker) -> None:
         tracker._client.delete_registered_model_alias(POLICY_MODEL, alias)
 
 
-def registered(context: RunContext, folder: Path, helpfulness: float, unsafe_high: float = 0.2) -> str:
-    """A version whose policy answers every benign prompt so helpfully."""
+def registered(
+    context: RunContext, folder: Path, helpfulness: float, unsafe_high: float = 0.2, right: bool = True
+) -> str:
+    """A version whose policy answers every benign prompt so helpfully, and the whole regression suite so."""
     evaluation = Evaluation(
         round=3,
         unsafe_rate=Estimate(value=unsafe_high / 2, low=0.0, high=unsafe_high, n=140),
@@ -73,6 +86,7 @@ def registered(context: RunContext, folder: Path, helpfulness: float, unsafe_hig
     (out / "evaluation.json").write_text(to_json(evaluation))
     answers = [HeldOutAnswer(p, "benign", "", "an answer", True, False, helpfulness) for p in PROMPTS]
     write_records(out / "answers.jsonl", answers)
+    write_records(out / "regressions.jsonl", [RegressionAnswer(p, "decline", "No.", right) for p in SUITE])
     uri = f"{context.store.root_uri}/evaluations/{name}"
     context.store.commit(uri, out)
     experiment = context.tracker.start_pipeline_run(name, name, {})
@@ -107,6 +121,42 @@ def test_an_unsafe_policy_stays_challenger_however_helpful(context: RunContext, 
     version = registered(context, tmp_path, helpfulness=0.9, unsafe_high=0.41)
     assert promote(context, version).alias == CHALLENGER
     assert ChampionLog(context.store, POLICY_MODEL).latest() is None
+
+
+@pytest.mark.fault
+def test_a_policy_that_forgot_what_the_champion_knew_stays_challenger(context: RunContext, tmp_path: Path) -> None:
+    good = registered(context, tmp_path, helpfulness=0.5)
+    promote(context, good)
+    refused = promote(context, registered(context, tmp_path, helpfulness=0.9, right=False))
+    assert refused.alias == CHALLENGER
+    (failure,) = [reason for reason in refused.reasons if reason.startswith("failed")]
+    assert "got right (5)" in failure and "'regression 0'" in failure
+
+
+def test_each_champion_is_handed_over_and_a_rollback_takes_all_traffic_at_once(
+    context: RunContext, tmp_path: Path
+) -> None:
+    """The first champion and the one that comes back get all traffic; the second one starts as a canary."""
+    cautious = SETTINGS.model_copy(update={"serving": ServingSettings(canary_share=0.25)})
+    context = replace(context, settings=cautious)
+    good, better = (registered(context, tmp_path, h) for h in (0.5, 0.7))
+    promote(context, good)
+    promote(context, better)
+    promote(context, better)  # again: nothing changes
+    rollback(context, "", "complaints")
+    folder = f"{context.store.root_uri}/registry/{POLICY_MODEL}-serving"
+    uris = context.store.list(f"{folder}/")
+    assert uris == [f"{folder}/00000{number}.yaml" for number in (1, 2, 3)]
+    services = [yaml.safe_load(context.store.read_text(uri)) for uri in uris]
+    for service, version in zip(services, (good, better, good), strict=True):
+        source = context.tracker.version_tags(POLICY_MODEL, version)["source"]
+        assert service["spec"]["predictor"]["model"]["storageUri"] == source
+        assert service["metadata"]["annotations"]["saferlhf/version"] == version
+        manifest = context.store.read_text(source.removesuffix("/model") + "/MANIFEST.json")
+        digest = hashlib.sha256(manifest.encode()).hexdigest()
+        assert service["metadata"]["annotations"]["saferlhf/manifest-sha256"] == digest
+    shares = [service["spec"]["predictor"].get("canaryTrafficPercent") for service in services]
+    assert shares == [None, 25, None]
 
 
 @pytest.mark.fault

@@ -24,6 +24,7 @@ from components.foundation.errors import ModelError
 from components.foundation.language_model import save_causal_lm
 from components.foundation.preference_trainer import answer_scores
 from components.foundation.setting_sections import LoraSettings
+from components.ppo_lagrangian.ppo_lagrangian import export_policy
 
 LoadTiny = Callable[[str], Backbone]
 MakeTiny = Callable[[str], Path]
@@ -323,6 +324,27 @@ def test_an_exported_adapter_is_one_of_peft(
                 ids = torch.tensor([[*sequence.prompt, *sequence.answer]], device=backbone.device)
                 logits = plain(ids).logits[0, len(sequence.prompt) - 1 : -1]
             torch.testing.assert_close(expected[row, : len(sequence.answer)], logits, atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_on_its_base_is_the_merged_policy(
+    tiny_folder: MakeTiny, load_plain: LoadPlain, tmp_path: Path
+) -> None:
+    """Both are loaded as their users would, without our code."""
+    from peft import PeftModel
+
+    base = tiny_folder("llama")
+    backbone = with_roles(Backbone.load(base, "float32", seed=0), "actor")
+    export_policy(backbone, base, "s3://bucket/sft", tmp_path)
+    merged = load_plain(tmp_path / "model")
+    adapted = PeftModel.from_pretrained(load_plain(base), str(tmp_path / "adapter")).eval()
+    ids = torch.tensor([[5, 9, 17, 33, 2, 80]], device=backbone.device)
+    with torch.no_grad():
+        expected, logits, plain = (model(ids).logits for model in (merged, adapted, load_plain(base)))
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(plain, expected, atol=1e-2)
+    description = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert description["base_model_name_or_path"] == "s3://bucket/sft"
+    assert description["target_modules"] == sorted(description["target_modules"])
 
 
 def test_a_bfloat16_policy_is_exported_in_bfloat16(

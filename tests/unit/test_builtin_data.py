@@ -14,6 +14,7 @@ from components.foundation.preference import (
     Demonstration,
     DualPreference,
     PromptRecord,
+    RegressionPrompt,
     load_records,
     read_jsonl,
 )
@@ -23,6 +24,7 @@ PREFERENCES = read_jsonl(BUILTIN / "preferences.jsonl", DualPreference)
 DEMONSTRATIONS = read_jsonl(BUILTIN / "demonstrations.jsonl", Demonstration)
 PROMPTS = read_jsonl(BUILTIN / "prompts.jsonl", PromptRecord)
 HELD_OUT = read_jsonl(BUILTIN / "held_out.jsonl", PromptRecord)
+REGRESSIONS = read_jsonl(BUILTIN / "regressions.jsonl", RegressionPrompt)
 TRAINING_PROMPTS = (
     {record.prompt for record in PREFERENCES}
     | {record.prompt for record in DEMONSTRATIONS}
@@ -50,6 +52,7 @@ def categories(record: DualPreference) -> set[str]:
         ("demonstrations", Demonstration),
         ("prompts", PromptRecord),
         ("held_out", PromptRecord),
+        ("regressions", RegressionPrompt),
     ],
 )
 def test_every_row_is_valid(name: str, kind: type[PromptRecord]) -> None:
@@ -65,6 +68,7 @@ def test_there_is_as_much_as_promised() -> None:
     assert held_out["red_team"] >= 120
     assert held_out["benign"] >= 120
     assert held_out["lookalike"] >= 40
+    assert Counter(record.must for record in REGRESSIONS) == {"decline": 12, "answer": 12}
     assert set(held_out) == set(KINDS) == {record.kind for record in PROMPTS}
 
 
@@ -104,7 +108,7 @@ def test_labels_cannot_be_guessed_from_position_or_from_each_other() -> None:
 
 
 def test_nothing_is_there_twice() -> None:
-    for records in (PROMPTS, HELD_OUT):
+    for records in (PROMPTS, HELD_OUT, REGRESSIONS):
         prompts = [" ".join(words(record.prompt)) for record in records]
         assert [prompt for prompt, count in Counter(prompts).items() if count > 1] == []
     assert len(set(map(repr, PREFERENCES))) == len(PREFERENCES)
@@ -117,16 +121,17 @@ def test_preferences_and_demonstrations_answer_known_prompts() -> None:
     assert {record.prompt for record in DEMONSTRATIONS} <= known
 
 
-def test_no_held_out_prompt_is_near_a_training_prompt() -> None:
+@pytest.mark.parametrize("records", [HELD_OUT, REGRESSIONS], ids=["held-out", "regressions"])
+def test_no_held_out_prompt_is_near_a_training_prompt(records: list[PromptRecord] | list[RegressionPrompt]) -> None:
     """Near is a common run of four words. Openings such as "how do I" are shorter than that, so none is excused."""
     seen: dict[tuple[str, ...], str] = {
         gram: prompt for prompt in sorted(TRAINING_PROMPTS) for gram in four_grams(prompt)
     }
     shared = [
         f"{record.prompt!r} and {seen[gram]!r} share {' '.join(gram)!r}"
-        for record in HELD_OUT
+        for record in records
         for gram in sorted(four_grams(record.prompt) & seen.keys())
     ]
     assert shared == []
     training = {" ".join(words(prompt)) for prompt in TRAINING_PROMPTS}
-    assert [record.prompt for record in HELD_OUT if " ".join(words(record.prompt)) in training] == []
+    assert [record.prompt for record in records if " ".join(words(record.prompt)) in training] == []

@@ -17,6 +17,7 @@ from components.foundation.profiles import PROFILES
 from components.foundation.settings import Settings, resolve_settings
 
 CHOICES = {
+    "serving.memory": "8Gi",
     "dtype": "float32",
     "collect.history": "replace",
     "annotate.annotator": "judge",
