@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from components.foundation.errors import ClusterError, SettingsError
 from pipelines.cli import app
 from pipelines.cluster import Schedule, apply_schedule, connect, typed_parameters, upload_pipeline
-from pipelines.doctor import examine
+from pipelines.doctor import Patient, examine, lines, well
 from pipelines.safe_rlhf import build_pipeline
 from tests.unit.kfp_server import KfpServer, kfp_server
 
@@ -196,8 +196,8 @@ def test_parameters_have_the_type_that_the_pipeline_declares(compiled: Path, tmp
 
 def test_the_doctor_counts_the_versions_of_the_pipeline(server: KfpServer, compiled: Path) -> None:
     upload_pipeline(connect(server.url), compiled, "v")
-    lines, well = examine(["kfp"], {"KFP_HOST": server.url})
-    assert (lines, well) == ([f"kfp: ok: {server.url} holds 1 version of safe-rlhf"], True)
+    findings = examine(["kfp"], Patient({"KFP_HOST": server.url}))
+    assert (lines(findings), well(findings)) == ([f"kfp: ok: {server.url} holds 1 version of safe-rlhf"], True)
 
 
 @pytest.mark.fault
@@ -210,4 +210,4 @@ def test_the_doctor_says_what_is_wrong_with_each_service(monkeypatch: pytest.Mon
     assert status == 1
     assert "kfp: FAILED: cannot list the versions of safe-rlhf: the pipeline server does not answer" in said
     assert "s3: FAILED: SAFERLHF_STORE_URI is not set" in said
-    assert "there is no service 's4'" in saferlhf("doctor", "s4")[1]
+    assert "there is no check 's4'" in saferlhf("doctor", "s4")[1]
