@@ -25,11 +25,14 @@ from components.foundation.errors import SaferlhfError, SettingsError, TrackingE
 from components.foundation.rollout.vllm_server import find_vllm_python
 from components.foundation.settings import Settings
 from components.foundation.tracking import RunStatus, Tracker
+from components.notify.notify import notify
 from pipelines.memory import PeakMemory
 from pipelines.safe_rlhf import build_pipeline
 from pipelines.screen import Screen
 from pipelines.services import local_services
 from pipelines.summary import RunFacts, closing_words, write_summary
+
+_WORDS: dict[RunStatus, str] = {"FINISHED": "succeeded", "FAILED": "failed", "KILLED": "cancelled"}
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ def run_here(run: LocalRun) -> Path:
             status = "FAILED"
             raise
         finally:
+            notify(run.run_uri, run.run_id, _WORDS[status])
             _close_tracking(endpoints.tracking_uri, run, status)
         screen.line(closing_words(run.work_dir))
     return summary

@@ -98,6 +98,11 @@ class Tracker:
             parents = [run for run in found if _PARENT_TAG not in run.data.tags]
         return str(parents[0].info.run_id) if parents else None
 
+    def run_address(self, mlflow_run_id: str) -> str:
+        """The run's page, for a browser that reaches the server as we do."""
+        experiment = self._find_experiment()
+        return f"{without_password(self._uri).rstrip('/')}/#/experiments/{experiment}/runs/{mlflow_run_id}"
+
     def finish_pipeline_run(self, parent_id: str, status: RunStatus) -> None:
         """Close the parent run."""
         with self._errors(f"finish run {parent_id}"):

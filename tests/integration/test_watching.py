@@ -19,6 +19,7 @@ from components.foundation.role_optimizer import make_optimizers
 from components.foundation.run_context import create_run, open_stage
 from components.foundation.settings import resolve_settings
 from components.foundation.training_checkpoints import TrainingCheckpoints
+from components.notify.notify import Notification, gather
 from pipelines.services import Endpoints
 
 
@@ -77,3 +78,13 @@ def test_a_stage_that_fails_says_so_in_one_event(
     assert place.items() <= events[1].items()
     assert events[1]["exception"].endswith("TrainingError: it went\nwrong")
     assert "step" not in events[0]
+
+
+@pytest.mark.fault
+def test_a_notification_tells_what_a_run_got_to(run_uri: str) -> None:
+    """A run that failed at once, and one that was never started."""
+    told = gather(run_uri, "watched", "failed")
+    assert (told.decision, told.round, told.unsafe_rate, told.win_rate) == (None, None, None, None)
+    assert told.links.keys() == {"store", "mlflow"}
+    absent = gather(f"{run_uri}-absent", "absent", "failed")
+    assert absent == Notification("absent", "failed", links={"store": f"{run_uri}-absent"})
