@@ -111,13 +111,22 @@ def compile_(
 
 
 @app.command()
-def doctor(services: Annotated[list[str], typer.Argument(help="s3, mlflow, kfp")]) -> None:
-    """Ask services that a run needs whether they answer, with the addresses and keys of the environment."""
-    from pipelines.doctor import examine
+def doctor(
+    checks: Annotated[
+        list[str] | None, typer.Argument(help="s3, mlflow, kfp, cluster, shm, disk, gpus; none: what is set up here")
+    ] = None,
+    workdir: WorkDir = Path("runs"),
+    json_: Annotated[bool, typer.Option("--json", help="print the findings for a program")] = False,
+) -> None:
+    """Check what a run needs, with the addresses and keys of the environment; status 1 where something is broken."""
+    from pipelines import doctor
 
-    lines, well = examine(services, os.environ)
-    typer.echo("\n".join(lines))
-    if not well:
+    findings = doctor.examine(checks or (), doctor.Patient(os.environ, workdir))
+    if json_:
+        typer.echo(doctor.as_json(findings))
+    else:
+        typer.echo("\n".join(doctor.lines(findings)) if checks else doctor.table(findings))
+    if not doctor.well(findings):
         raise typer.Exit(1)
 
 

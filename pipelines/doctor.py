@@ -1,62 +1,119 @@
-"""`saferlhf doctor`: does what a run needs really answer, from here, with these keys?
+"""`saferlhf doctor`: is what a run needs really there, from here, with these keys?
 
-Addresses and keys come from the environment that steps have: SAFERLHF_STORE_URI, AWS_*, MLFLOW_TRACKING_URI, KFP_*.
+Services are found by the environment that steps have: SAFERLHF_STORE_URI, AWS_*, MLFLOW_TRACKING_URI, KFP_*; the
+cluster by the pod's service account or by kubectl's configuration. The rest is this machine.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import SaferlhfError, SettingsError
 from components.foundation.tracking import Tracker
+from pipelines.cluster_rights import check_rights
+from pipelines.findings import Finding
 from pipelines.kubeflow.client import EXPERIMENT, PIPELINE, access_from, connect
 from pipelines.kubeflow.versions import count_versions
+from pipelines.machine import check_disk, check_gpus, check_shm
 
 
-def examine(names: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], bool]:
-    """(one line for each service, whether all are well).
+@dataclass(frozen=True)
+class Patient:
+    """What is examined: the environment of a process, and the work folder of its runs."""
+
+    environment: Mapping[str, str]
+    work_dir: Path = Path("runs")
+
+
+def examine(names: Sequence[str], patient: Patient) -> list[Finding]:
+    """What each check finds, in the order of `names`; without names all of them, and those that are not set up pass.
 
     Raises:
-        SettingsError: a name is not one of `SERVICES`.
+        SettingsError: a name is not one of `CHECKS`.
     """
-    unknown = [name for name in names if name not in SERVICES]
+    unknown = [name for name in names if name not in CHECKS]
     if unknown:
-        raise SettingsError(f"there is no service {unknown[0]!r}: name one of {', '.join(SERVICES)}")
-    lines, well = [], True
-    for name in names:
+        raise SettingsError(f"there is no check {unknown[0]!r}: name some of {', '.join(CHECKS)}")
+    findings = []
+    for name in names or CHECKS:
         try:
-            lines.append(f"{name}: ok: {SERVICES[name](environment)}")
+            finding = CHECKS[name](patient)
         except SaferlhfError as error:
-            lines.append(f"{name}: FAILED: {error}")
-            well = False
-    return lines, well
+            finding = Finding("failed", str(error))
+        if names and finding.result == "skipped":  # whoever names it needs it
+            finding = Finding("failed", finding.found, finding.to_do)
+        findings.append(Finding(finding.result, finding.found, finding.to_do, name))
+    return findings
 
 
-def _s3(environment: Mapping[str, str]) -> str:
-    uri = _needed(environment, "SAFERLHF_STORE_URI")
+def well(findings: Sequence[Finding]) -> bool:
+    """Whether nothing that a run needs is broken."""
+    return all(finding.result != "failed" for finding in findings)
+
+
+def lines(findings: Sequence[Finding]) -> list[str]:
+    """One line for each finding."""
+    words = {"failed": "FAILED"}
+    return [f"{f.name}: {words.get(f.result, f.result)}: {f.sentence}" for f in findings]
+
+
+def table(findings: Sequence[Finding]) -> str:
+    """A row for each finding; below it, behind an arrow, what to do."""
+    name_width = max(len("check"), *(len(finding.name) for finding in findings))
+    rows = [("check", "result", "what was found"), *((f.name, f.result, f.found) for f in findings)]
+    to_do = ["", *(finding.to_do for finding in findings)]
+    shown = []
+    for (name, result, found), advice in zip(rows, to_do, strict=True):
+        shown.append(f"{name:<{name_width}}  {result:<7}  {found}")
+        shown += [f"{'':<{name_width}}  {'':<7}  -> {advice}"] if advice else []
+    return "\n".join(shown)
+
+
+def as_json(findings: Sequence[Finding]) -> str:
+    """The findings for a program: a list of objects with name, result, found, to_do."""
+    return json.dumps([asdict(finding) for finding in findings], indent=2)
+
+
+def _s3(patient: Patient) -> Finding:
+    uri = patient.environment.get("SAFERLHF_STORE_URI", "")
+    if not uri:
+        return _not_set("SAFERLHF_STORE_URI")
     CheckpointStore(uri).probe()
-    return f"{uri} can be written, and conditional writes are honoured"
+    return Finding("ok", f"{uri} can be written, and conditional writes are honoured")
 
 
-def _mlflow(environment: Mapping[str, str]) -> str:
-    uri = _needed(environment, "MLFLOW_TRACKING_URI")
+def _mlflow(patient: Patient) -> Finding:
+    uri = patient.environment.get("MLFLOW_TRACKING_URI", "")
+    if not uri:
+        return _not_set("MLFLOW_TRACKING_URI")
     Tracker(uri, EXPERIMENT).check()
-    return f"{uri} answers queries"
+    return Finding("ok", f"{uri} answers queries")
 
 
-def _kfp(environment: Mapping[str, str]) -> str:
+def _kfp(patient: Patient) -> Finding:
+    environment = patient.environment
+    if not any(name in environment for name in ("KFP_HOST", "KF_PIPELINES_ENDPOINT", "KUBERNETES_SERVICE_HOST")):
+        return _not_set("KFP_HOST")
     access = access_from(environment)
     versions = count_versions(connect(access))
-    return f"{access.host} holds {versions} version{'' if versions == 1 else 's'} of {PIPELINE}"
+    return Finding("ok", f"{access.host} holds {versions} version{'' if versions == 1 else 's'} of {PIPELINE}")
 
 
-def _needed(environment: Mapping[str, str], name: str) -> str:
-    value = environment.get(name, "")
-    if not value:
-        raise SettingsError(f"{name} is not set: the chart sets it in its pods; elsewhere, export it")
-    return value
+def _not_set(name: str) -> Finding:
+    return Finding("skipped", f"{name} is not set", "the chart sets it in its pods; elsewhere, export it")
 
 
-SERVICES: dict[str, Callable[[Mapping[str, str]], str]] = {"s3": _s3, "mlflow": _mlflow, "kfp": _kfp}
+CHECKS: dict[str, Callable[[Patient], Finding]] = {
+    "s3": _s3,
+    "mlflow": _mlflow,
+    "kfp": _kfp,
+    "cluster": lambda patient: check_rights(patient.environment),
+    "shm": lambda _: check_shm(),
+    "disk": lambda patient: check_disk(patient.work_dir),
+    "gpus": lambda _: check_gpus(),
+}
 """What can be examined, each by a function that says in a few words what it found."""

@@ -69,7 +69,9 @@ def steps_of(pipeline: Any, platform: Any) -> list[Step]:
 def table(steps: list[Step]) -> str:
     """One line for each kind of step, in the order of a run; those of the rounds are alike, and counted."""
     order = {stage: number for number, stage in enumerate(STAGES)}
-    rows = Counter(tuple(row(step).values()) for step in sorted(steps, key=lambda step: order[step.stage]))
+    rows = Counter(
+        tuple(row(step).values()) for step in sorted(steps, key=lambda step: order.get(step.stage, len(order)))
+    )
     lines = [(*row(steps[0]), "steps"), *((*cells, str(count)) for cells, count in rows.items())]
     widths = [max(len(cells[column]) for cells in lines) for column in range(len(lines[0]))]
     return "\n".join(

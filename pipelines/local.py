@@ -26,6 +26,7 @@ from components.foundation.errors import LabelsAwaited, SaferlhfError, SettingsE
 from components.foundation.rollout.vllm_server import find_vllm_python
 from components.foundation.settings import Settings
 from components.foundation.tracking import RunStatus, Tracker
+from components.notify.notify import notify
 from pipelines.memory import PeakMemory
 from pipelines.safe_rlhf import build_pipeline
 from pipelines.screen import Screen
@@ -34,6 +35,12 @@ from pipelines.summary import RunFacts, closing_words, write_summary
 
 _SAVING_SECONDS = 120
 """Patience with a step that was asked to stop: its rollout batch, and a checkpoint to S3."""
+_WORDS: dict[RunStatus, str] = {
+    "FINISHED": "succeeded",
+    "FAILED": "failed",
+    "KILLED": "cancelled",
+    "SCHEDULED": "waiting",
+}
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,7 @@ def run_here(run: LocalRun) -> Path:
             status = "FAILED"
             raise
         finally:
+            notify(run.run_uri, run.run_id, _WORDS[status])
             _close_tracking(endpoints.tracking_uri, run, status)
         screen.line(closing_words(run.work_dir))
     return summary

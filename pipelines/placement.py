@@ -18,10 +18,16 @@ from pipelines.stages import STAGES
 Keys = tuple[str, ...]
 
 _CONFIG: Keys = ("SAFERLHF_STORE_URI", "MLFLOW_TRACKING_URI", "AWS_DEFAULT_REGION")
-_OPTIONAL_CONFIG: Keys = ("AWS_ENDPOINT_URL",)
+_OPTIONAL_CONFIG: Keys = (
+    "AWS_ENDPOINT_URL",
+    "SAFERLHF_LOG_FORMAT",
+    "SAFERLHF_METRICS_ADDRESS",
+    "SAFERLHF_METRICS_PORT",
+)
 _STORE_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 _TRACKING_KEYS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 _JUDGE_KEYS = ("SAFERLHF_JUDGE_KEY",)
+_WEBHOOK_KEYS = ("SAFERLHF_WEBHOOK_URL",)
 _QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 
 
@@ -50,6 +56,11 @@ class Placement:
         """Whether the run form may change the nodes of a pool."""
         return self._form_pool is not None
 
+    @property
+    def notifies(self) -> bool:
+        """Whether a webhook is told how a run ended."""
+        return self._platform is not None and self._platform.secrets.webhook is not None
+
     def form_defaults(self) -> PoolChoice:
         """What the form shows at first: what the platform file says of that pool."""
         if self._platform is None or self._form_pool is None:
@@ -68,6 +79,20 @@ class Placement:
                 _patience(task, stage, self._platform)
                 _environment(task, stage, self._platform)
                 self._on_pool(task, stage, self._platform, choice)
+
+    def place_notification(self, task: Any) -> None:
+        """Give the exit handler the place of `start_run`, and the webhook's URL from its Secret."""
+        task.set_caching_options(False)
+        task.set_display_name("tell how the run ended")
+        if self._platform is not None and self._platform.secrets.webhook is not None:
+            _identity(task, "start_run", self._platform)
+            _patience(task, "start_run", self._platform)
+            _environment(task, "start_run", self._platform)
+            kubernetes.use_secret_as_env(task, self._platform.secrets.webhook, {key: key for key in _WEBHOOK_KEYS})
+            pool = self._platform.pool_of("start_run")
+            _resources(task, pool)
+            _nodes(task, pool, self._platform)
+            _affinity(task, pool)
 
     def _on_pool(self, task: Any, stage: str, platform: Platform, choice: PoolChoice) -> None:
         pool = platform.pool_of(stage)

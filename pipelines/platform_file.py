@@ -175,6 +175,7 @@ class Secrets(_Part):
     store: ObjectName = "saferlhf-s3"
     tracking: ObjectName = "saferlhf-mlflow"
     judge: ObjectName = "saferlhf-judge"
+    webhook: ObjectName | None = None
 
 
 class Platform(_Part):

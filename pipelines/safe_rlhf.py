@@ -6,11 +6,13 @@ its steps are placed on that cluster's pools.
 
 import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from kfp import dsl
 
 from components.evaluate.component import evaluate
+from components.notify.component import notify
 from components.prepare_data.component import prepare_data, start_run
 from components.promote.component import gate, register, set_alias
 from components.report.component import report
@@ -45,21 +47,32 @@ def build_pipeline(rounds: int, platform: Platform | None = None) -> Any:
         pool_node_selector: dict[str, str] = shown.node_selector,
         pool_tolerations: list[dict[str, Any]] = shown.tolerations,
     ) -> None:
-        start = start_run(
-            run_uri=run_uri,
-            run_id=run_id,
-            kfp_run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
-            profile=run_profile,
-            seed=run_seed,
-            overrides=run_set,
-            rounds=rounds,
-            pool_node_selector=pool_node_selector,
-            pool_tolerations=pool_tolerations,
-        )
-        choice = PoolChoice(pool_node_selector, pool_tolerations)
-        _figure(start, [alignment_round] * rounds, placement, choice)
+        with _notification(placement, run_uri, run_id):
+            start = start_run(
+                run_uri=run_uri,
+                run_id=run_id,
+                kfp_run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
+                profile=run_profile,
+                seed=run_seed,
+                overrides=run_set,
+                rounds=rounds,
+                pool_node_selector=pool_node_selector,
+                pool_tolerations=pool_tolerations,
+            )
+            choice = PoolChoice(pool_node_selector, pool_tolerations)
+            _figure(start, [alignment_round] * rounds, placement, choice)
 
     return pipeline(safe_rlhf_on_pool if placement.has_form_pool else safe_rlhf)
+
+
+def _notification(placement: Placement, run_uri: Any, run_id: Any) -> AbstractContextManager[Any]:
+    """Where a webhook is to be told, what is within is the body of an exit handler that tells it."""
+    if not placement.notifies:
+        return nullcontext()
+    end = notify(run_uri=run_uri, run_id=run_id, kfp_run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER)
+    placement.place_notification(end)
+    handler: AbstractContextManager[Any] = dsl.ExitHandler(end, name="run")
+    return handler
 
 
 def _figure(start: Any, rounds: Sequence[Any], placement: Placement, choice: PoolChoice) -> None:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from components.foundation.exit_codes import WAITING_LINE
+from components.foundation.logs import is_json_event
 from components.foundation.progress import ProgressLine, parse_progress
 
 _ERROR_LINE = re.compile(r"^components\.foundation\.errors\.\w+: (.*)$")
@@ -68,7 +69,7 @@ class Screen(io.TextIOBase):
             self.waiting = line
         elif error is not None:
             self.last_error = error.group(1)
-        elif _OURS.match(line) and " - INFO - " not in line:
+        elif is_json_event(line) or (_OURS.match(line) and " - INFO - " not in line):
             self.line(line)
         elif re.match(r"^\w*(Error|Exception): ", line):
             self.last_error = line

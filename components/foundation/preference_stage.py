@@ -61,7 +61,7 @@ def run_preference_stage(
         progress = Progress(name, batch_count(len(training), settings.batch_size, settings.epochs), "steps")
 
         def on_step(step: int, total: int, metrics: dict[str, float]) -> None:
-            stage.mlflow.log_metrics({f"{name}/{key}": value for key, value in metrics.items()}, step)
+            stage.report({f"{name}/{key}": value for key, value in metrics.items()}, step)
             progress.update(step)
 
         parents = [sft_uri, preferences_uri]

@@ -1,25 +1,26 @@
-"""One log format and one progress line for every stage.
+"""One progress line for every stage.
 
 A stage runs as its own process, on a laptop and in a cluster, so progress is a line of text:
 
     progress ppo 3/16 steps 0.21/s 61 s left
 
-`saferlhf run` turns these lines into a bar on a terminal; a cluster's log shows them as they are.
+`saferlhf run` turns these lines into a bar on a terminal; a cluster's log shows them as they are. Where the log is JSON
+(`logs.py`), the line is the message of an event.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-import sys
 import time
-import warnings
 from dataclasses import dataclass
 
-from components.foundation import distributed
+from components.foundation import distributed, logs
 
 _LINE = re.compile(r"^progress (\S+) (\d+)/(\d+) (\S+) (\d+(?:\.\d+)?)/s (\d+(?:\.\d+)?) s left$")
 _SECONDS_BETWEEN_LINES = 1.0
+
+log = logging.getLogger("saferlhf")
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,8 @@ class Progress:
         self._printed = now
         rate = done / max(now - self._started, 1e-6)
         left = (self._total - done) / rate if rate > 0 else 0.0
-        print(f"progress {self._stage} {done}/{self._total} {self._unit} {rate:.2f}/s {left:.0f} s left", flush=True)
-
-
-def configure_logging() -> None:
-    """INFO of ours, on rank 0; warnings of nobody else's: third parties may log errors only."""
-    warnings.filterwarnings("ignore")
-    logging.basicConfig(
-        level=logging.ERROR, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout, force=True
-    )
-    logging.getLogger("saferlhf").setLevel(logging.INFO if distributed.world().is_main else logging.ERROR)
+        line = f"progress {self._stage} {done}/{self._total} {self._unit} {rate:.2f}/s {left:.0f} s left"
+        if logs.is_json():
+            log.info("%s", line)
+        else:
+            print(line, flush=True)

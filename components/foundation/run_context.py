@@ -11,15 +11,15 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from components.foundation import distributed
+from components.foundation import distributed, logs
 from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import SettingsError, StoreError
-from components.foundation.progress import configure_logging
+from components.foundation.metrics import Gauges, served_gauges
 from components.foundation.results import from_json, to_json
 from components.foundation.settings import Settings
 from components.foundation.tracking import SilentRun, StageRun, Tracker
@@ -64,6 +64,7 @@ class Stage:
     Attributes:
         folder: scratch folder; what `commit` is given usually lies in it.
         mlflow: the nested MLflow run; of several ranks only the first writes to it.
+        gauges: what Prometheus may read.
         seed: seed of all its random choices.
     """
 
@@ -72,6 +73,7 @@ class Stage:
     round: int
     folder: Path
     mlflow: StageRun | SilentRun
+    gauges: Gauges
     seed: int
     started: float
 
@@ -79,6 +81,12 @@ class Stage:
     def checkpoints_uri(self) -> str:
         """Where the stage keeps its state while it trains."""
         return f"{self.context.stage_uri(self.name, self.round)}/checkpoints"
+
+    def report(self, metrics: Mapping[str, float], step: int) -> None:
+        """What training step `step` measured, counted from 1: to MLflow, to Prometheus, and the log says the step."""
+        self.mlflow.log_metrics(metrics, step)
+        self.gauges.set({**metrics, "step": step})
+        logs.set_step(step)
 
     def finished(self) -> str | None:
         """URI of this stage's commit where an earlier attempt made it already: then there is nothing left to do."""
@@ -152,18 +160,33 @@ def _check_same_settings(run_id: str, earlier: Settings, now: Settings) -> None:
 
 @contextmanager
 def open_stage(run_uri: str, name: str, round_number: int) -> Iterator[Stage]:
-    """Open a run for one stage: logging, scratch folder, nested MLflow run, start time."""
-    configure_logging()
+    """Open a run for one stage: logging, scratch folder, nested MLflow run, metrics, start time."""
+    logs.configure_logging()
     context = open_run(run_uri)
+    logs.set_place(logs.Place(context.run_id, round_number, name))
     started = time.monotonic()
     label = f"round {round_number} {name}" if round_number else name
     log.info("%s: started", label)
     with (
         tempfile.TemporaryDirectory(prefix=f"saferlhf-{name}-") as folder,
+        served_gauges(context.run_id, name, round_number) as gauges,
         _tracked(context, name, round_number) as mlflow,
+        _failure_as_event(label),
     ):
-        yield Stage(context, name, round_number, Path(folder), mlflow, context.seed(name, round_number), started)
+        seed = context.seed(name, round_number)
+        yield Stage(context, name, round_number, Path(folder), mlflow, gauges, seed, started)
     log.info("%s: done in %.1f s", label, time.monotonic() - started)
+
+
+@contextmanager
+def _failure_as_event(label: str) -> Iterator[None]:
+    """A log of JSON events has the error that ends a stage; in a plain one, Python's own traceback says it."""
+    try:
+        yield
+    except Exception:
+        if logs.is_json():
+            log.exception("%s: failed", label)
+        raise
 
 
 def _tracked(

@@ -14,7 +14,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from components.foundation.errors import LabelsAwaited, TrackingError
+from components.foundation.redaction import is_secret_name, without_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -38,8 +38,6 @@ _NAME_TAG = "mlflow.runName"
 _FLUSH_SECONDS = 3.0
 _SYSTEM_METRICS_SECONDS = 5.0
 _MAX_PARAM_LENGTH, _MAX_PARAMS, _MAX_METRICS, _MAX_DIGEST = 6000, 100, 1000, 36  # MLflow's own limits
-_SECRET_NAME = re.compile(r"(^|[._-])(password|passwd|secret|api_?key|access_key|token|credentials?)$", re.IGNORECASE)
-_URI_PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")
 _log = logging.getLogger(__name__)
 
 
@@ -99,6 +97,11 @@ class Tracker:
             found = self._search({RUN_ID_TAG: run_id}, "attributes.start_time ASC")
             parents = [run for run in found if _PARENT_TAG not in run.data.tags]
         return str(parents[0].info.run_id) if parents else None
+
+    def run_address(self, mlflow_run_id: str) -> str:
+        """The run's page, for a browser that reaches the server as we do."""
+        experiment = self._find_experiment()
+        return f"{without_password(self._uri).rstrip('/')}/#/experiments/{experiment}/runs/{mlflow_run_id}"
 
     def finish_pipeline_run(self, parent_id: str, status: RunStatus) -> None:
         """Close the parent run."""
@@ -272,11 +275,11 @@ class Tracker:
         try:
             yield
         except (MlflowException, OSError) as error:  # OSError is the base of what requests raises
-            where = _without_password(self._uri)
+            where = without_password(self._uri)
             if isinstance(error, OSError) or "failed with exception" in str(error):  # MLflow's word for no answer
                 message = f"cannot reach MLflow at {where} to {action}: check MLFLOW_TRACKING_URI and the server"
             else:
-                message = f"MLflow at {where} did not {action}: {_without_password(str(error))}"
+                message = f"MLflow at {where} did not {action}: {without_password(str(error))}"
             raise TrackingError(message) from error
 
 
@@ -322,7 +325,7 @@ class StageRun:
         """Name a data set that the stage read. MLflow shows the first 36 characters of the digest."""
         from mlflow.entities import Dataset, DatasetInput
 
-        source = json.dumps({"uri": _without_password(source_uri)})
+        source = json.dumps({"uri": without_password(source_uri)})
         kind = source_uri.partition("://")[0] if "://" in source_uri else "local"
         profile = json.dumps({"num_rows": rows, "digest": digest})
         dataset = Dataset(name, digest[:_MAX_DIGEST], kind, source, profile=profile)
@@ -365,7 +368,7 @@ def _new_client(tracking_uri: str) -> MlflowClient:
     try:
         return MlflowClient(tracking_uri, tracking_uri)
     except MlflowException as error:
-        shown = _without_password(tracking_uri)
+        shown = without_password(tracking_uri)
         raise TrackingError(f"{shown!r} is no MLflow server: set MLFLOW_TRACKING_URI to http://host:port") from error
 
 
@@ -388,8 +391,4 @@ def _quoted(value: str) -> str:
 
 
 def _masked(values: Mapping[str, str]) -> dict[str, str]:
-    return {key: "(secret)" if _SECRET_NAME.search(key) else _without_password(str(v)) for key, v in values.items()}
-
-
-def _without_password(text: str) -> str:
-    return _URI_PASSWORD.sub("", text)
+    return {key: "(secret)" if is_secret_name(key) else without_password(str(v)) for key, v in values.items()}

@@ -94,6 +94,7 @@ class TrainingCheckpoints:
             IntegrityError: it is damaged.
         """
         self._trained = trained
+        self._stage.gauges.set({"training_start_timestamp_seconds": time.time()})
         store = self._stage.context.store
         latest = distributed.from_main(self._latest)
         if latest is None:
@@ -149,6 +150,7 @@ class TrainingCheckpoints:
         uri = f"{self._uri}/step-{state.step}"
         context.store.commit(uri, folder, parents=self._parents, settings_digest=context.settings.digest())
         context.store.set_latest(self._uri, uri)
+        self._stage.gauges.set({"checkpoint_timestamp_seconds": time.time()})
         context.store.prune(self._uri, keep=uri)
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -32,6 +32,7 @@ from components.foundation.run_context import open_stage
 from components.foundation.settings import Settings
 from components.foundation.training_checkpoints import TrainingCheckpoints
 from components.ppo_lagrangian.comparison import compare_episode
+from components.ppo_lagrangian.constraint_gauges import ConstraintGauges
 from components.ppo_lagrangian.episode import COST, COST_CRITIC, REWARD, REWARD_CRITIC
 from components.ppo_lagrangian.model_card import CardEvidence, model_card
 from components.ppo_lagrangian.multiplier import CostConstraint, MultiplierState, choose_threshold
@@ -113,13 +114,15 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
             [encoder.sequence(d.prompt, d.response) for d in demonstrations],
         )
         progress = Progress(STAGE, settings.ppo.steps, "steps")
+        constraint_gauges = ConstraintGauges(constraint.threshold, settings.ppo)
         log.info("cost threshold %.3f, lambda starts at %.2f", constraint.threshold, settings.ppo.lambda_init)
 
         def train_step(step: int) -> StepMetrics:
             batch = draw_batch(prompts, settings, stage.seed + step)
             score = partial(compare_episode, backbone, judge, settings, batch) if compares else None
             metrics = trainer.step([encoder.prompt(p.prompt) for p in batch], step, score)
-            stage.mlflow.log_metrics(tracked_metrics(metrics), step + 1)
+            stage.report(tracked_metrics(metrics), step + 1)
+            stage.gauges.set(constraint_gauges.after(metrics))
             log.info(
                 "step %d: cost %+.2f reward %+.2f lambda %.3f kl %.3f",
                 *(step + 1, metrics.cost, metrics.reward, metrics.multiplier, metrics.kl),

@@ -8,7 +8,7 @@ import os
 import re
 
 from components.foundation.errors import SettingsError
-from components.foundation.progress import configure_logging
+from components.foundation.logs import Place, configure_logging, set_place
 from components.foundation.run_context import create_run
 from components.foundation.settings import resolve_settings
 
@@ -30,6 +30,7 @@ def run_start_run(run_uri: str, run_id: str, profile: str, seed: int, overrides:
         SettingsError: the run's id or a setting is refused, or asks for another number of rounds than the pipeline has.
     """
     configure_logging()
+    set_place(Place(run_id, stage="start_run"))
     check_run_id(run_id)
     settings = resolve_settings(profile, seed, [*_store(run_uri), f"rounds={rounds}", *_read_overrides(overrides)])
     run_uri = run_uri or f"{settings.store.uri.rstrip('/')}/runs/{run_id}"

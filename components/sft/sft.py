@@ -42,7 +42,7 @@ def run_sft(run_uri: str, data_uri: str) -> str:
         progress = Progress(STAGE, batch_count(len(examples), settings.sft.batch_size, settings.sft.epochs), "steps")
 
         def on_step(step: int, total: int, metrics: dict[str, float]) -> None:
-            stage.mlflow.log_metrics({f"sft/{key}": value for key, value in metrics.items()}, step)
+            stage.report({f"sft/{key}": value for key, value in metrics.items()}, step)
             progress.update(step)
 
         # every layer: the adapter is merged, so no later role shares a trunk with it

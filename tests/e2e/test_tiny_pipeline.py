@@ -17,6 +17,8 @@ import psutil
 import pytest
 from command import SAFERLHF, saferlhf
 
+from tests.unit.webhook_server import webhook
+
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("pipeline")]
 
 OPEN_GATE = (
@@ -27,9 +29,9 @@ OPEN_GATE = (
 )
 
 
-def run_tiny(workdir: Path, *settings: str) -> tuple[dict[str, Any], str]:
+def run_tiny(workdir: Path, *settings: str, **environment: str) -> tuple[dict[str, Any], str]:
     arguments = [part for setting in settings for part in ("--set", setting)]
-    done = saferlhf("run", "--profile", "tiny", "--workdir", str(workdir), *arguments)
+    done = saferlhf("run", "--profile", "tiny", "--workdir", str(workdir), *arguments, environment=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((workdir / "summary.json").read_text())
     summary["page"] = Path(summary["report"]).read_text(encoding="utf-8")  # the next run in the folder replaces it
@@ -64,8 +66,11 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def first_run(workdir: Path) -> tuple[dict[str, Any], str]:
-    """Two rounds, with a gate that lets everything pass."""
-    return run_tiny(workdir, *OPEN_GATE)
+    """Two rounds, with a gate that lets everything pass; `summary["told"]` is what the webhook got."""
+    with webhook([204]) as (url, told):
+        summary, output = run_tiny(workdir, *OPEN_GATE, SAFERLHF_WEBHOOK_URL=url)
+    assert "hidden-token" not in output
+    return summary | {"told": told}, output
 
 
 def test_every_stage_ran(first_run: tuple[dict[str, Any], str]) -> None:
@@ -95,6 +100,25 @@ def test_multiplier_moves_with_the_violation(first_run: tuple[dict[str, Any], st
 def test_open_gate_promotes(first_run: tuple[dict[str, Any], str]) -> None:
     promoted = first_run[0]["promotion"]
     assert (promoted["decision"], promoted["alias"], promoted["version"]) == ("promote", "champion", "1")
+
+
+def test_the_webhook_was_told_once_how_the_run_ended(first_run: tuple[dict[str, Any], str]) -> None:
+    summary = first_run[0]
+    (told,) = summary["told"]
+    links = told.pop("links")
+    last = summary["rounds"][-1]["eval"]
+    assert told == {
+        "run_id": summary["run_id"],
+        "status": "succeeded",
+        "decision": "promote",
+        "round": 2,
+        "unsafe_rate": last["unsafe_rate"],
+        "win_rate": last["win_rate"],
+    }
+    assert links["store"].endswith(f"/runs/{summary['run_id']}")
+    assert links["report"].startswith(links["store"]) and links["report"].endswith("/report.html")
+    tracking_uri, parent = summary["mlflow"]["tracking_uri"], summary["mlflow"]["parent_run_id"]
+    assert re.fullmatch(rf"{re.escape(tracking_uri)}/#/experiments/\d+/runs/{parent}", links["mlflow"])
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(first_run: tuple[dict[str, Any], str], workdir: Path) -> None:

@@ -176,7 +176,7 @@ def test_a_log_that_must_not_be_read_does_not_end_the_job(
 _STEP = """
 import sys
 from kubernetes.client import Configuration
-from components.foundation.progress import configure_logging
+from components.foundation.logs import configure_logging
 from components.foundation.train_job import TrainJobSpec, run_train_job
 from components.foundation.train_job.kubernetes_api import Cluster, new_client
 configure_logging()

@@ -196,15 +196,19 @@ def test_who_reaches_whom() -> None:
 
 def test_each_way_out_of_the_namespace_is_named() -> None:
     """Ports and peers of the steps' egress, by hand, for a store and a judge elsewhere."""
-    judge = {"judge": {"to": [{"ipBlock": {"cidr": "10.9.0.1/32"}}], "port": 8443}}
-    spec = find(render(platform_values("on-prem", networkPolicy=judge)), "NetworkPolicy", "saferlhf-steps")["spec"]
+    others = {
+        "judge": {"to": [{"ipBlock": {"cidr": "10.9.0.1/32"}}], "port": 8443},
+        "webhook": {"to": [{"ipBlock": {"cidr": "10.9.0.2/32"}}], "port": 9443},
+    }
+    spec = find(render(platform_values("on-prem", networkPolicy=others)), "NetworkPolicy", "saferlhf-steps")["spec"]
     kubeflow = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kubeflow"}}}
     ways = [([entry["port"] for entry in rule["ports"]], rule["to"][0]) for rule in spec["egress"]]
     assert ([443], {"ipBlock": {"cidr": "10.20.0.0/24"}}) in ways
     assert ([8888, 8887, 8080], kubeflow) in ways
     assert ([443, 6443], {"ipBlock": {"cidr": "0.0.0.0/0"}}) in ways
     assert ([8443], {"ipBlock": {"cidr": "10.9.0.1/32"}}) in ways
-    assert len(ways) == 6  # and cluster DNS, and MLflow
+    assert ([9443], {"ipBlock": {"cidr": "10.9.0.2/32"}}) in ways
+    assert len(ways) == 7  # and cluster DNS, and MLflow
 
 
 def test_without_network_policies_there_are_none() -> None:

@@ -16,7 +16,6 @@ from mlflow.cli import server as mlflow_server
 from mlflow.server.security_utils import is_allowed_host_header
 
 from pipelines.cli import app
-from pipelines.doctor import SERVICES
 from tests.unit.helm_chart import find, names, platform_values, pods, render
 from tests.unit.kfp_server import KfpServer
 from tests.unit.kubeflow_command import saferlhf
@@ -116,5 +115,5 @@ def test_the_doctor_of_every_pod_exists() -> None:
     for pod in pods(render(platform_values("try"))):
         for container in pod.containers:
             if container["command"][:2] == ["saferlhf", "doctor"]:
-                asked |= set(commands["doctor"].make_context("doctor", container["command"][2:]).params["services"])
-    assert asked == set(SERVICES)
+                asked |= set(commands["doctor"].make_context("doctor", container["command"][2:]).params["checks"])
+    assert asked == {"s3", "mlflow", "kfp"}

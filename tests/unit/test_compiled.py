@@ -110,7 +110,12 @@ def test_addresses_come_from_the_config_map_and_keys_from_secrets(steps: dict[st
             "MLFLOW_TRACKING_URI",
             "AWS_DEFAULT_REGION",
         ]
-        assert [key.env_var for key in optional.key_to_env] == ["AWS_ENDPOINT_URL"]
+        assert [key.env_var for key in optional.key_to_env] == [
+            "AWS_ENDPOINT_URL",
+            "SAFERLHF_LOG_FORMAT",
+            "SAFERLHF_METRICS_ADDRESS",
+            "SAFERLHF_METRICS_PORT",
+        ]
         assert (required.optional, optional.optional) == (False, True)
         secrets = {secret.secret_name: secret for secret in step.pod.secret_as_env}
         judge = {"saferlhf-judge"} if step.stage in ("annotate", "evaluate") else set()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from components.foundation.errors import ClusterError, ClusterUnavailableError, SettingsError
-from pipelines.doctor import examine
+from pipelines.doctor import Patient, examine, lines, well
 from pipelines.kubeflow.client import HOST_IN_CLUSTER, Access, access_from, connect
 from pipelines.kubeflow.versions import count_versions, upload_pipeline
 from tests.unit.kfp_server import KfpServer, kfp_server
@@ -144,8 +144,8 @@ def test_an_experiment_that_somebody_makes_at_the_same_time_is_used(kfp: KfpServ
 
 def test_the_doctor_counts_the_versions_of_the_pipeline(kfp: KfpServer, compiled_pipeline: Path) -> None:
     upload_pipeline(connect(Access(kfp.url)), compiled_pipeline, "v")
-    lines, well = examine(["kfp"], {"KFP_HOST": kfp.url})
-    assert (lines, well) == ([f"kfp: ok: {kfp.url} holds 1 version of safe-rlhf"], True)
+    findings = examine(["kfp"], Patient({"KFP_HOST": kfp.url}))
+    assert (lines(findings), well(findings)) == ([f"kfp: ok: {kfp.url} holds 1 version of safe-rlhf"], True)
 
 
 @pytest.mark.fault
@@ -156,4 +156,4 @@ def test_the_doctor_says_what_is_wrong_with_each_service(kfp: KfpServer, monkeyp
     assert status == 1
     assert "kfp: FAILED: cannot list the versions of safe-rlhf: KFP answers 403" in said
     assert "s3: FAILED: SAFERLHF_STORE_URI is not set" in said
-    assert "there is no service 's4'" in saferlhf("doctor", "s4")[1]
+    assert "there is no check 's4'" in saferlhf("doctor", "s4")[1]

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Iterable
 
 import pytest
@@ -81,18 +77,3 @@ def test_other_lines_are_not_progress(text: str) -> None:
 def test_a_number_that_is_none_is_not_progress(number: str) -> None:
     assert parse_progress(f"progress ppo 3/16 steps {number}/s 61 s left") is None
     assert parse_progress(f"progress ppo 3/16 steps 0.21/s {number} s left") is None
-
-
-def test_the_log_holds_our_lines_and_nobody_elses_advice() -> None:
-    """In a process of its own: the configuration is global."""
-    program = (
-        "import logging, warnings; from components.foundation.progress import configure_logging;"
-        "configure_logging(); configure_logging();"
-        "logging.getLogger('saferlhf').info('ours'); logging.getLogger('saferlhf').debug('detail');"
-        "logging.getLogger('other').warning('advice'); logging.getLogger('other').error('trouble');"
-        "warnings.warn('deprecated')"
-    )
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
-    assert [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in done.stdout.splitlines()] == ["ours", "trouble"]
-    assert done.stderr == ""

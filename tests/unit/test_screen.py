@@ -58,6 +58,12 @@ def test_what_a_step_that_awaits_labels_says_is_kept_and_is_no_error(capsys: pyt
     assert screen.last_error == ""
 
 
+def test_events_in_json_are_shown_as_they_are() -> None:
+    event = '{"time": "2026-11-24T12:00:00.000Z", "level": "INFO", "message": "[bold]sft[/bold]: started"}'
+    output, _ = shown(event + "\n", '{"other": "json"}\n')
+    assert output == [event]
+
+
 @pytest.mark.parametrize("line", CHATTER)
 def test_each_kind_of_chatter_is_dropped(line: str) -> None:
     output, screen = shown(line + "\n")

@@ -37,3 +37,8 @@
 - podSelector: {matchLabels: {pipelines.kubeflow.org/v2_component: "true"}}
 - podSelector: {matchExpressions: [{key: jobset.sigs.k8s.io/jobset-name, operator: Exists}]}
 {{- end }}
+
+{{- define "saferlhf.fromPrometheus" -}}
+- from: {{- toYaml .Values.metrics.from | nindent 4 }}
+  ports: [{port: {{ .Values.metrics.port }}}]
+{{- end }}

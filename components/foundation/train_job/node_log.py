@@ -12,6 +12,7 @@ from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError, ReadTimeoutError
 
 from components.foundation.errors import ClusterError
+from components.foundation.logs import is_json_event
 from components.foundation.train_job.kubernetes_api import KubernetesApi
 from components.foundation.train_job.pods import PodBoard, PodState
 from components.foundation.train_job.spec import NODE
@@ -78,7 +79,7 @@ class NodeLog:
                 for text in position.new(self._lines(pod, position.since)):
                     failures = 0
                     self.tail.append(text)
-                    log.info("node 0 | %s", text)
+                    _repeat(text)
                 if not running:
                     return
                 self._api.backoff.sleep(self._api.backoff.first)  # the stream ended; did the container?
@@ -119,6 +120,13 @@ class NodeLog:
                 yield rest.decode(errors="replace")
         finally:
             response.close()
+
+
+def _repeat(text: str) -> None:
+    if is_json_event(text):
+        print(text, flush=True)  # it tells its run, stage and rank by itself
+    else:
+        log.info("node 0 | %s", text)
 
 
 def _comparable(stamp: str) -> str:
