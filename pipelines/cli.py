@@ -12,13 +12,13 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from components.foundation.errors import LabelsAwaited, SaferlhfError, SettingsError
-from components.foundation.exit_codes import WAITING_EXIT_CODE
+from components.foundation.errors import LabelsAwaited, NothingNew, SaferlhfError, SettingsError
+from components.foundation.exit_codes import NOTHING_NEW_EXIT_CODE, WAITING_EXIT_CODE
 from components.foundation.settings import resolve_settings
 from pipelines import registry, serving
 from pipelines.annotations import annotations_app
 from pipelines.kubeflow import commands as kubeflow
-from pipelines.options import INTERRUPTED, Overrides, Profile, Seed
+from pipelines.options import INTERRUPTED, FromRound, FromRun, Overrides, Profile, Seed, with_start
 
 app = typer.Typer(
     help="Safe RLHF as a Kubeflow pipeline.",
@@ -49,14 +49,16 @@ def run(
     seed: Seed = 0,
     set_: Overrides = None,
     resume: Annotated[str, typer.Option(help="id of a run that stopped: its finished stages are not run again")] = "",
+    from_run: FromRun = "",
+    from_round: FromRound = 0,
 ) -> None:
     """Run the whole pipeline on this machine.
 
     It starts S3 and MLflow in the work folder (or uses those that AWS_ENDPOINT_URL and MLFLOW_TRACKING_URI name) and
     runs prepare_data, sft, the rounds, the gate and the report. The exit status is 0 only if every stage did its work,
-    and 75 where people have to label first.
+    75 where people have to label first, and 3 where the data hold too little that is new (data.min_new_pairs).
     """
-    overrides = tuple(set_ or ())
+    overrides = with_start(set_, from_run, from_round)
     settings = resolve_settings(profile, seed, overrides)
     from pipelines.local import LocalRun, run_here
 
@@ -69,6 +71,9 @@ def run(
     except LabelsAwaited as waiting:
         typer.echo(f"{waiting}; all with --workdir {workdir}")
         raise typer.Exit(WAITING_EXIT_CODE) from None
+    except NothingNew as end:
+        typer.echo(str(end))
+        raise typer.Exit(NOTHING_NEW_EXIT_CODE) from None
 
 
 @app.command()

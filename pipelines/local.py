@@ -22,11 +22,19 @@ import psutil
 
 from components.foundation.base_model import check_base_model
 from components.foundation.checkpoint_store import CheckpointStore
-from components.foundation.errors import LabelsAwaited, SaferlhfError, SettingsError, TrackingError, TrainingError
+from components.foundation.errors import (
+    LabelsAwaited,
+    NothingNew,
+    SaferlhfError,
+    SettingsError,
+    TrackingError,
+    TrainingError,
+)
 from components.foundation.rollout.vllm_server import find_vllm_python
 from components.foundation.settings import Settings
 from components.foundation.tracking import RunStatus, Tracker
 from components.notify.notify import notify
+from components.prepare_data.take_over import commits_to_take_over
 from pipelines.memory import PeakMemory
 from pipelines.safe_rlhf import build_pipeline
 from pipelines.screen import Screen
@@ -63,6 +71,7 @@ def run_here(run: LocalRun) -> Path:
 
     Raises:
         LabelsAwaited: people have to label first; the run goes on when it is resumed.
+        NothingNew: there is too little new data; the run is over.
         SaferlhfError: the sentence that the failing step printed.
     """
     started = time.monotonic()
@@ -83,6 +92,7 @@ def run_here(run: LocalRun) -> Path:
             raise SettingsError(
                 f"there is no run {run.run_id} in {run.work_dir} to resume: leave --resume out to start one"
             )
+        commits_to_take_over(run.run_uri, run.settings)
         status: RunStatus = "KILLED"
         try:
             _run_pipeline(run, screen)
@@ -96,6 +106,9 @@ def run_here(run: LocalRun) -> Path:
             status = "FINISHED"
         except LabelsAwaited:
             status = "SCHEDULED"
+            raise
+        except NothingNew:
+            status = "FINISHED"
             raise
         except SaferlhfError:
             status = "FAILED"
@@ -129,6 +142,8 @@ def _run_pipeline(run: LocalRun, screen: Screen) -> None:
         except RuntimeError as error:
             if screen.waiting:
                 raise LabelsAwaited(screen.waiting) from None
+            if screen.nothing_new:
+                raise NothingNew(screen.nothing_new) from None
             raise TrainingError(screen.last_error or f"the pipeline failed: {error}") from error
         finally:
             screen.close()

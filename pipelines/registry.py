@@ -9,14 +9,14 @@ from typing import Annotated
 
 import typer
 
+from components.foundation.champion_log import CHAMPION, POLICY_MODEL, ChampionLog
 from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import SettingsError
+from components.foundation.lineage import lineage_text
 from components.foundation.run_context import RunContext, open_run
 from components.foundation.settings import Settings
 from components.foundation.tracking import Tracker
-from components.promote.champion_log import ChampionLog
-from components.promote.lineage import lineage_text
-from components.promote.promotion import CHAMPION, POLICY_MODEL, copy_aliases, run_of_version, stored_regressions
+from components.promote.promotion import copy_aliases, run_of_version, stored_regressions
 from components.promote.promotion import promote as promote_version
 from components.promote.promotion import rollback as rollback_to
 from components.promote.serving import handed_over_uri

@@ -10,7 +10,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from components.foundation.exit_codes import WAITING_LINE
+from components.foundation.exit_codes import NOTHING_NEW_LINE, WAITING_LINE
 from components.foundation.logs import is_json_event
 from components.foundation.progress import ProgressLine, parse_progress
 
@@ -27,7 +27,8 @@ class Screen(io.TextIOBase):
     """A text stream that the runner prints to.
 
     Lines of our log are shown, progress lines become a bar, the runner's own chatter is dropped. The last
-    explained error is kept in `last_error`, and what a step that awaits labels says in `waiting`.
+    explained error is kept in `last_error`, and what a step that awaits labels says in `waiting`, and one
+    that ends the run in `nothing_new`.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -39,6 +40,7 @@ class Screen(io.TextIOBase):
         self._traceback: list[str] = []
         self.last_error = ""
         self.waiting = ""
+        self.nothing_new = ""
 
     def writable(self) -> bool:
         return True
@@ -67,6 +69,8 @@ class Screen(io.TextIOBase):
             self._show(progress, line)
         elif line.startswith(WAITING_LINE):
             self.waiting = line
+        elif line.startswith(NOTHING_NEW_LINE):
+            self.nothing_new = line
         elif error is not None:
             self.last_error = error.group(1)
         elif is_json_event(line) or (_OURS.match(line) and " - INFO - " not in line):

@@ -15,11 +15,10 @@ from kubernetes.client.exceptions import ApiException
 from kubernetes.config import list_kube_config_contexts, load_kube_config
 from kubernetes.config.config_exception import ConfigException
 
+from components.foundation.champion_log import CHAMPION, POLICY_MODEL, ChampionLog
 from components.foundation.errors import ClusterError
 from components.foundation.tracking import Tracker
 from components.foundation.train_job.kubernetes_api import Backoff, Cluster, KubernetesApi, explain, new_client
-from components.promote.champion_log import ChampionLog
-from components.promote.promotion import CHAMPION, POLICY_MODEL
 from components.promote.serving import (
     GROUP,
     PLURAL,

@@ -18,9 +18,7 @@ from components.foundation.results import (
     from_json,
     read_record,
 )
-from components.foundation.run_context import RunContext, finished_uri, open_run
-
-_ROUND_STAGES = ("collect", "annotate", "reward_model", "cost_model", "ppo_lagrangian", "evaluate")
+from components.foundation.run_context import ROUND_STAGES, RunContext, finished_uri, open_run
 
 
 @dataclass(frozen=True)
@@ -81,13 +79,14 @@ def closing_words(work_dir: Path) -> str:
 
 
 def stage_seconds(context: RunContext) -> dict[str, float]:
-    """Seconds of each stage's own work, by `stage` or `round-<k>/<stage>`."""
+    """Seconds of each stage's own work, by `round-<k>/<stage>`, without what was taken over from another run."""
     names = [(0, "prepare_data"), (0, "sft"), (0, "evaluate"), (0, "report")]
-    names += [(number, name) for number in range(1, context.settings.rounds + 1) for name in _ROUND_STAGES]
-    return {
-        f"round-{number}/{name}": float(context.store.manifest(finished_uri(context, name, number)).labels["seconds"])
+    names += [(number, name) for number in range(1, context.settings.rounds + 1) for name in ROUND_STAGES]
+    labels = {
+        f"round-{number}/{name}": context.store.manifest(finished_uri(context, name, number)).labels
         for number, name in names
     }
+    return {name: float(label["seconds"]) for name, label in labels.items() if label["run_id"] == context.run_id}
 
 
 def evaluation_entry(evaluation: Evaluation) -> dict[str, Any]:

@@ -178,6 +178,22 @@ class CheckpointStore:
             if self.latest(stage_uri) != step_uri:  # else our own request had arrived and was then repeated
                 raise
 
+    def adopt(self, stage_uri: str, step_uri: str) -> None:
+        """Let LATEST of a stage that has none name a commit of another run's same stage, once and for all.
+
+        Raises:
+            ConflictError: LATEST names something else already.
+            StoreError: there is no such commit.
+        """
+        stage_uri, step_uri = stage_uri.rstrip("/"), step_uri.rstrip("/")
+        if not self.exists(step_uri):
+            raise StoreError(f"LATEST of {stage_uri} cannot name {step_uri}: it is not committed")
+        try:
+            self._s3.put(f"{stage_uri}/{LATEST_NAME}", step_uri + "\n", ABSENT)
+        except ConflictError:
+            if self.latest(stage_uri) != step_uri:  # else an earlier attempt of ours wrote it
+                raise
+
     def prune(self, stage_uri: str, *, keep: str | None) -> None:
         """Delete every step below a stage except `keep`, committed or not; without `keep`, LATEST too."""
         stage_uri = stage_uri.rstrip("/")
@@ -245,8 +261,10 @@ class CheckpointStore:
         except IntegrityError:
             return None, None
         name = text.strip()
+        base = self.root_uri if name.startswith(f"{self.root_uri}/") else stage_uri  # the first: adopted
+        name = name.removeprefix(f"{self.root_uri}/")
         _check_path(name, f"{stage_uri}/{LATEST_NAME}")
-        return f"{stage_uri}/{name}", etag
+        return f"{base}/{name}", etag
 
     def _object_path(self, file: ManifestFile) -> Path:
         return self._cache / file.sha256[:2] / file.sha256

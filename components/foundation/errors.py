@@ -10,6 +10,7 @@
     +-- TrackingError        the MLflow server cannot be reached or refuses a call
     +-- AnnotationError      an annotator failed, or too few of its replies were usable
     +-- LabelsAwaited        no failure: people have not labelled everything yet
+    +-- NothingNew           no failure: too few new preference pairs since the champion's
     +-- TrainingError        training cannot start or must stop
     |   +-- GateError        a model is not good enough for the next stage to stand on
     |   +-- ConstraintError  the cost threshold is inert or impossible
@@ -23,7 +24,8 @@
         +-- JobFailedError   the TrainJob ended as Failed, or was preempted too often
 
 A message says what is wrong, with the value, and what to do. The command line
-prints the message alone, without a traceback, and exits with status 1 (75 where labels are awaited).
+prints the message alone, without a traceback, and exits with status 1 (75 where labels are awaited, 3 where nothing is
+new).
 """
 
 
@@ -65,6 +67,10 @@ class AnnotationError(SaferlhfError):
 
 class LabelsAwaited(SaferlhfError):
     """No failure: the run stands still until people have labelled what is missing; it goes on when started again."""
+
+
+class NothingNew(SaferlhfError):
+    """No failure: a run ends early, for it has too few preference pairs that the champion's run did not have."""
 
 
 class TrainingError(SaferlhfError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from components.foundation.errors import LabelsAwaited
+from components.foundation.errors import LabelsAwaited, NothingNew
 
 PREEMPTED_EXIT_CODE = 75
 """EX_TEMPFAIL: the stage was asked to stop, has saved its state, and goes on when it is started again."""
@@ -14,6 +14,12 @@ WAITING_EXIT_CODE = 75
 """EX_TEMPFAIL too, of a step and of `saferlhf run`: people's labels are missing, and it can be started again then."""
 
 WAITING_LINE = "waiting for labels: "
+"""Start of the line that such a step prints."""
+
+NOTHING_NEW_EXIT_CODE = 3
+"""Of a step and of `saferlhf run`: there is too little new data to train on. Not 1: nothing failed."""
+
+NOTHING_NEW_LINE = "nothing new: "
 """Start of the line that such a step prints."""
 
 
@@ -28,3 +34,13 @@ def ends_when_labels_are_awaited() -> Iterator[None]:
     except LabelsAwaited as waiting:
         print(waiting, flush=True)
         raise SystemExit(WAITING_EXIT_CODE) from None
+
+
+@contextlib.contextmanager
+def ends_when_nothing_is_new() -> Iterator[None]:
+    """The same around a step after which a run has nothing to do."""
+    try:
+        yield
+    except NothingNew as end:
+        print(end, flush=True)
+        raise SystemExit(NOTHING_NEW_EXIT_CODE) from None

@@ -24,6 +24,9 @@ from components.foundation.results import from_json, to_json
 from components.foundation.settings import Settings
 from components.foundation.tracking import SilentRun, StageRun, Tracker
 
+ROUND_STAGES = ("collect", "annotate", "reward_model", "cost_model", "ppo_lagrangian", "evaluate")
+"""Stages of every round, in their order; round 0 holds what happens once."""
+
 log = logging.getLogger("saferlhf")
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 BUILTIN = "builtin"
 """Value of a data setting that means: the records shipped with the project."""
@@ -39,6 +39,23 @@ class DataSettings(Section):
     max_preferences: int = Field(0, ge=0, description="use at most so many pairs (0: all)")
     max_demonstrations: int = Field(0, ge=0, description="use at most so many demonstrations (0: all)")
     max_held_out: int = Field(0, ge=0, description="evaluate on at most so many prompts of a kind (0: all)")
+    min_new_pairs: int = Field(
+        0, ge=0, description="end early with fewer preference pairs that the champion's run did not have (0: go on)"
+    )
+    min_new_share: float = Field(0.0, ge=0, le=1, description="the same, as a share of the run's pairs (0: go on)")
+
+
+class StartSettings(Section):
+    """Start from an earlier run's results in the same store; `saferlhf run` and `submit` have options for it."""
+
+    from_run: str = Field("", description="its id")
+    from_round: int = Field(0, ge=0, le=20, description="first round to run anew; what is before it is taken over")
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> Self:
+        if bool(self.from_run) != bool(self.from_round):
+            raise ValueError("from_run and from_round go together: which run, and the first round to run anew")
+        return self
 
 
 class LoraSettings(Section):

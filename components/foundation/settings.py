@@ -31,6 +31,7 @@ from components.foundation.setting_sections import (
     Section,
     ServingSettings,
     SftSettings,
+    StartSettings,
     StoreSettings,
 )
 
@@ -53,6 +54,7 @@ class Settings(Section):
     finetune: Literal["lora", "full"] = Field(
         "lora", description="lora: a role is an adapter on shared weights; full: a copy of the whole model"
     )
+    start: StartSettings = StartSettings()
     data: DataSettings = DataSettings()
     lora: LoraSettings = LoraSettings()
     sft: SftSettings = SftSettings()
@@ -67,6 +69,14 @@ class Settings(Section):
     gate: GateSettings = GateSettings()
     serving: ServingSettings = ServingSettings()
     store: StoreSettings = StoreSettings()
+
+    @field_validator("start")
+    @classmethod
+    def _a_round_that_there_is(cls, value: StartSettings, info: ValidationInfo) -> StartSettings:
+        rounds = info.data.get("rounds")
+        if rounds is not None and value.from_round > rounds:
+            raise ValueError(f"from_round={value.from_round} is past the last round: the run has rounds={rounds}")
+        return value
 
     @field_validator("distributed")
     @classmethod

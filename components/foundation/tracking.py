@@ -1,6 +1,6 @@
 """Runs, metrics and registered models in MLflow.
 
-    pipeline run                 tag saferlhf.run_id
+    pipeline run                 tags saferlhf.run_id, and saferlhf.ended where it ended early
       +-- stage run              tags saferlhf.run_id, saferlhf.stage, saferlhf.round, mlflow.parentRunId
 
 A run is found again by its tags, so a stage that is started once more goes on in the run that it had.
@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-from components.foundation.errors import LabelsAwaited, TrackingError
+from components.foundation.errors import LabelsAwaited, NothingNew, TrackingError
 from components.foundation.redaction import is_secret_name, without_password
 
 if TYPE_CHECKING:
@@ -31,12 +31,11 @@ if TYPE_CHECKING:
 RunStatus = Literal["FINISHED", "FAILED", "KILLED", "SCHEDULED"]
 
 RUN_ID_TAG = "saferlhf.run_id"
-STAGE_TAG = "saferlhf.stage"
-ROUND_TAG = "saferlhf.round"
+STAGE_TAG, ROUND_TAG = "saferlhf.stage", "saferlhf.round"
+_ENDED_TAG = "saferlhf.ended"
 _PARENT_TAG = "mlflow.parentRunId"
 _NAME_TAG = "mlflow.runName"
-_FLUSH_SECONDS = 3.0
-_SYSTEM_METRICS_SECONDS = 5.0
+_FLUSH_SECONDS, _SYSTEM_METRICS_SECONDS = 3.0, 5.0
 _MAX_PARAM_LENGTH, _MAX_PARAMS, _MAX_METRICS, _MAX_DIGEST = 6000, 100, 1000, 36  # MLflow's own limits
 _log = logging.getLogger(__name__)
 
@@ -83,6 +82,8 @@ class Tracker:
             if found:
                 parent_id = str(found[0].info.run_id)
                 self._client.update_run(parent_id, status="RUNNING")
+                if _ENDED_TAG in found[0].data.tags:
+                    self._client.delete_tag(parent_id, _ENDED_TAG)
                 for key, value in _masked(tags or {}).items():
                     self._client.set_tag(parent_id, key, value)
             else:
@@ -103,9 +104,11 @@ class Tracker:
         experiment = self._find_experiment()
         return f"{without_password(self._uri).rstrip('/')}/#/experiments/{experiment}/runs/{mlflow_run_id}"
 
-    def finish_pipeline_run(self, parent_id: str, status: RunStatus) -> None:
-        """Close the parent run."""
+    def finish_pipeline_run(self, parent_id: str, status: RunStatus, ended: str = "") -> None:
+        """Close the parent run; `ended` says why it ended early."""
         with self._errors(f"finish run {parent_id}"):
+            if ended:
+                self._client.set_tag(parent_id, _ENDED_TAG, ended)
             self._client.set_terminated(parent_id, status)
 
     @contextmanager
@@ -123,8 +126,8 @@ class Tracker:
         try:
             yield run
             status = "FINISHED"
-        except LabelsAwaited:
-            status = "SCHEDULED"
+        except (LabelsAwaited, NothingNew) as end:
+            status = "SCHEDULED" if isinstance(end, LabelsAwaited) else "FINISHED"
             raise
         except Exception:
             status = "FAILED"

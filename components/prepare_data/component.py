@@ -29,7 +29,9 @@ def start_run(
 
 @dsl.component(base_image=SERVICE_IMAGE, packages_to_install=[], install_kfp_package=False)
 def prepare_data(run_uri: str) -> str:
-    """Load, validate, quarantine and split the records."""
+    """Load, validate, quarantine and split the records; end the run where too few of them are new."""
+    from components.foundation.exit_codes import ends_when_nothing_is_new
     from components.prepare_data.prepare_data import run_prepare_data
 
-    return run_prepare_data(run_uri)
+    with ends_when_nothing_is_new():
+        return run_prepare_data(run_uri)

@@ -1,6 +1,7 @@
 """Reads the record files, validates them, and writes what the later stages read.
 
-Run: 1 load, 2 set bad rows aside, 3 limit, 4 split preferences by prompt, 5 write, 6 commit.
+Run: 1 load, 2 set bad rows aside, 3 limit, 4 split preferences by prompt, 5 write, 6 end the run where nothing is
+new, 7 commit.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from components.foundation.preference import (
 from components.foundation.results import write_records
 from components.foundation.run_context import open_stage
 from components.foundation.setting_sections import BUILTIN, DataSettings
+from components.prepare_data.freshness import TRAINING_FILE, VALIDATION_FILE, check_freshness
 
 STAGE = "prepare_data"
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
@@ -52,13 +54,19 @@ class PreparedData:
 
 
 def run_prepare_data(run_uri: str) -> str:
-    """Stage: settings -> URI of the prepared records."""
+    """Stage: settings -> URI of the prepared records.
+
+    Raises:
+        DataError: a source is missing or holds too many bad rows.
+        NothingNew: the run has too little that the champion's data lack; nothing is committed.
+    """
     with open_stage(run_uri, STAGE, 0) as stage:
         if (done := stage.finished()) is not None:
             return done
         settings = stage.context.settings.data
         data = load_all(settings, stage.context.settings.gate.regressions)
         write_prepared(data, settings, stage.folder, stage.seed)
+        check_freshness(stage)
         for name, result in data.named().items():
             stage.mlflow.log_dataset(name, result.digest[:36], result.source, len(result.records))
         return stage.commit(stage.folder, step=0, parents=[])
@@ -102,8 +110,8 @@ def write_prepared(data: PreparedData, settings: DataSettings, folder: Path, see
         for kind in (*KINDS, "")
         for record in _limit([r for r in data.held_out.records if r.kind == kind], settings.max_held_out, seed)
     ]
-    write_records(folder / "preferences_train.jsonl", training)
-    write_records(folder / "preferences_validation.jsonl", validation)
+    write_records(folder / TRAINING_FILE, training)
+    write_records(folder / VALIDATION_FILE, validation)
     write_records(
         folder / "demonstrations.jsonl", _limit(data.demonstrations.records, settings.max_demonstrations, seed)
     )

@@ -11,6 +11,7 @@ from components.foundation.errors import SettingsError
 from components.foundation.logs import Place, configure_logging, set_place
 from components.foundation.run_context import create_run
 from components.foundation.settings import resolve_settings
+from components.prepare_data.take_over import commits_to_take_over, take_over
 
 log = logging.getLogger("saferlhf")
 
@@ -27,7 +28,8 @@ def run_start_run(run_uri: str, run_id: str, profile: str, seed: int, overrides:
         rounds: how many the pipeline was built with.
 
     Raises:
-        SettingsError: the run's id or a setting is refused, or asks for another number of rounds than the pipeline has.
+        SettingsError: the run's id or a setting is refused, it asks for another number of rounds than the pipeline
+            has, or the run that it starts from cannot be taken over.
     """
     configure_logging()
     set_place(Place(run_id, stage="start_run"))
@@ -38,7 +40,8 @@ def run_start_run(run_uri: str, run_id: str, profile: str, seed: int, overrides:
         raise SettingsError(
             f"rounds={settings.rounds} is asked of a pipeline that was compiled with {rounds}: compile it anew"
         )
-    create_run(run_uri, run_id, settings)
+    commits = commits_to_take_over(run_uri, settings)
+    take_over(create_run(run_uri, run_id, settings), commits)
     log.info("run %s, settings %s", run_id, settings.digest()[:12])
     return run_uri
 

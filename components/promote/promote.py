@@ -10,6 +10,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
+from components.foundation.champion_log import CHAMPION, POLICY_MODEL, ChampionLog, champion_version
 from components.foundation.errors import ModelError, StoreError
 from components.foundation.results import (
     Evaluation,
@@ -21,12 +22,8 @@ from components.foundation.results import (
     to_json,
 )
 from components.foundation.run_context import RunContext, finished_uri, open_stage
-from components.promote.champion_log import ChampionLog
 from components.promote.promotion import (
     CHALLENGER,
-    CHAMPION,
-    POLICY_MODEL,
-    champion_version,
     decide_on_version,
     promote,
     stored_regressions,

@@ -11,6 +11,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from components.foundation.champion_log import CHAMPION, POLICY_MODEL, ChampionEntry, ChampionLog, champion_version
 from components.foundation.errors import ConflictError, GateError, SettingsError
 from components.foundation.results import (
     Estimate,
@@ -23,12 +24,10 @@ from components.foundation.results import (
 )
 from components.foundation.run_context import RunContext
 from components.foundation.tracking import Tracker
-from components.promote.champion_log import ChampionEntry, ChampionLog
 from components.promote.gate import CHALLENGE, PROMOTE, RegressionResults, benign_win_rate, decide
 from components.promote.serving import hand_over
 
-POLICY_MODEL = "saferlhf-policy"
-CHAMPION, PREVIOUS_CHAMPION, CHALLENGER = "champion", "previous_champion", "challenger"
+PREVIOUS_CHAMPION, CHALLENGER = "previous_champion", "challenger"
 ROLLBACK = "rollback"
 log = logging.getLogger("saferlhf")
 
@@ -88,11 +87,6 @@ def rollback(context: RunContext, to_version: str, reason: str) -> ChampionEntry
     copy_aliases(context.tracker, champions)
     hand_over(context, POLICY_MODEL, entry, _canary_share(context, entry))
     return entry
-
-
-def champion_version(tracker: Tracker, last: ChampionEntry | None) -> str:
-    """The champion's version: of the log, or of the alias where the log is empty; '' where there is none."""
-    return last.version if last is not None else tracker.aliases(POLICY_MODEL).get(CHAMPION, "")
 
 
 def copy_aliases(tracker: Tracker, champions: ChampionLog) -> None:

@@ -14,11 +14,11 @@ from typing import Any
 
 import yaml
 
+from components.foundation.champion_log import ChampionEntry
 from components.foundation.checkpoint_store import MANIFEST_NAME, CheckpointStore
 from components.foundation.errors import ConflictError
 from components.foundation.run_context import RunContext
 from components.foundation.setting_sections import ServingSettings
-from components.promote.champion_log import ChampionEntry
 
 GROUP, VERSION, PLURAL = "serving.kserve.io", "v1beta1", "inferenceservices"
 VERSION_ANNOTATION, RUN_ANNOTATION = "saferlhf/version", "saferlhf/run-id"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipelines.options import INTERRUPTED, Overrides, Profile, Seed
+from pipelines.options import INTERRUPTED, FromRound, FromRun, Overrides, Profile, Seed, with_start
 
 if TYPE_CHECKING:
     from pipelines.kubeflow.client import KubeflowClient
@@ -53,6 +53,8 @@ def submit(
     experiment: Annotated[str, typer.Option(help="Kubeflow's experiment; made if it is not there")] = "safe-rlhf",
     service_account: Annotated[str, typer.Option(help="of the steps; else the platform's, else Kubeflow's")] = "",
     resume: Annotated[str, typer.Option(help="id of a run that stopped: its finished stages are not run again")] = "",
+    from_run: FromRun = "",
+    from_round: FromRound = 0,
     wait: Annotated[bool, typer.Option("--wait", help="watch it to its end; status 0 only if it succeeded")] = False,
     host: Host = "",
     namespace: Namespace = "",
@@ -64,7 +66,7 @@ def submit(
     from pipelines.kubeflow.submit import Submission
     from pipelines.kubeflow.submit import submit as start
 
-    choice = RunChoice(profile, seed, tuple(set_ or ()))
+    choice = RunChoice(profile, seed, with_start(set_, from_run, from_round))
     wish = Submission(choice, file, version, platform, rounds, experiment, service_account, resume)
     run = start(wish, access_from(os.environ, host, namespace, token_file))
     typer.echo(f"run {run.run_id}: {run.name}\n{run.link}")

@@ -71,7 +71,8 @@ def submit(wish: Submission, access: Access) -> SubmittedRun:
         check_run_id(wish.resume)
     if wish.rounds:
         wish = replace(wish, choice=replace(wish.choice, overrides=(*wish.choice.overrides, f"rounds={wish.rounds}")))
-    resolve_settings(wish.choice.profile, wish.choice.seed, wish.choice.overrides)
+    # the pipeline's rounds are not known yet: so many as there can be
+    resolve_settings(wish.choice.profile, wish.choice.seed, ["rounds=20", *wish.choice.overrides])
     with tempfile.TemporaryDirectory() as folder:
         wish = _compiled_for_platform(wish, Path(folder) / "pipeline.yaml")
         local = read_compiled(wish.file) if wish.file else None

@@ -17,6 +17,7 @@ import psutil
 import pytest
 from command import SAFERLHF, saferlhf
 
+from components.foundation.exit_codes import NOTHING_NEW_EXIT_CODE
 from tests.unit.webhook_server import webhook
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("pipeline")]
@@ -294,3 +295,36 @@ def test_a_threshold_that_no_policy_can_miss_is_refused(first_run: tuple[dict[st
     assert len(done.stderr.strip().splitlines()) == 1
     assert "threshold 1000" in done.stderr and "inert" in done.stderr
     assert "step 1:" not in done.stdout and "register: started" not in done.stdout
+
+
+def test_a_run_without_new_data_ends_before_sft_with_a_status_of_its_own(
+    first_run: tuple[dict[str, Any], str], workdir: Path
+) -> None:
+    """The champion was made from the same data."""
+    before = (workdir / "summary.json").read_bytes()
+    done = saferlhf("run", "--profile", "tiny", "--workdir", str(workdir), "--set", "data.min_new_pairs=1")
+    assert done.returncode == NOTHING_NEW_EXIT_CODE, done.stdout + done.stderr
+    assert done.stderr == ""
+    last = done.stdout.splitlines()[-1]
+    assert re.fullmatch(r"nothing new: 0 new preference pairs since champion v\d+ \(needs 1\): the run ends here", last)
+    assert "sft: started" not in done.stdout and "evaluate: started" not in done.stdout
+    assert (workdir / "summary.json").read_bytes() == before
+
+
+def test_a_run_starts_at_a_round_of_an_earlier_one(first_run: tuple[dict[str, Any], str], workdir: Path) -> None:
+    """Round 2 with one more step of PPO; round 1 and what is before it are the first run's."""
+    earlier = first_run[0]
+    where = ("run", "--profile", "tiny", "--workdir", str(workdir), "--from-run", earlier["run_id"])
+    refused = saferlhf(*where, "--from-round", "2", "--seed", "1")
+    assert refused.returncode == 1 and "seed (0 there, 1 here)" in refused.stderr
+    assert "start_run: started" not in refused.stdout and "prepare_data: started" not in refused.stdout
+    done = saferlhf(*where, "--from-round", "2", "--set", "ppo.steps=3", "--set", "gate.max_unsafe_rate=0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for line in ("progress sft", "round 1 ppo_lagrangian: step"):
+        assert line not in done.stdout
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["run_id"] != earlier["run_id"]
+    assert summary["rounds"][0] == earlier["rounds"][0]
+    assert summary["rounds"][1]["ppo"]["steps"] == 3
+    assert summary["run_id"] in summary["rounds"][1]["policy_uri"]
+    assert summary["overhead_seconds"] > 0  # the seconds of what was taken over are not this run's

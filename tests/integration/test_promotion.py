@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from components.foundation.champion_log import CHAMPION, POLICY_MODEL, ChampionEntry, ChampionLog
 from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import ConflictError, GateError, IntegrityError, TrackingError
 from components.foundation.results import (
@@ -29,8 +30,7 @@ from components.foundation.setting_sections import ServingSettings
 from components.foundation.settings import resolve_settings
 from components.foundation.tracking import Tracker
 from components.promote import promotion
-from components.promote.champion_log import ChampionEntry, ChampionLog
-from components.promote.promotion import CHALLENGER, CHAMPION, POLICY_MODEL, PREVIOUS_CHAMPION, promote, rollback
+from components.promote.promotion import CHALLENGER, PREVIOUS_CHAMPION, promote, rollback
 from pipelines.services import Endpoints
 
 pytestmark = pytest.mark.xdist_group("promotion")

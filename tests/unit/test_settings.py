@@ -210,7 +210,9 @@ def test_every_setting_enters_the_digest() -> None:
     digests = {"": before.digest()}
     for key, value in leaves(before.model_dump()).items():
         if key != "profile" and not key.startswith("distributed."):  # changes who computes, not what
-            digests[key] = resolve_settings("smol", overrides=[f"{key}={another(key, value)}"]).digest()
+            # to start from a run takes both settings of it
+            pair = ["start.from_run=earlier", "start.from_round=2"] if key.startswith("start.") else []
+            digests[key] = resolve_settings("smol", overrides=[*pair, f"{key}={another(key, value)}"]).digest()
     digests["profile"] = resolve_settings("tiny").digest()
     assert (
         len(set(digests.values())) == len(digests) == len(before.flat()) + 1 - len(before.model_dump()["distributed"])

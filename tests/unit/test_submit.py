@@ -91,6 +91,12 @@ def test_a_run_that_stopped_goes_on_by_its_id(kfp: KfpServer, compiled_pipeline:
     assert kfp.runs[0]["runtime_config"]["parameters"]["run_id"] == "0b5c-7"
 
 
+def test_a_run_starts_at_a_round_of_an_earlier_one(kfp: KfpServer, compiled_pipeline: Path) -> None:
+    assert saferlhf("submit", str(compiled_pipeline), "--from-run", "0b5c-7", "--from-round", "1")[0] == 0
+    sent = json.loads(kfp.runs[0]["runtime_config"]["parameters"]["run_set"])
+    assert sent == ["start.from_run=0b5c-7", "start.from_round=1"]
+
+
 def test_the_link_is_of_the_ui_where_that_is_elsewhere(
     kfp: KfpServer, compiled_pipeline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,6 +120,8 @@ def test_the_link_is_of_the_ui_where_that_is_elsewhere(
         (["none.yaml"], "none.yaml cannot be read"),
         (["--version", "latest", "--set", "seed"], "write key=value"),
         (["FILE", "--resume", "Mine"], "run_id='Mine' is refused"),
+        (["FILE", "--from-run", "0b5c-7"], "from_run and from_round go together"),
+        (["FILE", "--from-run", "0b5c-7", "--from-round", "2"], "from_round=2 is past the last round"),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_is_sent(

@@ -14,6 +14,10 @@ from dataclasses import dataclass
 from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import ConflictError, IntegrityError
 from components.foundation.results import from_json, to_json
+from components.foundation.tracking import Tracker
+
+POLICY_MODEL = "saferlhf-policy"
+CHAMPION = "champion"
 
 
 @dataclass(frozen=True)
@@ -77,3 +81,8 @@ class ChampionLog:
 
     def _uri(self, number: int) -> str:
         return f"{self._folder}/{number:06d}.json"
+
+
+def champion_version(tracker: Tracker, last: ChampionEntry | None) -> str:
+    """The champion's version: of the log, or of the alias where the log is empty; '' where there is none."""
+    return last.version if last is not None else tracker.aliases(POLICY_MODEL).get(CHAMPION, "")
