@@ -34,10 +34,6 @@ app.add_typer(registry.registry_app, name="registry")
 app.add_typer(annotations_app, name="annotations")
 app.add_typer(kubeflow.schedule_app, name="schedule")
 app.add_typer(serving.serve_app, name="serve")
-for command in (registry.promote, registry.rollback, registry.lineage):
-    app.command()(command)
-app.command()(kubeflow.upload)
-app.command()(kubeflow.submit)
 
 WorkDir = Annotated[Path, typer.Option(help="folder of the servers' data and of the run's results")]
 
@@ -179,6 +175,10 @@ def pull() -> None:
     from components.foundation.base_model import pull_smol
 
     typer.echo(str(pull_smol()))
+
+
+for command in (kubeflow.upload, kubeflow.submit, registry.promote, registry.rollback, registry.lineage):
+    app.command()(command)
 
 
 def main() -> NoReturn:
