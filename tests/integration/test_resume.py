@@ -152,12 +152,13 @@ class Runs:
         return [found.removeprefix(uri) for found in context.store._s3.list(uri)]
 
     def result(self, run_uri: str, stage: str) -> dict[str, str]:
-        """Digests of what a stage committed; the model card names its run, so it is left out."""
+        """Digests of what a stage committed, but for files that name the run: model card, and the base of the adapter."""
         context = open_run(run_uri)
         uri = context.store.latest(context.stage_uri(stage, _round(stage)))
         assert uri is not None
         files = context.store.manifest(uri).files
-        return {file.path: file.sha256 for file in files if not file.path.endswith("README.md")}
+        named = ("README.md", "adapter_config.json")
+        return {file.path: file.sha256 for file in files if not file.path.endswith(named)}
 
 
 def _round(stage: str) -> int:
