@@ -152,7 +152,7 @@ class Runs:
         return [found.removeprefix(uri) for found in context.store._s3.list(uri)]
 
     def result(self, run_uri: str, stage: str) -> dict[str, str]:
-        """Digests of what a stage committed, but for files that name the run: model card, and the base of the adapter."""
+        """Digests of what a stage committed, but for files that name the run: model card, and the adapter's base."""
         context = open_run(run_uri)
         uri = context.store.latest(context.stage_uri(stage, _round(stage)))
         assert uri is not None
