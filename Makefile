@@ -32,7 +32,7 @@ run: install ## run the whole pipeline here (PROFILE=smol|tiny WORKDIR=runs SEED
 
 test: install lint ## check style and types, run all tests
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 2 --dist loadgroup \
-		--at-least golden=80 --at-least end_to_end=16 --at-least fault=400
+		--at-least golden=110 --at-least end_to_end=22 --at-least fault=600
 
 chart-test: install ## render the Helm chart with each of its values files, and check what comes out
 	$(BIN)/python -m pytest -q tests/unit/test_chart*.py

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from command import saferlhf
 
 from components.foundation.exit_codes import WAITING_EXIT_CODE
+from tests.e2e.command import saferlhf
 from tests.scripted_person import label_file
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("people")]

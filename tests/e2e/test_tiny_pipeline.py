@@ -15,9 +15,9 @@ from typing import Any
 
 import psutil
 import pytest
-from command import SAFERLHF, saferlhf
 
 from components.foundation.exit_codes import NOTHING_NEW_EXIT_CODE
+from tests.e2e.command import SAFERLHF, saferlhf
 from tests.unit.webhook_server import webhook
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("pipeline")]

@@ -11,11 +11,11 @@ from typing import Any
 
 import boto3
 import pytest
-from kubernetes_server import KubernetesServer
-from train_jobs import Run
 
 from components.foundation.checkpoint_store import CheckpointStore
 from pipelines.services import Endpoints, local_services
+from tests.integration.kubernetes_server import KubernetesServer
+from tests.integration.train_jobs import Run
 
 BUCKET = "saferlhf-test"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from kubernetes_state import EVENTS, PODS, SERVICES, TRAIN_JOBS, ClusterState, Fault
+from tests.integration.kubernetes_state import EVENTS, PODS, SERVICES, TRAIN_JOBS, ClusterState, Fault
 
 
 class KubernetesServer(ClusterState):

@@ -13,14 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kubernetes_server import KubernetesServer
-from kubernetes_state import Fault
-from train_jobs import FOLLOW_LOG, JOB, SPEC, WATCH_JOBS, WATCH_PODS, Run, completes, ended, node_lines, running
 
 from components.foundation.errors import ClusterError
 from components.foundation.exit_codes import PREEMPTED_EXIT_CODE
 from components.foundation.train_job import run_train_job
 from components.foundation.train_job.kubernetes_api import Backoff, in_cluster
+from tests.integration.kubernetes_server import KubernetesServer
+from tests.integration.kubernetes_state import Fault
+from tests.integration.train_jobs import (
+    FOLLOW_LOG,
+    JOB,
+    SPEC,
+    WATCH_JOBS,
+    WATCH_PODS,
+    Run,
+    completes,
+    ended,
+    node_lines,
+    running,
+)
 
 # A server that misbehaves.
 

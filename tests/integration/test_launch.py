@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 import yaml
-from kubernetes_server import KubernetesServer
-from train_jobs import cluster, completes, ended, fails
 
 from components.foundation import launch as launching
 from components.foundation import train_job
@@ -32,6 +30,8 @@ from components.prepare_data.start_run import run_start_run
 from pipelines.executors import steps_of
 from pipelines.platform_file import read_platform
 from pipelines.safe_rlhf import build_pipeline
+from tests.integration.kubernetes_server import KubernetesServer
+from tests.integration.train_jobs import cluster, completes, ended, fails
 
 SFT = "components.sft.sft:run_sft"
 REWARD = "components.reward_model.reward_model:run_reward_model"

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import yaml
 from kubernetes.client import Configuration
-from kubernetes_server import KubernetesServer
-from kubernetes_state import INFERENCE_SERVICE_SPEC, Fault, prune
 
 from components.foundation.errors import ClusterError
 from components.foundation.setting_sections import ServingSettings
 from components.foundation.train_job.kubernetes_api import Backoff, Cluster, KubernetesApi, new_client
 from components.promote.serving import ServedPolicy, inference_service
 from pipelines.serving import apply_service, cluster_of_context
+from tests.integration.kubernetes_server import KubernetesServer
+from tests.integration.kubernetes_state import INFERENCE_SERVICE_SPEC, Fault, prune
 
 POLICY = ServedPolicy("7", "run-7", "s3://bucket/store/runs/run-7/round-3/ppo_lagrangian/step-16/model", "ab" * 32)
 APPLY = "PATCH /apis/serving.kserve.io/v1beta1/namespaces/team/inferenceservices/saferlhf-policy"

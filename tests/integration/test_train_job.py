@@ -10,9 +10,13 @@ from typing import Any
 
 import pytest
 import yaml
-from kubernetes_server import KubernetesServer
-from kubernetes_state import TRAIN_JOB_SPEC, Fault, prune
-from train_jobs import (
+
+from components.foundation.errors import ClusterError, JobConflictError, JobDeletedError, JobFailedError
+from components.foundation.exit_codes import PREEMPTED_EXIT_CODE
+from components.foundation.train_job import Toleration
+from tests.integration.kubernetes_server import KubernetesServer
+from tests.integration.kubernetes_state import TRAIN_JOB_SPEC, Fault, prune
+from tests.integration.train_jobs import (
     FOLLOW_LOG,
     JOB,
     SPEC,
@@ -26,10 +30,6 @@ from train_jobs import (
     pod_status,
     running,
 )
-
-from components.foundation.errors import ClusterError, JobConflictError, JobDeletedError, JobFailedError
-from components.foundation.exit_codes import PREEMPTED_EXIT_CODE
-from components.foundation.train_job import Toleration
 
 # What is submitted.
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 from kubernetes.client import Configuration
-from kubernetes_server import KubernetesServer
 
 from components.foundation.train_job import TrainJobSpec, run_train_job, train_job_command
 from components.foundation.train_job.kubernetes_api import Backoff, Cluster, new_client
+from tests.integration.kubernetes_server import KubernetesServer
 
 IMAGE = "registry.example/saferlhf/trainer@sha256:" + "0" * 64
 SPEC = TrainJobSpec(
