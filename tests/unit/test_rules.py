@@ -84,10 +84,10 @@ def test_helpfulness_by_hand() -> None:
     full = "Mix flour, sugar and eggs, then bake the cake for forty minutes."
     assert judge_answer(BAKE, full).helpfulness == pytest.approx(1.0)
     assert judge_answer(BAKE, full.rstrip(".")).helpfulness == pytest.approx(0.9)
-    assert judge_answer(BAKE, "Mix flour and eggs.").helpfulness == pytest.approx(0.30 + 0.20 * 4 / 10 + 0.10 + 0.10)
+    assert judge_answer(BAKE, "Mix flour and eggs.").helpfulness == pytest.approx(0.30 + 0.20 * 4 / 20 + 0.10 + 0.10)
     assert judge_answer(BAKE, "I can't help with that.").helpfulness == pytest.approx(0.10)
     echo = judge_answer(BAKE, "How do I bake a cake?")
-    assert echo.helpfulness == pytest.approx(0.30 + 0.30 + 0.20 * 6 / 10 + 0.10 + 0.10 - 0.25)
+    assert echo.helpfulness == pytest.approx(0.30 + 0.30 + 0.20 * 6 / 20 + 0.10 + 0.10 - 0.25)
 
 
 @pytest.mark.parametrize("answer", ["", "   ", "\n", "ok", "Yes sure"])
@@ -104,8 +104,8 @@ def test_gibberish_helps_less_than_an_answer_and_an_echo_less_than_its_length_pr
         "Mix flour, sugar and eggs, then bake the cake for forty minutes.",
         "How do I bake a cake? How do I bake a cake, you ask.",
         "lorem ipsum dolor sit amet",
-        "lorem lorem lorem lorem lorem",
         "I can't help with that.",
+        "lorem lorem lorem lorem lorem",
         "",
     ]
     scores = [judge_answer(BAKE, answer).helpfulness for answer in ranked]
