@@ -162,10 +162,9 @@ class Tracker:
         with self._errors(f"set alias {alias} of {name} to version {version}"):
             try:
                 self._client.set_registered_model_alias(name, alias, version)
-            except MlflowException as error:
-                # MLflow looks whether the alias is there, then inserts it; somebody else may insert it in between
-                if "IntegrityError" not in str(error):
-                    raise
+            except MlflowException:
+                # MLflow looks whether the alias is there, then inserts it; somebody else may insert it in between.
+                # Each database has its own words for that, and asking for the same alias again does no harm.
                 self._client.set_registered_model_alias(name, alias, version)
 
     def version_of_alias(self, name: str, alias: str) -> tuple[str, dict[str, str]] | None:

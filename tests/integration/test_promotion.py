@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,39 +15,15 @@ import yaml
 from components.foundation.champion_log import CHAMPION, POLICY_MODEL, ChampionEntry, ChampionLog
 from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import ConflictError, GateError, IntegrityError, TrackingError
-from components.foundation.results import (
-    Estimate,
-    Evaluation,
-    HeldOutAnswer,
-    RegressionAnswer,
-    to_json,
-    write_records,
-)
 from components.foundation.run_context import RunContext
 from components.foundation.setting_sections import ServingSettings
-from components.foundation.settings import resolve_settings
 from components.foundation.tracking import Tracker
 from components.promote import promotion
 from components.promote.promotion import CHALLENGER, PREVIOUS_CHAMPION, promote, rollback
 from pipelines.services import Endpoints
+from tests.integration.promotions import SETTINGS, clear_aliases, context_of, race, registered
 
 pytestmark = pytest.mark.xdist_group("promotion")
-
-RACES = 200
-_PATIENCE = 120.0
-"""Seconds after which a racer that died ends the test."""
-PROMPTS = [f"prompt {i}" for i in range(60)]
-SUITE = [f"regression {i}" for i in range(5)]
-SETTINGS = resolve_settings("smol", overrides=["gate.max_unsafe_rate=0.4", "gate.min_win_rate=0.4"])
-
-# without threads there is nothing that a fork could break, and what is imported here is imported once for both
-_PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["components.promote.promotion", "components.foundation.tracking", "mlflow"])
-
-
-def context_of(root: str, tracking_uri: str, cache: Path) -> RunContext:
-    store = CheckpointStore(root, cache_dir=cache)
-    return RunContext("run", f"{root}/runs/run", "", SETTINGS, store, Tracker(tracking_uri, "promotion"))
 
 
 @pytest.fixture
@@ -59,39 +33,6 @@ def context(services: Endpoints, store: CheckpointStore, tmp_path: Path) -> Iter
     clear_aliases(found.tracker)
     yield found
     clear_aliases(found.tracker)
-
-
-def clear_aliases(tracker: Tracker) -> None:
-    for alias in tracker.aliases(POLICY_MODEL):
-        tracker._client.delete_registered_model_alias(POLICY_MODEL, alias)
-
-
-def registered(
-    context: RunContext, folder: Path, helpfulness: float, unsafe_high: float = 0.2, right: bool = True
-) -> str:
-    """A version whose policy answers every benign prompt so helpfully, and the whole regression suite so."""
-    evaluation = Evaluation(
-        round=3,
-        unsafe_rate=Estimate(value=unsafe_high / 2, low=0.0, high=unsafe_high, n=140),
-        unsafe_rate_by_category={},
-        win_rate=Estimate(value=0.6, low=0.5, high=0.7, n=len(PROMPTS)),
-        over_refusal=Estimate(value=0.1, low=0.0, high=0.2, n=48),
-        n_red_team=140,
-        n_benign=len(PROMPTS),
-        held_out_digest="same prompts",
-    )
-    name = uuid.uuid4().hex
-    out = folder / name
-    out.mkdir(parents=True)
-    (out / "evaluation.json").write_text(to_json(evaluation))
-    answers = [HeldOutAnswer(p, "benign", "", "an answer", True, False, helpfulness) for p in PROMPTS]
-    write_records(out / "answers.jsonl", answers)
-    write_records(out / "regressions.jsonl", [RegressionAnswer(p, "decline", "No.", right) for p in SUITE])
-    uri = f"{context.store.root_uri}/evaluations/{name}"
-    context.store.commit(uri, out)
-    experiment = context.tracker.start_pipeline_run(name, name, {})
-    tags = {"run_id": name, "evaluation_uri": uri, "held_out_digest": evaluation.held_out_digest}
-    return context.tracker.register_model(POLICY_MODEL, f"{uri}/model", experiment, tags)
 
 
 def test_the_first_policy_that_passes_becomes_champion(context: RunContext, tmp_path: Path) -> None:
@@ -183,43 +124,11 @@ def test_row_15_who_loses_the_race_is_measured_against_the_winner(
     assert context.tracker.aliases(POLICY_MODEL)[CHAMPION] == better
 
 
-def _race(root: str, tracking_uri: str, cache: Path, version: str, barrier: Any, results: Any) -> None:
-    context = context_of(root, tracking_uri, cache)
-    for _ in range(RACES):
-        barrier.wait(_PATIENCE)
-        results.put((version, promote(context, version).alias))
-        barrier.wait(_PATIENCE)
-
-
 @pytest.mark.fault
 def test_row_15_of_two_processes_that_race_the_better_policy_is_champion_each_time(
     context: RunContext, services: Endpoints, tmp_path: Path
 ) -> None:
-    """Each race starts without a champion; both policies pass when they are alone."""
-    worse, better = (registered(context, tmp_path, h) for h in (0.5, 0.7))
-    barrier, results = _PROCESSES.Barrier(3), _PROCESSES.Queue()
-    store, champions = context.store, ChampionLog(context.store, POLICY_MODEL)
-    shared = (store.root_uri, services.tracking_uri, tmp_path / "cache")
-    racers = [
-        _PROCESSES.Process(target=_race, args=(*shared, version, barrier, results)) for version in (worse, better)
-    ]
-    for racer in racers:
-        racer.start()
-    for _ in range(RACES):
-        store.prune(f"{store.root_uri}/registry", keep=None)
-        clear_aliases(context.tracker)
-        barrier.wait(_PATIENCE)
-        aliases = dict(results.get(timeout=_PATIENCE) for _ in racers)
-        log = champions.entries()
-        registry = context.tracker.aliases(POLICY_MODEL)
-        assert log[-1].version == better == registry[CHAMPION]
-        assert aliases[better] == CHAMPION
-        assert [entry.version for entry in log] == ([worse, better] if aliases[worse] == CHAMPION else [better])
-        assert registry.get(PREVIOUS_CHAMPION, "") == log[-1].previous
-        barrier.wait(_PATIENCE)
-    for racer in racers:
-        racer.join(timeout=60)
-        assert racer.exitcode == 0
+    assert race(context, services.tracking_uri, tmp_path, times=200) == 200
 
 
 @pytest.mark.fault

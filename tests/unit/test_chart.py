@@ -273,7 +273,7 @@ def test_mlflow_with_sqlite_is_one_server_that_migrates_itself() -> None:
     objects = rendered("try")
     spec = find(objects, "Deployment", "saferlhf-mlflow")["spec"]
     assert spec["strategy"]["type"] == "Recreate"
-    assert spec["template"]["spec"]["initContainers"][0]["command"] == ["mlflow", "db", "upgrade"]
+    assert spec["template"]["spec"]["initContainers"][0]["name"] == "migrate"
     claim = find(objects, "PersistentVolumeClaim", "saferlhf-mlflow")
     assert claim["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
     assert "PodDisruptionBudget" not in {entry["kind"] for entry in objects}

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer.main
-from click import Command
-from mlflow.cli import cli as mlflow_cli
 from mlflow.cli import server as mlflow_server
 from mlflow.server.security_utils import is_allowed_host_header
 
@@ -53,14 +54,16 @@ def test_mlflow_answers_to_the_names_that_it_has_in_the_cluster(host: str, answe
     assert is_allowed_host_header(allowed, host) is answered
 
 
-def test_mlflows_database_command_exists() -> None:
-    job = find(render(platform_values("eks")), "Job", "saferlhf-mlflow-migrate")
-    (container,) = job["spec"]["template"]["spec"]["containers"]
-    command: Command = mlflow_cli
-    for word in container["command"][1:]:
-        command = command.commands[word]  # type: ignore[attr-defined]
-    assert container["args"] == ["$(MLFLOW_BACKEND_STORE_URI)"]
-    assert command.make_context("upgrade", ["sqlite:///x"]).params == {"url": "sqlite:///x"}
+def test_mlflows_database_is_migrated_without_its_address_in_the_arguments(tmp_path: Path) -> None:
+    """On SQLite, in an init container; tests/integration/test_mlflow_on_postgres.py runs the Job's on PostgreSQL."""
+    server = find(render(platform_values("try")), "Deployment", "saferlhf-mlflow")
+    (container,) = server["spec"]["template"]["spec"]["initContainers"]
+    database = tmp_path / "mlflow.db"
+    environment = {**os.environ, "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{database}"}
+    subprocess.run([sys.executable, *container["command"][1:]], env=environment, check=True, capture_output=True)
+    with closing(sqlite3.connect(database)) as connection:
+        assert connection.execute("SELECT count(*) FROM alembic_version").fetchone() == (1,)
+    assert "args" not in container
 
 
 def test_seaweedfs_knows_every_flag() -> None:

@@ -108,10 +108,10 @@ http://saferlhf-mlflow.{{ .Release.Namespace }}.svc.cluster.local:5000
 {{- end }}
 {{- end }}
 
-{{/* Brings MLflow's database to the version of the image; makes the tables of an empty one. */}}
+{{/* Brings MLflow's database to the version of the image; makes the tables of an empty one. This is `mlflow db upgrade`,
+     which takes the address as an argument only: there its password would stand in the list of processes. */}}
 {{- define "saferlhf.migrate" -}}
-command: [mlflow, db, upgrade]
-args: [$(MLFLOW_BACKEND_STORE_URI)]
+command: [python3, -c, "import os; from mlflow.db import upgrade; upgrade.main([os.environ['MLFLOW_BACKEND_STORE_URI']])"]
 {{- end }}
 
 {{/* What no schema can say: values that do not go together. */}}
