@@ -108,6 +108,10 @@ class PpoSettings(Section):
         description="the paper's baseline instead of a multiplier: maximise reward - this x cost, with one critic",
     )
     lambda_init: float = Field(1.0, gt=0)
+    lambda_start: Literal["init", "previous"] = Field(
+        "previous",
+        description="where lambda starts in later rounds: at lambda_init, or where the round before left it",
+    )
     lambda_learning_rate: float = Field(0.1, gt=0)
     lambda_min: float = Field(0.05, gt=0)
     lambda_max: float = Field(20.0, gt=0)

@@ -24,6 +24,7 @@ from components.foundation.batching import ChatEncoder
 from components.foundation.errors import DataError, GateError, SettingsError
 from components.foundation.judging import make_judge
 from components.foundation.policy import ACTOR, export_merged
+from components.foundation.ppo_settings import PpoSettings
 from components.foundation.preference import Demonstration, PromptRecord, read_jsonl
 from components.foundation.progress import Progress
 from components.foundation.results import PpoTrace, PreferenceModelResult, from_json, read_record, to_json
@@ -91,8 +92,8 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
         judge = make_judge(settings.annotate)
         sft_folder = store.fetch(inputs.sft)
         backbone = Backbone.load(sft_folder, settings.dtype, stage.seed)
-        actor_folder = None if inputs.policy == inputs.sft else store.fetch(inputs.policy) / "actor"
-        place_roles(backbone, settings, actor_folder, reward_folder, cost_folder)
+        previous = None if inputs.policy == inputs.sft else store.fetch(inputs.policy)
+        place_roles(backbone, settings, previous and previous / "actor", reward_folder, cost_folder)
         engine = make_engine(settings.ppo, backbone, ACTOR, sft_folder)
         encoder = ChatEncoder(backbone.tokenizer, settings.ppo.max_prompt_tokens, settings.ppo.max_new_tokens)
         data_folder = store.fetch(inputs.data)
@@ -105,17 +106,22 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
                 f"ppo.ptx_coefficient={settings.ppo.ptx_coefficient} needs demonstrations on harmless prompts, and all "
                 "of data.demonstrations are on prompts of kind red_team: add some or set it to 0"
             )
+        ppo = (
+            settings.ppo
+            if previous is None
+            else continued(settings.ppo, read_record(PpoTrace, previous / "trace.json"))
+        )
         trainer = PpoLagrangian(
             backbone,
             engine,
-            settings.ppo,
+            ppo,
             constraint,
             stage.seed,
             [encoder.sequence(d.prompt, d.response) for d in demonstrations],
         )
         progress = Progress(STAGE, settings.ppo.steps, "steps")
         constraint_gauges = ConstraintGauges(constraint.threshold, settings.ppo)
-        log.info("cost threshold %.3f, lambda starts at %.2f", constraint.threshold, settings.ppo.lambda_init)
+        log.info("cost threshold %.3f, lambda starts at %.2f", constraint.threshold, ppo.lambda_init)
 
         def train_step(step: int) -> StepMetrics:
             batch = draw_batch(prompts, settings, stage.seed + step)
@@ -140,6 +146,13 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
         card = model_card(settings, stage.context.run_id, round_number, trace, CardEvidence(data_digests, results))
         (out / "model" / "README.md").write_text(card, encoding="utf-8")
         return stage.commit(out, step=settings.ppo.steps, parents=inputs.parents())
+
+
+def continued(ppo: PpoSettings, previous: PpoTrace) -> PpoSettings:
+    """The settings of a later round: with `lambda_start=previous`, lambda goes on where the round before left it."""
+    if ppo.lambda_start == "init":
+        return ppo
+    return ppo.model_copy(update={"lambda_init": max(previous.multiplier[-1], ppo.lambda_min)})
 
 
 def export_policy(backbone: Backbone, sft_folder: Path, sft_uri: str, out: Path) -> None:

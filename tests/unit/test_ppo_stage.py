@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from components.foundation.errors import ConstraintError, GateError
 from components.foundation.preference import PromptRecord
-from components.foundation.results import PreferenceModelResult, from_json
+from components.foundation.results import PpoTrace, PreferenceModelResult, from_json
 from components.foundation.settings import Settings, resolve_settings
-from components.ppo_lagrangian.ppo_lagrangian import draw_prompts, gate_models
+from components.ppo_lagrangian.multiplier_rule import start_multiplier
+from components.ppo_lagrangian.ppo_lagrangian import continued, draw_prompts, gate_models
 
 PROMPTS = (
     [PromptRecord(f"attack {i}", "red_team", "theft") for i in range(9)]
@@ -107,3 +108,13 @@ def test_a_result_of_an_older_run_still_reads_and_names_what_it_lacks() -> None:
     older = json.dumps({"accuracy": 0.9, "training_pairs": 1, "validation_pairs": 1, "auc": 0.9})
     with pytest.raises(GateError, match="train it again"):
         gate_models(REWARD, from_json(PreferenceModelResult, older), smol("ppo.cost_aggregation=mean"))
+
+
+@pytest.mark.parametrize(
+    ("start", "left_at", "begins_at"), [("previous", 3.5, 3.5), ("previous", 0.0, 0.05), ("init", 3.5, 2.0)]
+)
+def test_lambda_goes_on_where_the_round_before_left_it(start: str, left_at: float, begins_at: float) -> None:
+    """Not below its floor: after a preference-oracle round it may be 0, from which no logarithm comes back."""
+    ppo = smol(f"ppo.lambda_start={start}", "ppo.lambda_init=2", "ppo.lambda_min=0.05").ppo
+    trace = PpoTrace(threshold=0.0, multiplier=[1.0, left_at])
+    assert start_multiplier(continued(ppo, trace)).value == pytest.approx(begins_at)
