@@ -17,6 +17,7 @@ from components.foundation.profiles import PROFILES
 from components.foundation.settings import Settings, resolve_settings
 
 CHOICES = {
+    "ppo.lambda_start": "init",
     "serving.memory": "8Gi",
     "dtype": "float32",
     "collect.history": "replace",
