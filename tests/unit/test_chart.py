@@ -13,6 +13,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from components.foundation.setting_sections import ServingSettings
 from pipelines.kubeflow.schedule_file import read_schedules
 from tests.unit.helm_chart import (
     CHART,
@@ -414,3 +415,14 @@ def test_the_package_holds_the_values_files_and_renders_the_same(tmp_path: Path)
         packed = chart.render(values, name="saferlhf", namespace=NAMESPACE)
         assert {f"values-{platform}.yaml" for platform in PLATFORMS} <= {file["name"] for file in chart.files}
     assert packed == render_text(values)
+
+
+def test_the_account_of_served_policies_is_the_one_that_the_settings_name() -> None:
+    role = {"eks.amazonaws.com/role-arn": "arn:aws:iam::1:role/reader"}
+    objects = render(platform_values("eks", serving={"create": True, "annotations": role, "existingSecret": "keys"}))
+    account = find(objects, "ServiceAccount", ServingSettings().service_account)
+    assert (account["metadata"]["annotations"], account["secrets"]) == (role, [{"name": "keys"}])
+    assert account["automountServiceAccountToken"] is False
+    subjects = [s["name"] for entry in objects if entry["kind"] == "RoleBinding" for s in entry["subjects"]]
+    assert account["metadata"]["name"] not in subjects
+    assert ServingSettings().service_account not in names(rendered("eks"), "ServiceAccount")
