@@ -18,6 +18,7 @@ import pytest
 
 from components.foundation.exit_codes import NOTHING_NEW_EXIT_CODE
 from tests.e2e.command import SAFERLHF, saferlhf
+from tests.integration.kubernetes_server import KubernetesServer, kubeconfig
 from tests.unit.webhook_server import webhook
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("pipeline")]
@@ -181,6 +182,7 @@ def test_the_registry_tells_who_is_champion_why_and_from_what(
         share = ("--version", "1", "--canary-share", "0.1")
         assert saferlhf("serve", "render", "-o", str(file), *share, *where).returncode == 0
         assert "canaryTrafficPercent: 10\n" in file.read_text()
+        assert served_by_a_cluster(where, workdir) == f"{first_run[0]['rounds'][-1]['policy_uri']}/model"
         again = saferlhf("promote", "1", *where)  # it is champion already
         assert again.returncode == 0 and "saferlhf-policy-serving/000001.yaml" in again.stdout
         for arguments, words in (
@@ -192,6 +194,18 @@ def test_the_registry_tells_who_is_champion_why_and_from_what(
             assert len(refused.stderr.strip().splitlines()) == 1
     finally:
         saferlhf("down", *where)
+
+
+def served_by_a_cluster(where: Sequence[str], folder: Path) -> str:
+    """What a cluster's InferenceService serves after `serve apply`."""
+    server = KubernetesServer()
+    environment = {"KUBECONFIG": kubeconfig(folder / "kubeconfig", server.url, "team")}
+    applied = saferlhf("serve", "apply", *where, environment=environment)
+    uri: str = server.services["saferlhf-policy"]["spec"]["predictor"]["model"]["storageUri"]
+    server.stop()
+    assert (applied.returncode, server.problems) == (0, [])
+    assert applied.stdout == f"applied InferenceService team/saferlhf-policy: {uri}\n"
+    return uri
 
 
 def test_a_later_round_trains_its_cost_model_on_as_many_pairs_as_set(first_run: tuple[dict[str, Any], str]) -> None:

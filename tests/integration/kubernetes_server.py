@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import yaml
+
 from tests.integration.kubernetes_state import EVENTS, PODS, SERVICES, TRAIN_JOBS, ClusterState, Fault
 
 
@@ -202,3 +204,18 @@ class _Handler(BaseHTTPRequestHandler):
                 self._chunk(data)
             if ended:
                 return self._chunk(b"")
+
+
+def kubeconfig(path: Path, server: str, namespace: str) -> str:
+    """Write a kubeconfig whose current context is this server -> its path."""
+    context = {"cluster": "here", "user": "me"} | ({"namespace": namespace} if namespace else {})
+    content = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "now",
+        "clusters": [{"name": "here", "cluster": {"server": server}}],
+        "users": [{"name": "me", "user": {"token": "a-token"}}],
+        "contexts": [{"name": "now", "context": context}],
+    }
+    path.write_text(yaml.safe_dump(content))
+    return str(path)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from kubernetes.client import Configuration
 
 from components.foundation.errors import ClusterError
@@ -14,7 +13,7 @@ from components.foundation.setting_sections import ServingSettings
 from components.foundation.train_job.kubernetes_api import Backoff, Cluster, KubernetesApi, new_client
 from components.promote.serving import ServedPolicy, inference_service
 from pipelines.serving import apply_service, cluster_of_context
-from tests.integration.kubernetes_server import KubernetesServer
+from tests.integration.kubernetes_server import KubernetesServer, kubeconfig
 from tests.integration.kubernetes_state import INFERENCE_SERVICE_SPEC, Fault, prune
 
 POLICY = ServedPolicy("7", "run-7", "s3://bucket/store/runs/run-7/round-3/ppo_lagrangian/step-16/model", "ab" * 32)
@@ -106,20 +105,6 @@ def test_what_does_not_pass_is_told(
     with pytest.raises(ClusterError, match=words):
         apply_service(api, service())
     assert server.services == {}
-
-
-def kubeconfig(path: Path, server: str, namespace: str) -> str:
-    context = {"cluster": "here", "user": "me"} | ({"namespace": namespace} if namespace else {})
-    content = {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "current-context": "now",
-        "clusters": [{"name": "here", "cluster": {"server": server}}],
-        "users": [{"name": "me", "user": {"token": "a-token"}}],
-        "contexts": [{"name": "now", "context": context}],
-    }
-    path.write_text(yaml.safe_dump(content))
-    return str(path)
 
 
 def test_the_cluster_and_namespace_are_those_of_the_kubeconfig(server: KubernetesServer, tmp_path: Path) -> None:
