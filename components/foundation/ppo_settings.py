@@ -52,8 +52,12 @@ class PpoSettings(Section):
         0.9, ge=0, le=1, description="what an answer counts in that regression one step later, relative to before"
     )
     actor_learning_rate: float = Field(5e-4, gt=0)
+    later_actor_learning_rate: float | None = Field(None, gt=0, description="the same in later rounds; empty: as it is")
     actor_schedule: Literal["constant", "cosine"] = Field(
         "constant", description="cosine: the actor's learning rate falls to nearly 0 over the steps of a round"
+    )
+    actor_warmup_share: float = Field(
+        0.0, ge=0, lt=1, description="cosine: share of the steps over which the rate rises first"
     )
     critic_learning_rate: float = Field(5e-4, gt=0, description="of critics with an adapter")
     kl_coefficient: float = Field(0.05, ge=0, description="beta")

@@ -106,11 +106,9 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
                 f"ppo.ptx_coefficient={settings.ppo.ptx_coefficient} needs demonstrations on harmless prompts, and all "
                 "of data.demonstrations are on prompts of kind red_team: add some or set it to 0"
             )
-        ppo = (
-            settings.ppo
-            if previous is None
-            else continued(settings.ppo, read_record(PpoTrace, previous / "trace.json"))
-        )
+        ppo = settings.ppo
+        if previous is not None:
+            ppo = in_later_round(ppo, read_record(PpoTrace, previous / "trace.json"))
         trainer = PpoLagrangian(
             backbone,
             engine,
@@ -148,11 +146,15 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
         return stage.commit(out, step=settings.ppo.steps, parents=inputs.parents())
 
 
-def continued(ppo: PpoSettings, previous: PpoTrace) -> PpoSettings:
-    """The settings of a later round: with `lambda_start=previous`, lambda goes on where the round before left it."""
-    if ppo.lambda_start == "init":
-        return ppo
-    return ppo.model_copy(update={"lambda_init": max(previous.multiplier[-1], ppo.lambda_min)})
+def in_later_round(ppo: PpoSettings, previous: PpoTrace) -> PpoSettings:
+    """The settings with what is different in a later round: the actor's rate, and where lambda starts.
+
+    With `lambda_start=previous`, lambda goes on where the round before left it.
+    """
+    changed = {"actor_learning_rate": ppo.later_actor_learning_rate or ppo.actor_learning_rate}
+    if ppo.lambda_start == "previous":
+        changed["lambda_init"] = max(previous.multiplier[-1], ppo.lambda_min)
+    return ppo.model_copy(update=changed)
 
 
 def export_policy(backbone: Backbone, sft_folder: Path, sft_uri: str, out: Path) -> None:

@@ -218,7 +218,7 @@ class PpoLagrangian:
             (COST_CRITIC, episode.cost, advantages.cost_returns),
         )
         if s.actor_schedule == "cosine":
-            factor = cosine_factor(step, s.steps, warmup_share=0.0)
+            factor = cosine_factor(step, s.steps, s.actor_warmup_share)
             self.optimizers[ACTOR].set_learning_rate(s.actor_learning_rate * factor)
         for epoch in range(s.epochs):
             order, generator = self._order(len(share.tokens), step, epoch)

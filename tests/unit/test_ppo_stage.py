@@ -15,7 +15,7 @@ from components.foundation.preference import PromptRecord
 from components.foundation.results import PpoTrace, PreferenceModelResult, from_json
 from components.foundation.settings import Settings, resolve_settings
 from components.ppo_lagrangian.multiplier_rule import start_multiplier
-from components.ppo_lagrangian.ppo_lagrangian import continued, draw_prompts, gate_models
+from components.ppo_lagrangian.ppo_lagrangian import draw_prompts, gate_models, in_later_round
 
 PROMPTS = (
     [PromptRecord(f"attack {i}", "red_team", "theft") for i in range(9)]
@@ -117,4 +117,10 @@ def test_lambda_goes_on_where_the_round_before_left_it(start: str, left_at: floa
     """Not below its floor: after a preference-oracle round it may be 0, from which no logarithm comes back."""
     ppo = smol(f"ppo.lambda_start={start}", "ppo.lambda_init=2", "ppo.lambda_min=0.05").ppo
     trace = PpoTrace(threshold=0.0, multiplier=[1.0, left_at])
-    assert start_multiplier(continued(ppo, trace)).value == pytest.approx(begins_at)
+    assert start_multiplier(in_later_round(ppo, trace)).value == pytest.approx(begins_at)
+
+
+@pytest.mark.parametrize(("override", "expected"), [("", 0.003), ("ppo.later_actor_learning_rate=1e-3", 0.001)])
+def test_a_later_round_has_its_own_learning_rate_where_one_is_set(override: str, expected: float) -> None:
+    given_settings = smol("ppo.actor_learning_rate=3e-3", "ppo.later_actor_learning_rate=", *filter(None, [override]))
+    assert in_later_round(given_settings.ppo, PpoTrace(0.0, [1.0])).actor_learning_rate == expected

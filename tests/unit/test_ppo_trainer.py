@@ -274,17 +274,25 @@ def test_the_ptx_term_never_holds_on_to_answers_to_attacks() -> None:
 
 @pytest.mark.golden
 @pytest.mark.parametrize(
-    ("schedule", "step", "factor"),
-    [("constant", 3, 1.0), ("cosine", 0, 1.0), ("cosine", 2, 0.5), ("cosine", 3, (1 - 0.5**0.5) / 2)],
+    ("schedule", "warmup", "step", "factor"),
+    [
+        ("constant", 0.0, 3, 1.0),
+        ("cosine", 0.0, 0, 1.0),
+        ("cosine", 0.0, 2, 0.5),
+        ("cosine", 0.0, 3, (1 - 0.5**0.5) / 2),
+        ("cosine", 0.5, 0, 0.5),
+        ("cosine", 0.5, 1, 1.0),
+        ("cosine", 0.5, 3, 0.5),
+    ],
 )
 def test_the_actors_learning_rate_follows_its_schedule(
-    load_roles: Callable[[str], Backbone], schedule: str, step: int, factor: float
+    load_roles: Callable[[str], Backbone], schedule: str, warmup: float, step: int, factor: float
 ) -> None:
     """Adam's first step moves a weight by the learning rate, whatever its gradient; of four steps the third has half
-    of it and the last cosine(3/4 pi)."""
+    of it and the last cosine(3/4 pi). With half of them to warm up, the two others fall."""
     backbone = load_roles("head")
     before = {name: tensor.detach().clone() for name, tensor in backbone.role_tensors(ACTOR).items()}
-    changes = {"actor_schedule": schedule, "steps": 4, "minibatch_size": 4}
+    changes = {"actor_schedule": schedule, "actor_warmup_share": warmup, "steps": 4, "minibatch_size": 4}
     _trainer(backbone, SETTINGS.model_copy(update=changes)).step(PROMPTS, step)
     moved = max(
         float((tensor.detach() - before[name]).abs().max()) for name, tensor in backbone.role_tensors(ACTOR).items()
