@@ -190,7 +190,7 @@ def test_a_stage_killed_at_every_point_of_a_checkpoint_ends_bit_for_bit_the_same
 
 
 @pytest.mark.fault
-def test_a_checkpoint_made_from_other_inputs_is_refused(runs: Runs, tmp_path: Path) -> None:
+def test_row_08_a_checkpoint_made_from_other_inputs_is_refused(runs: Runs, tmp_path: Path) -> None:
     """The same stage, but its data are others: both are named, and nothing is trained on."""
     import torch
 
@@ -215,7 +215,7 @@ def test_a_checkpoint_made_from_other_inputs_is_refused(runs: Runs, tmp_path: Pa
 
 
 @pytest.mark.fault
-def test_training_that_diverges_names_its_last_checkpoint_which_stays(
+def test_row_26_training_that_diverges_names_its_last_checkpoint_which_stays(
     runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the third step on the loss is NaN: what is kept are the weights after the second."""

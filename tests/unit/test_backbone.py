@@ -406,7 +406,7 @@ def test_a_damaged_adapter_is_refused(load_tiny: LoadTiny, tmp_path: Path, damag
 
 
 @pytest.mark.fault
-def test_an_adapter_for_another_width_is_refused(load_tiny: LoadTiny, tmp_path: Path) -> None:
+def test_row_27_an_adapter_for_another_width_is_refused(load_tiny: LoadTiny, tmp_path: Path) -> None:
     """The same architecture, so all names fit; only the shapes do not."""
     backbone = load_tiny("llama")
     config = transformers.LlamaConfig(

@@ -243,7 +243,7 @@ def test_a_response_of_another_shape_is_none(server: JudgeServer, body: bytes) -
 
 
 @pytest.mark.fault
-def test_unusable_replies_are_left_out_and_counted(server: JudgeServer) -> None:
+def test_row_36_unusable_replies_are_left_out_and_counted(server: JudgeServer) -> None:
     server.reply = lambda question: "hm" if question.texts["answer"].startswith("odd") else "3"
     answers = [f"{'odd' if i % 4 == 0 else 'even'} {i}" for i in range(20)]
     judgements = judge_at(server.url).judge_answers([(PROMPT, answer) for answer in answers])
@@ -274,7 +274,9 @@ def test_text_to_judge_stands_between_markers_that_it_cannot_guess(server: Judge
 
 @pytest.mark.fault
 @pytest.mark.parametrize("statuses", [(500,), (429,), (503, 429, 500, 502), (0,), (0, 500)])
-def test_passing_failures_are_tried_again_after_growing_waits(server: JudgeServer, statuses: tuple[int, ...]) -> None:
+def test_row_36_passing_failures_are_tried_again_after_growing_waits(
+    server: JudgeServer, statuses: tuple[int, ...]
+) -> None:
     server.raw = [(status, {}, b"busy") for status in statuses]
     server.reply = lambda question: "1"
     waits: list[float] = []
@@ -297,7 +299,7 @@ def test_a_refusal_is_final(server: JudgeServer, status: int) -> None:
 
 
 @pytest.mark.fault
-def test_a_server_that_keeps_failing_is_given_up(server: JudgeServer) -> None:
+def test_row_36_a_server_that_keeps_failing_is_given_up(server: JudgeServer) -> None:
     server.raw = [(500, {}, b"")] * 50
     waits: list[float] = []
     with pytest.raises(AnnotationError, match="HTTP 500") as error:

@@ -171,7 +171,7 @@ def test_losses_do_not_depend_on_micro_batches(lengths: list[int], seed: int) ->
     torch.testing.assert_close(whole_critic, parts_critic)
 
 
-def test_fully_masked_rows_contribute_nothing() -> None:
+def test_row_25_fully_masked_rows_contribute_nothing() -> None:
     mask = mask_of([0, 3])
     values = random_like(mask, 0)
     advantages, _ = generalized_advantages(values, values, mask, gamma=1.0, gae_lambda=0.95)
