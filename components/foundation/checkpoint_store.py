@@ -141,6 +141,13 @@ class CheckpointStore:
         """Whether a commit stands under this URI."""
         return self._s3.exists(f"{uri.rstrip('/')}/{MANIFEST_NAME}")
 
+    def is_whole(self, uri: str) -> bool:
+        """Whether a commit stands under this URI and every object that its manifest names is there; none is read."""
+        if not self.exists(uri):
+            return False
+        manifest = self.manifest(uri)
+        return {f"{manifest.uri}/{file.path}" for file in manifest.files} <= set(self._s3.list(f"{manifest.uri}/"))
+
     def fetch(self, uri: str) -> Path:
         """Bring a commit's files here and return the folder that holds them. Treat the folder as read-only.
 

@@ -93,7 +93,7 @@ class Stage:
 
     def finished(self) -> str | None:
         """URI of this stage's commit where an earlier attempt made it already: then there is nothing left to do."""
-        done = distributed.from_main(lambda: self.context.store.latest(self.context.stage_uri(self.name, self.round)))
+        done = distributed.from_main(lambda: standing_commit(self.context, self.name, self.round))
         if done is not None:
             self._discard_checkpoints()  # that attempt may have ended just before it did
         return done
@@ -156,8 +156,8 @@ def open_run(run_uri: str) -> RunContext:
 def _check_same_settings(run_id: str, earlier: Settings, now: Settings) -> None:
     if earlier.digest() != now.digest():
         raise SettingsError(
-            f"run {run_id} was started with other settings (digest {earlier.digest()[:12]}, now {now.digest()[:12]}): "
-            "give it the same --profile, --seed and --set, or start a new run"
+            f"run {run_id} was started with other settings ({', '.join(now.differences(earlier).values())}): give it the same "
+            "--profile, --seed and --set, or start a new run, with --from-run RUN_ID to keep its first rounds"
         )
 
 
@@ -198,6 +198,20 @@ def _tracked(
     if distributed.world().is_main:
         return context.tracker.stage(context.mlflow_run_id, name, round_number)
     return nullcontext(SilentRun())
+
+
+def standing_commit(context: RunContext, name: str, round_number: int) -> str | None:
+    """URI of a stage's newest commit, if every object of it is there; None where the stage has to run.
+
+    What is left of a commit that lost objects is deleted: the stage, run again, could not commit over it.
+    """
+    stage_uri = context.stage_uri(name, round_number)
+    latest = context.store.latest(stage_uri)
+    if latest is None or context.store.is_whole(latest):
+        return latest
+    log.warning("%s: objects of %s are gone: the stage runs again", name, latest)
+    context.store.prune(stage_uri, keep=None)
+    return None
 
 
 def finished_uri(context: RunContext, name: str, round_number: int) -> str:

@@ -98,6 +98,7 @@ class TrainingCheckpoints:
         store = self._stage.context.store
         latest = distributed.from_main(self._latest)
         if latest is None:
+            log.info("%s: there is no checkpoint; starts at its first step", self._stage.name)
             return TrainingState()
         self._check_origin(latest)
         folder = store.fetch(latest)

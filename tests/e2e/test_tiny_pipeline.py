@@ -151,7 +151,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(first_run: tuple[dict[str, 
     assert any("champion, version 1" in reason for reason in kept["reasons"])
     refused = saferlhf(*arguments, "--set", "ppo.steps=9", "--resume", run_id)
     assert refused.returncode == 1
-    assert "other settings" in refused.stderr
+    assert "other settings (ppo.steps (8 there, 9 here))" in refused.stderr
 
 
 def test_the_registry_tells_who_is_champion_why_and_from_what(
