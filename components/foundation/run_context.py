@@ -155,9 +155,10 @@ def open_run(run_uri: str) -> RunContext:
 
 def _check_same_settings(run_id: str, earlier: Settings, now: Settings) -> None:
     if earlier.digest() != now.digest():
+        differences = ", ".join(now.differences(earlier).values())
         raise SettingsError(
-            f"run {run_id} was started with other settings ({', '.join(now.differences(earlier).values())}): give it the same "
-            "--profile, --seed and --set, or start a new run, with --from-run RUN_ID to keep its first rounds"
+            f"run {run_id} was started with other settings ({differences}): give it the same --profile, --seed and "
+            "--set, or start a new run, with --from-run RUN_ID to keep its first rounds"
         )
 
 

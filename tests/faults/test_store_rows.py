@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -186,12 +187,10 @@ def test_row_09_a_checkpoint_of_other_roles_is_refused(stage: Stage) -> None:
 def test_row_20_a_finished_stage_whose_objects_are_gone_runs_again(
     stage: Stage, s3: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, gone: str
 ) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
-    (tmp_path / "config.json").write_text("{}")
     folder = tmp_path / "out"
     folder.mkdir()
-    for name in ("model.safetensors", "config.json"):
-        (tmp_path / name).rename(folder / name)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "config.json").write_text("{}")
     uri = stage.commit(folder, step=3, parents=[])
     assert stage.finished() == uri
     delete(s3, f"{uri}/{gone}")
@@ -233,7 +232,7 @@ def test_row_21_a_malicious_pickle_is_refused_and_nothing_of_it_ran(stage: Stage
         restored(stage)
 
     model = tmp_path / "model"
-    a_model(stage).export(model)
+    shutil.copytree(resolve_base_model("tiny", stage.context.store), model)
     for name in ("pytorch_model.bin", "optimizer.pt", "training_args.bin"):
         (model / name).write_bytes(poison)
     Backbone.load(model, "float32", seed=0)  # what lies beside safetensors is not looked at
