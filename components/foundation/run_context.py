@@ -18,7 +18,7 @@ from pathlib import Path
 
 from components.foundation import distributed, logs
 from components.foundation.checkpoint_store import CheckpointStore
-from components.foundation.errors import SettingsError, StoreError
+from components.foundation.errors import OutOfMemoryError, SettingsError, StoreError
 from components.foundation.metrics import Gauges, served_gauges
 from components.foundation.results import from_json, to_json
 from components.foundation.settings import Settings
@@ -26,6 +26,8 @@ from components.foundation.tracking import SilentRun, StageRun, Tracker
 
 ROUND_STAGES = ("collect", "annotate", "reward_model", "cost_model", "ppo_lagrangian", "evaluate")
 """Stages of every round, in their order; round 0 holds what happens once."""
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 log = logging.getLogger("saferlhf")
 
@@ -176,6 +178,7 @@ def open_stage(run_uri: str, name: str, round_number: int) -> Iterator[Stage]:
         served_gauges(context.run_id, name, round_number) as gauges,
         _tracked(context, name, round_number) as mlflow,
         _failure_as_event(label),
+        _memory_explained(label),
     ):
         seed = context.seed(name, round_number)
         yield Stage(context, name, round_number, Path(folder), mlflow, gauges, seed, started)
@@ -191,6 +194,22 @@ def _failure_as_event(label: str) -> Iterator[None]:
         if logs.is_json():
             log.exception("%s: failed", label)
         raise
+
+
+@contextmanager
+def _memory_explained(label: str) -> Iterator[None]:
+    """torch has an error of its own for GPUs only; of main memory it says so in the text."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        said = (str(error).splitlines() or ["no memory"])[0]
+        if not isinstance(error, MemoryError) and not any(words in said for words in _OUT_OF_MEMORY):
+            raise
+        raise OutOfMemoryError(
+            f"{label}: out of memory ({said}): lower the stage's batch size or its lengths, spread it over more "
+            "devices (distributed.processes, distributed.zero_stage), or give it a larger machine; started again as "
+            "it is, it would end alike"
+        ) from error
 
 
 def _tracked(
