@@ -5,15 +5,19 @@ The processes are real, and so is SIGKILL: a proxy in front of S3 sends it when 
 
 from __future__ import annotations
 
+import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import Run
 
 from components.foundation.exit_codes import PREEMPTED_EXIT_CODE
 from components.foundation.run_context import open_run
+from components.foundation.s3 import split_uri
 from components.foundation.tracking import STAGE_TAG
 from pipelines.services import Endpoints
 from tests.faults.killing_proxy import KillingProxy, Trap, killing_proxy
@@ -38,6 +42,7 @@ POINTS = {
     ),
 }
 """Where the second checkpoint is cut off, and what of it is in the store then."""
+PLANTED = "sk-planted-for-a-judge"
 FIRST = ["LATEST", "step-1/MANIFEST.json", "step-1/state.json", "step-1/state.safetensors"]
 
 
@@ -60,12 +65,15 @@ class Victim:
         self.run.forget(stage)
         return self._in_peace[stage]
 
-    def attempt(self, stage: str, trap: Trap | None = None) -> tuple[int | None, KillingProxy]:
+    def attempt(
+        self, stage: str, trap: Trap | None = None, environment: Mapping[str, str] | None = None
+    ) -> tuple[int | None, KillingProxy]:
         """Exit code, and the proxy that saw all requests. The cache is a new one: what is read comes from S3."""
         self._caches += 1
         with killing_proxy(self._s3_url, trap) as proxy:
-            environment = {"AWS_ENDPOINT_URL": proxy.url, "SAFERLHF_CACHE": str(self._folder / str(self._caches))}
-            return self.run.attempt(stage, environment=environment, started=proxy.aim_at), proxy
+            own = {"AWS_ENDPOINT_URL": proxy.url, "SAFERLHF_CACHE": str(self._folder / str(self._caches))}
+            code = self.run.attempt(stage, environment={**own, **(environment or {})}, started=proxy.aim_at)
+            return code, proxy
 
 
 @pytest.fixture(scope="module")
@@ -131,15 +139,20 @@ def test_row_11_a_stage_that_is_asked_to_stop_saves_its_state_and_goes_on_at_the
     assert victim.run.digests("sft") == expected
 
 
+def stage_runs(victim: Victim, client: MlflowClient, stage: str) -> list[Run]:
+    """MLflow's runs of a stage, the newest first."""
+    parent = open_run(victim.run.uri).mlflow_run_id
+    condition = f"tags.`mlflow.parentRunId` = '{parent}' and tags.`{STAGE_TAG}` = '{stage}'"
+    return list(client.search_runs([client.get_run(parent).info.experiment_id], condition))
+
+
 def test_row_14_an_mlflow_run_left_running_by_a_killed_process_is_gone_on_with(
     victim: Victim, services: Endpoints
 ) -> None:
-    client, context = MlflowClient(services.tracking_uri), open_run(victim.run.uri)
-    experiment = client.get_run(context.mlflow_run_id).info.experiment_id
-    condition = f"tags.`mlflow.parentRunId` = '{context.mlflow_run_id}' and tags.`{STAGE_TAG}` = 'reward_model'"
+    client = MlflowClient(services.tracking_uri)
 
     def statuses() -> dict[str, str]:
-        return {run.info.run_id: run.info.status for run in client.search_runs([experiment], condition)}
+        return {run.info.run_id: run.info.status for run in stage_runs(victim, client, "reward_model")}
 
     victim.in_peace("reward_model")
     before = statuses()
@@ -150,3 +163,38 @@ def test_row_14_an_mlflow_run_left_running_by_a_killed_process_is_gone_on_with(
     assert statuses() == before | {left: "FINISHED"}
     steps = [point.step for point in client.get_metric_history(left, "reward_model/loss")]
     assert steps == sorted(set(steps)) and steps[-1] > 2
+
+
+def test_row_29_what_was_cut_is_counted_in_mlflow(victim: Victim, services: Endpoints) -> None:
+    """Profile tiny leaves room for few tokens: every stage cuts some of the shipped texts."""
+    client = MlflowClient(services.tracking_uri)
+    victim.run.bring_to("ppo_lagrangian")
+    victim.in_peace("ppo_lagrangian")
+    for stage in STAGES[:3]:
+        assert int(stage_runs(victim, client, stage)[0].data.params["truncated"]) > 0, stage
+    metrics = stage_runs(victim, client, "ppo_lagrangian")[0].data.metrics
+    assert metrics["rollout/truncated_prompts"] > 0
+    assert 0 <= metrics["rollout/ended_share"] <= 1
+
+
+def test_row_33_keys_of_the_environment_stand_in_no_object_and_in_no_mlflow_run(
+    victim: Victim, services: Endpoints, s3: Any
+) -> None:
+    """The key of the store, which every stage used, and one that was planted for a judge."""
+    for stage in STAGES:
+        victim.in_peace(stage)
+        assert victim.attempt(stage, environment={"SAFERLHF_JUDGE_KEY": PLANTED})[0] == 0
+    secrets = (services.environment["AWS_SECRET_ACCESS_KEY"], PLANTED)
+    bucket, prefix = split_uri(victim.run.uri)
+    client = MlflowClient(services.tracking_uri)
+    parent = open_run(victim.run.uri).mlflow_run_id
+    texts = [
+        json.dumps(run.to_dictionary(), default=str) for stage in STAGES for run in stage_runs(victim, client, stage)
+    ]
+    texts.append(json.dumps(client.get_run(parent).to_dictionary(), default=str))
+    keys = [entry["Key"] for entry in s3.list_objects_v2(Bucket=bucket, Prefix=prefix)["Contents"]]
+    assert len(keys) > 20
+    contents = [s3.get_object(Bucket=bucket, Key=key)["Body"].read() for key in keys]
+    for secret in secrets:
+        assert not [text for text in texts if secret in text]
+        assert not [key for key, content in zip(keys, contents, strict=True) if secret.encode() in content]

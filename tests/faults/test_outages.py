@@ -17,6 +17,7 @@ from components.foundation import tracking
 from components.foundation.backbone import Backbone
 from components.foundation.base_model import resolve_base_model
 from components.foundation.batching import TokenSequence
+from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.exit_codes import OUT_OF_MEMORY_EXIT_CODE
 from components.foundation.run_context import create_run, open_stage
 from components.foundation.setting_sections import SftSettings
@@ -104,3 +105,36 @@ def test_row_12_a_stage_whose_memory_does_not_suffice_ends_with_a_code_of_its_ow
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("components.foundation.errors.OutOfMemoryError: sft: out of memory (")
     assert "lower the stage's batch size" in last and "would end alike" in last
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [("size=64k", "No space left on device; 65536 bytes are free there"), ("ro", "Read-only file system")],
+)
+def test_row_30_a_cache_that_is_full_or_read_only_is_named_with_the_bytes_it_should_hold(
+    store: CheckpointStore, tmp_path: Path, options: str, reason: str
+) -> None:
+    """A real file system of that kind, in a mount namespace of its own."""
+    cache, folder = tmp_path / "small", tmp_path / "model"
+    cache.mkdir()
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(os.urandom(100_000))
+    store.commit(f"{store.root_uri}/step-1", folder)
+    fetch = (
+        "import sys\nfrom pathlib import Path\nfrom components.foundation.checkpoint_store import CheckpointStore\n"
+        "uri, cache = sys.argv[1:]\nCheckpointStore(uri, cache_dir=Path(cache)).fetch(uri)\n"
+    )
+    mount = f"mount -t tmpfs -o {options} none {cache} || exit 77"
+    command = f'{mount}; exec {sys.executable} -c "$1" {store.root_uri}/step-1 {cache}'
+    done = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", command, "sh", fetch],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == 77 or done.stderr.startswith("unshare:"):
+        pytest.skip(f"no file systems may be mounted here: {done.stderr.strip()}")
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("components.foundation.errors.StoreError: ")
+    assert f"step-1 with 100000 bytes cannot be kept in the cache {cache} ({reason}" in last
+    assert "SAFERLHF_CACHE" in last

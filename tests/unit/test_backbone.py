@@ -107,6 +107,36 @@ def test_a_score_does_not_depend_on_padding(load_tiny: LoadTiny, architecture: s
     check()
 
 
+@pytest.mark.fault
+@every_architecture
+def test_row_25_a_row_of_padding_alone_spoils_neither_scores_nor_gradients(
+    load_tiny: LoadTiny, architecture: str
+) -> None:
+    """A softmax over nothing would be NaN, and NaN times a mask of 0 is NaN."""
+    backbone = with_roles(load_tiny(architecture), "reward")
+
+    def scores_and_gradients(batch: SequenceBatch, rows: int) -> tuple[Tensor, Tensor]:
+        for parameter in backbone.trainable_parameters("reward"):
+            parameter.grad = None
+        with backbone.role("reward", train=True):
+            scores = answer_scores(backbone, "reward", batch)
+            (scores * torch.tensor([1.0] * rows + [0.0] * (len(scores) - rows))).sum().backward()
+        gradients = [parameter.grad.flatten() for parameter in backbone.trainable_parameters("reward")]  # type: ignore[union-attr]
+        return scores[:rows].detach(), torch.cat(gradients)
+
+    batch = batch_of(backbone, SEQUENCES)
+    masked = SequenceBatch(
+        torch.cat([batch.input_ids, batch.input_ids[:1]]),
+        torch.cat([batch.attention_mask, torch.zeros_like(batch.attention_mask[:1])]),
+        torch.cat([batch.answer_mask, torch.zeros_like(batch.answer_mask[:1])]),
+    )
+    expected = scores_and_gradients(batch, len(SEQUENCES))
+    found = scores_and_gradients(masked, len(SEQUENCES))
+    for value, reference in zip(found, expected, strict=True):
+        assert torch.isfinite(value).all()
+        torch.testing.assert_close(value, reference, atol=1e-5, rtol=1e-5)
+
+
 @every_architecture
 def test_a_score_sees_the_whole_sequence_in_its_order(load_tiny: LoadTiny, architecture: str) -> None:
     backbone = with_roles(load_tiny(architecture), "reward")
