@@ -32,7 +32,9 @@ def exported(tiny_folder: MakeTiny, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_folder("llama"), tmp_path / "model"))
 
 
-def test_an_exported_model_answers_in_a_process_of_its_own(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_28_an_exported_model_answers_in_a_process_of_its_own(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (exported.parent / "transformers.py").write_text("raise SystemExit('this is not the library')")
     monkeypatch.setenv("PYTHONPATH", str(exported.parent))
     monkeypatch.chdir(exported.parent)
