@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,8 @@ class Victim:
     """A run, and what each of its stages ends with when nobody disturbs it (made once a stage)."""
 
     def __init__(self, endpoints: Endpoints, folder: Path) -> None:
-        self.run = TrainingRun({**endpoints.environment, "SAFERLHF_CACHE": str(folder)})
+        planted = {"SAFERLHF_CACHE": str(folder), "SAFERLHF_JUDGE_KEY": PLANTED}
+        self.run = TrainingRun({**endpoints.environment, **planted})
         self._s3_url = endpoints.s3_url
         self._folder = folder
         self._in_peace: dict[str, dict[str, str]] = {}
@@ -65,15 +66,18 @@ class Victim:
         self.run.forget(stage)
         return self._in_peace[stage]
 
-    def attempt(
-        self, stage: str, trap: Trap | None = None, environment: Mapping[str, str] | None = None
-    ) -> tuple[int | None, KillingProxy]:
+    def finish(self) -> None:
+        """Let all stages finish that have not."""
+        self.run.bring_to(STAGES[-1])
+        if self.run.committed(STAGES[-1]) is None:
+            assert self.run.attempt(STAGES[-1]) == 0
+
+    def attempt(self, stage: str, trap: Trap | None = None) -> tuple[int | None, KillingProxy]:
         """Exit code, and the proxy that saw all requests. The cache is a new one: what is read comes from S3."""
         self._caches += 1
         with killing_proxy(self._s3_url, trap) as proxy:
-            own = {"AWS_ENDPOINT_URL": proxy.url, "SAFERLHF_CACHE": str(self._folder / str(self._caches))}
-            code = self.run.attempt(stage, environment={**own, **(environment or {})}, started=proxy.aim_at)
-            return code, proxy
+            environment = {"AWS_ENDPOINT_URL": proxy.url, "SAFERLHF_CACHE": str(self._folder / str(self._caches))}
+            return self.run.attempt(stage, environment=environment, started=proxy.aim_at), proxy
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +172,7 @@ def test_row_14_an_mlflow_run_left_running_by_a_killed_process_is_gone_on_with(
 def test_row_29_what_was_cut_is_counted_in_mlflow(victim: Victim, services: Endpoints) -> None:
     """Profile tiny leaves room for few tokens: every stage cuts some of the shipped texts."""
     client = MlflowClient(services.tracking_uri)
-    victim.run.bring_to("ppo_lagrangian")
-    victim.in_peace("ppo_lagrangian")
+    victim.finish()
     for stage in STAGES[:3]:
         assert int(stage_runs(victim, client, stage)[0].data.params["truncated"]) > 0, stage
     metrics = stage_runs(victim, client, "ppo_lagrangian")[0].data.metrics
@@ -180,10 +183,8 @@ def test_row_29_what_was_cut_is_counted_in_mlflow(victim: Victim, services: Endp
 def test_row_33_keys_of_the_environment_stand_in_no_object_and_in_no_mlflow_run(
     victim: Victim, services: Endpoints, s3: Any
 ) -> None:
-    """The key of the store, which every stage used, and one that was planted for a judge."""
-    for stage in STAGES:
-        victim.in_peace(stage)
-        assert victim.attempt(stage, environment={"SAFERLHF_JUDGE_KEY": PLANTED})[0] == 0
+    """The key of the store, which every stage used, and one for a judge, which was planted."""
+    victim.finish()
     secrets = (services.environment["AWS_SECRET_ACCESS_KEY"], PLANTED)
     bucket, prefix = split_uri(victim.run.uri)
     client = MlflowClient(services.tracking_uri)
