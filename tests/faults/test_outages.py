@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import subprocess
@@ -107,6 +108,20 @@ def test_row_12_a_stage_whose_memory_does_not_suffice_ends_with_a_code_of_its_ow
     assert "lower the stage's batch size" in last and "would end alike" in last
 
 
+def with_mounts(mounts: dict[Path, str], *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command that sees a tmpfs with the given options at each of these places; nobody else sees them."""
+    script = "".join(f"mount -t tmpfs -o {options} none '{place}' || exit 77; " for place, options in mounts.items())
+    done = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", f'{script}exec "$@"', "sh", *command],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == 77 or done.stderr.startswith("unshare:"):
+        pytest.skip(f"no file systems may be mounted here: {done.stderr.strip()}")
+    return done
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [("size=64k", "No space left on device; 65536 bytes are free there"), ("ro", "Read-only file system")],
@@ -114,7 +129,6 @@ def test_row_12_a_stage_whose_memory_does_not_suffice_ends_with_a_code_of_its_ow
 def test_row_30_a_cache_that_is_full_or_read_only_is_named_with_the_bytes_it_should_hold(
     store: CheckpointStore, tmp_path: Path, options: str, reason: str
 ) -> None:
-    """A real file system of that kind, in a mount namespace of its own."""
     cache, folder = tmp_path / "small", tmp_path / "model"
     cache.mkdir()
     folder.mkdir()
@@ -124,17 +138,20 @@ def test_row_30_a_cache_that_is_full_or_read_only_is_named_with_the_bytes_it_sho
         "import sys\nfrom pathlib import Path\nfrom components.foundation.checkpoint_store import CheckpointStore\n"
         "uri, cache = sys.argv[1:]\nCheckpointStore(uri, cache_dir=Path(cache)).fetch(uri)\n"
     )
-    mount = f"mount -t tmpfs -o {options} none {cache} || exit 77"
-    command = f'{mount}; exec {sys.executable} -c "$1" {store.root_uri}/step-1 {cache}'
-    done = subprocess.run(
-        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", command, "sh", fetch],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode == 77 or done.stderr.startswith("unshare:"):
-        pytest.skip(f"no file systems may be mounted here: {done.stderr.strip()}")
+    done = with_mounts({cache: options}, sys.executable, "-c", fetch, f"{store.root_uri}/step-1", str(cache))
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("components.foundation.errors.StoreError: ")
     assert f"step-1 with 100000 bytes cannot be kept in the cache {cache} ({reason}" in last
     assert "SAFERLHF_CACHE" in last
+
+
+def test_row_30_the_doctor_names_64_mib_of_shared_memory_and_a_small_disk(tmp_path: Path) -> None:
+    mounts = {Path("/dev/shm"): "size=64m", tmp_path: "size=1g"}
+    doctor = ("doctor", "shm", "disk", "--json", "--workdir", str(tmp_path))
+    done = with_mounts(mounts, sys.executable, "-c", "from pipelines.cli import main; main()", *doctor)
+    assert done.returncode == 1, done.stderr
+    shm, disk = json.loads(done.stdout)
+    assert (shm["result"], disk["result"]) == ("warning", "failed")
+    assert shm["found"] == "/dev/shm has 0.1 GiB: too little for several GPUs"
+    assert disk["found"] == f"1.0 GiB free for the work folder {tmp_path}"
+    assert "--shm-size" in shm["to_do"] and "--workdir" in disk["to_do"]
