@@ -173,9 +173,11 @@ def test_row_29_what_was_cut_is_counted_in_mlflow(victim: Victim, services: Endp
     """Profile tiny leaves room for few tokens: every stage cuts some of the shipped texts."""
     client = MlflowClient(services.tracking_uri)
     victim.finish()
-    for stage in STAGES[:3]:
-        assert int(stage_runs(victim, client, stage)[0].data.params["truncated"]) > 0, stage
-    metrics = stage_runs(victim, client, "ppo_lagrangian")[0].data.metrics
+    for stage in STAGES[:3]:  # an attempt that finds nothing left to do has a run as well, and logs nothing
+        counts = [run.data.params.get("truncated") for run in stage_runs(victim, client, stage)]
+        assert {int(count) > 0 for count in counts if count} == {True}, stage
+    runs = [run.data.metrics for run in stage_runs(victim, client, STAGES[3])]
+    metrics = next(metrics for metrics in runs if "rollout/ended_share" in metrics)
     assert metrics["rollout/truncated_prompts"] > 0
     assert 0 <= metrics["rollout/ended_share"] <= 1
 
