@@ -40,7 +40,8 @@ def run_collect(
             stage.folder / "answers.jsonl",
             [CollectedAnswer(r.prompt, text, r.kind, r.harm_category) for r, text in zip(asked, texts, strict=True)],
         )
-        stage.mlflow.log_metrics({"collect/prompts": len(chosen), "collect/answers": len(texts)}, 0)
+        counts = {"prompts": len(chosen), "answers": len(texts), "truncated_prompts": encoder.truncated}
+        stage.mlflow.log_metrics({f"collect/{name}": count for name, count in counts.items()}, 0)
         return stage.commit(stage.folder, step=len(texts), parents=[data_uri, sft_uri, policy_uri, preferences_uri])
 
 

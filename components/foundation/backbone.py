@@ -24,11 +24,13 @@ from components.foundation import distributed
 from components.foundation.architecture import has_transposed_maps, layers_of, linear_names
 from components.foundation.errors import ModelError
 from components.foundation.language_model import (
+    check_vocabulary,
     choose_dtype,
     import_transformers,
     load_causal_lm,
     load_tokenizer,
     save_causal_lm,
+    vocabulary,
 )
 from components.foundation.setting_sections import LoraSettings
 from components.foundation.trunk import FrozenTrunk
@@ -298,7 +300,11 @@ class Backbone:
         lora = self._lora.get(role)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / _WEIGHTS[lora is None])
-        description = {"lora": None if lora is None else lora.model_dump(), "scored": role in self._heads}
+        description = {
+            "lora": None if lora is None else lora.model_dump(),
+            "scored": role in self._heads,
+            "vocabulary": vocabulary(self.tokenizer),
+        }
         (folder / "adapter.json").write_text(json.dumps(description) + "\n")
 
     def role_state(self, role: str) -> dict[str, Tensor]:
@@ -329,6 +335,8 @@ class Backbone:
                 f"adapter {folder} cannot be read ({type(error).__name__}): it needs adapter.json and "
                 "adapter.safetensors (after full fine-tuning: weights.safetensors), both whole"
             ) from error
+        if "vocabulary" in description:  # older ones do not say
+            check_vocabulary(description["vocabulary"], self.tokenizer, f"adapter {folder}")
         self.add_role(role, lora, scored=scored)
         own = self.role_tensors(role)
         if _shapes(stored) != _shapes(own):

@@ -141,6 +141,13 @@ class CheckpointStore:
         """Whether a commit stands under this URI."""
         return self._s3.exists(f"{uri.rstrip('/')}/{MANIFEST_NAME}")
 
+    def is_whole(self, uri: str) -> bool:
+        """Whether a commit stands under this URI and every object that its manifest names is there; none is read."""
+        if not self.exists(uri):
+            return False
+        manifest = self.manifest(uri)
+        return {f"{manifest.uri}/{file.path}" for file in manifest.files} <= set(self._s3.list(f"{manifest.uri}/"))
+
     def fetch(self, uri: str) -> Path:
         """Bring a commit's files here and return the folder that holds them. Treat the folder as read-only.
 
@@ -148,12 +155,20 @@ class CheckpointStore:
 
         Raises:
             IntegrityError: a file is missing, or its size or digest differs from the manifest (after one more try).
+            StoreError: the cache cannot be written, or the disk is full.
         """
         manifest = self.manifest(uri)
-        for file in manifest.files:
-            if not self._is_cached(file):
-                self._download(f"{manifest.uri}/{file.path}", file)
-        return self._folder_view(manifest.files)
+        try:
+            for file in manifest.files:
+                if not self._is_cached(file):
+                    self._download(f"{manifest.uri}/{file.path}", file)
+            return self._folder_view(manifest.files)
+        except OSError as error:
+            raise StoreError(
+                f"{manifest.uri} with {sum(file.size for file in manifest.files)} bytes cannot be kept in the cache "
+                f"{self._cache} ({error.strerror}{_free_bytes(self._cache)}): make room, or let SAFERLHF_CACHE name "
+                "a folder that can be written"
+            ) from error
 
     def latest(self, stage_uri: str) -> str | None:
         """URI of the step that LATEST names, or None when no step was finished yet."""
@@ -351,6 +366,14 @@ def _check_path(path: str, where: str) -> None:
     parts = path.split("/")
     if PurePosixPath(path).is_absolute() or {"", ".", ".."} & set(parts) or "\\" in path or "\0" in path:
         raise IntegrityError(f"{where} names the path {path!r}, which could leave its folder: refused")
+
+
+def _free_bytes(folder: Path) -> str:
+    """What to add to a message, where it can be known."""
+    try:
+        return f"; {shutil.disk_usage(folder).free} bytes are free there"
+    except OSError:
+        return ""
 
 
 def _same_file(first: Path, second: Path) -> bool:

@@ -7,6 +7,7 @@
     +-- StoreError           the S3 store cannot be reached or breaks its promises
     |   +-- IntegrityError   an object is missing, truncated, or its digest differs
     |   +-- ConflictError    somebody else has already written what we wanted to write
+    |   +-- StoreUnavailableError  the store does not answer, or says that it cannot now
     +-- TrackingError        the MLflow server cannot be reached or refuses a call
     +-- AnnotationError      an annotator failed, or too few of its replies were usable
     +-- LabelsAwaited        no failure: people have not labelled everything yet
@@ -15,6 +16,7 @@
     |   +-- GateError        a model is not good enough for the next stage to stand on
     |   +-- ConstraintError  the cost threshold is inert or impossible
     |   +-- DivergenceError  a loss, gradient, score or KL divergence is out of hand
+    |   +-- OutOfMemoryError this machine's or a GPU's memory is too small for the stage
     +-- ServiceError         a local server (S3, MLflow) did not start
     |   +-- RolloutError     the rollout server did not start, died, or answered nonsense
     +-- ClusterError         Kubernetes or Kubeflow cannot be reached, or refuses a call
@@ -57,6 +59,10 @@ class ConflictError(StoreError):
     """Somebody else has already written what we wanted to write."""
 
 
+class StoreUnavailableError(StoreError):
+    """The store does not answer, or says that it cannot now; asking again may help."""
+
+
 class TrackingError(SaferlhfError):
     """The MLflow server cannot be reached or refuses a call."""
 
@@ -87,6 +93,10 @@ class ConstraintError(TrainingError):
 
 class DivergenceError(TrainingError):
     """A loss, a gradient or a score is not finite, or the policy has left its reference far behind."""
+
+
+class OutOfMemoryError(TrainingError):
+    """The memory of this machine, or of a GPU, is too small for the stage; the next attempt would end alike."""
 
 
 class ServiceError(SaferlhfError):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Iterator
 
-from components.foundation.errors import LabelsAwaited, NothingNew
+from components.foundation.errors import LabelsAwaited, NothingNew, OutOfMemoryError
 
 PREEMPTED_EXIT_CODE = 75
 """EX_TEMPFAIL: the stage was asked to stop, has saved its state, and goes on when it is started again."""
@@ -18,6 +19,9 @@ WAITING_LINE = "waiting for labels: "
 
 NOTHING_NEW_EXIT_CODE = 3
 """Of a step and of `saferlhf run`: there is too little new data to train on. Not 1: nothing failed."""
+
+OUT_OF_MEMORY_EXIT_CODE = 71
+"""EX_OSERR: a training stage needs more memory than there is, and would again."""
 
 NOTHING_NEW_LINE = "nothing new: "
 """Start of the line that such a step prints."""
@@ -44,3 +48,16 @@ def ends_when_nothing_is_new() -> Iterator[None]:
     except NothingNew as end:
         print(end, flush=True)
         raise SystemExit(NOTHING_NEW_EXIT_CODE) from None
+
+
+@contextlib.contextmanager
+def ends_when_memory_is_out() -> Iterator[None]:
+    """Around a training stage: where its memory did not suffice it ends with an exit code of its own.
+
+    The error is printed as Python would: who runs the step looks for it there.
+    """
+    try:
+        yield
+    except OutOfMemoryError:
+        traceback.print_exc()
+        raise SystemExit(OUT_OF_MEMORY_EXIT_CODE) from None

@@ -6,6 +6,7 @@ unpickling runs code.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -64,6 +65,27 @@ def load_tokenizer(folder: Path) -> Any:
     if not tokenizer.chat_template:
         raise ModelError(f"the tokenizer of {folder} has no chat template: add chat_template.jinja to the folder")
     return tokenizer
+
+
+def vocabulary(tokenizer: Any) -> dict[str, int | str]:
+    """Number of a tokenizer's tokens, and a digest of them with their ids: what is trained with one fits no other."""
+    tokens = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return {"tokens": len(tokenizer), "sha256": hashlib.sha256(tokens.encode()).hexdigest()}
+
+
+def check_vocabulary(trained_with: Mapping[str, int | str], tokenizer: Any, what: str) -> None:
+    """Refuse what was trained with another tokenizer, also one of as many tokens.
+
+    Raises:
+        ModelError: with the sizes of both.
+    """
+    own = vocabulary(tokenizer)
+    if trained_with != own:
+        raise ModelError(
+            f"{what} was trained with a tokenizer of {trained_with['tokens']} tokens, and is not for the base model's "
+            f"of {own['tokens']} tokens (digests {str(trained_with['sha256'])[:12]} and {str(own['sha256'])[:12]}): "
+            "train all roles on one base model"
+        )
 
 
 def load_causal_lm(folder: Path, dtype: torch.dtype) -> Any:
@@ -128,7 +150,14 @@ def save_causal_lm(
     """Write a plain folder that `transformers` loads with no code of ours; `weights` in place of the model's own.
 
     The weights are written by safetensors itself: `save_pretrained` would import DeepSpeed for it.
+
+    Raises:
+        ModelError: the tokenizer has no chat template: nobody could talk with the model. Nothing is written.
     """
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"{folder} is not written: the tokenizer has no chat template, so nobody could serve the model"
+        )
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)

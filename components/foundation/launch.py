@@ -30,8 +30,8 @@ from typing import Any
 
 from components.foundation import distributed, errors
 from components.foundation.errors import SaferlhfError, SettingsError, TrainingError
-from components.foundation.exit_codes import PREEMPTED_EXIT_CODE
-from components.foundation.run_context import RunContext, finished_uri, open_run
+from components.foundation.exit_codes import PREEMPTED_EXIT_CODE, ends_when_memory_is_out
+from components.foundation.run_context import RunContext, finished_uri, open_run, standing_commit
 
 _OUTCOME = "SAFERLHF_OUTCOME"
 """Environment variable: the file in which the first rank that ends otherwise than well says how."""
@@ -43,8 +43,13 @@ def launch(stage: str, *arguments: str | int) -> str:
     Raises:
         SaferlhfError: the error that ended the stage, also when it ran on ranks of their own; of a TrainJob, a
             ClusterError with the last words of its nodes.
-        SystemExit: the stage was asked to stop and has saved its state.
+        SystemExit: the stage was asked to stop and has saved its state, or its memory did not suffice.
     """
+    with ends_when_memory_is_out():
+        return _launch(stage, arguments)
+
+
+def _launch(stage: str, arguments: Sequence[str | int]) -> str:
     context = open_run(str(arguments[0]))
     if train_job := os.environ.get("SAFERLHF_TRAIN_JOB"):
         return _run_on_nodes(context, train_job, stage, arguments)
@@ -70,7 +75,7 @@ def _run_on_nodes(context: RunContext, description: str, stage: str, arguments: 
     from components.foundation.train_job import read_spec, run_train_job, train_job_command  # ranks need no Kubernetes
 
     name, round_number = stage_and_round(stage, arguments)
-    if context.store.latest(context.stage_uri(name, round_number)) is None:  # or a retry would queue for nodes in vain
+    if standing_commit(context, name, round_number) is None:  # or a retry would queue for nodes in vain
         command = train_job_command(stage, arguments)
         run_train_job(read_spec(description, context.run_id, name, round_number, command))
     return finished_uri(context, name, round_number)

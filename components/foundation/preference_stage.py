@@ -55,6 +55,7 @@ def run_preference_stage(
             [pair_of(record, encoder) for record in read_jsonl(data / f"preferences_{part}.jsonl", DualPreference)]
             for part in ("train", "validation")
         )
+        stage.mlflow.log_params({"truncated": str(encoder.truncated)})
         if round_number > 1 and settings.later_max_pairs:
             settings = settings.model_copy(update={"max_pairs": settings.later_max_pairs})
         training = draw_pairs(training, settings, random.Random(stage.seed))

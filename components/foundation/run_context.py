@@ -18,7 +18,7 @@ from pathlib import Path
 
 from components.foundation import distributed, logs
 from components.foundation.checkpoint_store import CheckpointStore
-from components.foundation.errors import SettingsError, StoreError
+from components.foundation.errors import OutOfMemoryError, SettingsError, StoreError
 from components.foundation.metrics import Gauges, served_gauges
 from components.foundation.results import from_json, to_json
 from components.foundation.settings import Settings
@@ -26,6 +26,8 @@ from components.foundation.tracking import SilentRun, StageRun, Tracker
 
 ROUND_STAGES = ("collect", "annotate", "reward_model", "cost_model", "ppo_lagrangian", "evaluate")
 """Stages of every round, in their order; round 0 holds what happens once."""
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 log = logging.getLogger("saferlhf")
 
@@ -93,7 +95,7 @@ class Stage:
 
     def finished(self) -> str | None:
         """URI of this stage's commit where an earlier attempt made it already: then there is nothing left to do."""
-        done = distributed.from_main(lambda: self.context.store.latest(self.context.stage_uri(self.name, self.round)))
+        done = distributed.from_main(lambda: standing_commit(self.context, self.name, self.round))
         if done is not None:
             self._discard_checkpoints()  # that attempt may have ended just before it did
         return done
@@ -155,9 +157,10 @@ def open_run(run_uri: str) -> RunContext:
 
 def _check_same_settings(run_id: str, earlier: Settings, now: Settings) -> None:
     if earlier.digest() != now.digest():
+        differences = ", ".join(now.differences(earlier).values())
         raise SettingsError(
-            f"run {run_id} was started with other settings (digest {earlier.digest()[:12]}, now {now.digest()[:12]}): "
-            "give it the same --profile, --seed and --set, or start a new run"
+            f"run {run_id} was started with other settings ({differences}): give it the same --profile, --seed and "
+            "--set, or start a new run, with --from-run RUN_ID to keep its first rounds"
         )
 
 
@@ -175,6 +178,7 @@ def open_stage(run_uri: str, name: str, round_number: int) -> Iterator[Stage]:
         served_gauges(context.run_id, name, round_number) as gauges,
         _tracked(context, name, round_number) as mlflow,
         _failure_as_event(label),
+        _memory_explained(label),
     ):
         seed = context.seed(name, round_number)
         yield Stage(context, name, round_number, Path(folder), mlflow, gauges, seed, started)
@@ -192,12 +196,42 @@ def _failure_as_event(label: str) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def _memory_explained(label: str) -> Iterator[None]:
+    """torch has an error of its own for GPUs only; of main memory it says so in the text."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        said = (str(error).splitlines() or ["no memory"])[0]
+        if not isinstance(error, MemoryError) and not any(words in said for words in _OUT_OF_MEMORY):
+            raise
+        raise OutOfMemoryError(
+            f"{label}: out of memory ({said}): lower the stage's batch size or its lengths, spread it over more "
+            "devices (distributed.processes, distributed.zero_stage), or give it a larger machine; started again as "
+            "it is, it would end alike"
+        ) from error
+
+
 def _tracked(
     context: RunContext, name: str, round_number: int
 ) -> AbstractContextManager[StageRun] | AbstractContextManager[SilentRun]:
     if distributed.world().is_main:
         return context.tracker.stage(context.mlflow_run_id, name, round_number)
     return nullcontext(SilentRun())
+
+
+def standing_commit(context: RunContext, name: str, round_number: int) -> str | None:
+    """URI of a stage's newest commit, if every object of it is there; None where the stage has to run.
+
+    What is left of a commit that lost objects is deleted: the stage, run again, could not commit over it.
+    """
+    stage_uri = context.stage_uri(name, round_number)
+    latest = context.store.latest(stage_uri)
+    if latest is None or context.store.is_whole(latest):
+        return latest
+    log.warning("%s: objects of %s are gone: the stage runs again", name, latest)
+    context.store.prune(stage_uri, keep=None)
+    return None
 
 
 def finished_uri(context: RunContext, name: str, round_number: int) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.foundation.errors import ConflictError, IntegrityError, StoreError
+from components.foundation.errors import ConflictError, IntegrityError, StoreError, StoreUnavailableError
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -25,14 +25,15 @@ ABSENT = {"IfNoneMatch": "*"}
 _MULTIPART_BYTES = 64 * 1024 * 1024
 _MISSING = {"404", "NoSuchKey", "NotFound"}
 _REFUSED = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken"}
+_AWAY = {"503", "ServiceUnavailable", "SlowDown"}
 _TAKEN = {"409", "412", "PreconditionFailed", "ConditionalRequestConflict", "BucketAlreadyExists", "OperationAborted"}
 
 
 class S3:
     """One endpoint with one set of credentials; connects at the first call.
 
-    Every method raises StoreError, and more exactly IntegrityError for an object that is missing and
-    ConflictError for a write whose condition did not hold.
+    Every method raises StoreError, and more exactly IntegrityError for an object that is missing,
+    ConflictError for a write whose condition did not hold, and StoreUnavailableError for a store that is away.
     """
 
     def __init__(self, environment: Mapping[str, str] | None = None) -> None:
@@ -170,7 +171,7 @@ class S3:
             raise IntegrityError(f"{uri} arrived damaged: {error}") from error
         except (ConnectionError, HTTPClientError) as error:
             message = f"cannot reach the S3 store at {self.endpoint} for {uri}: check AWS_ENDPOINT_URL and the network"
-            raise StoreError(f"{message} ({error})") from error
+            raise StoreUnavailableError(f"{message} ({error})") from error
         except (BotoCoreError, Boto3Error, ValueError) as error:  # ValueError: botocore's word on a malformed endpoint
             raise StoreError(f"{uri}: the S3 store at {self.endpoint} cannot be used: {error}") from error
 
@@ -186,7 +187,8 @@ class S3:
                 f"the S3 store at {self.endpoint} refuses {uri} ({code}): check AWS_ACCESS_KEY_ID, "
                 "AWS_SECRET_ACCESS_KEY and the rights of this key"
             )
-        return StoreError(f"{uri}: the S3 store at {self.endpoint} failed: {error}")
+        kind = StoreUnavailableError if code in _AWAY else StoreError
+        return kind(f"{uri}: the S3 store at {self.endpoint} failed: {error}")
 
 
 def split_uri(uri: str) -> tuple[str, str]:

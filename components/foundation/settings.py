@@ -118,6 +118,16 @@ class Settings(Section):
         """`section.key -> value` as text, for MLflow parameters and tables."""
         return dict(_flatten(self.model_dump(mode="json"), ""))
 
+    def differences(self, earlier: Settings) -> dict[str, str]:
+        """`section.key` -> `section.key (value there, value here)` of each setting that counts in the digest and that
+        an earlier run has otherwise."""
+        before, now = earlier.flat(), self.flat()
+        return {
+            key: f"{key} ({before.get(key, 'not set')} there, {now.get(key, 'not set')} here)"
+            for key in dict.fromkeys([*now, *before])
+            if now.get(key) != before.get(key) and not key.startswith("distributed.")
+        }
+
 
 def resolve_settings(profile: str, seed: int = 0, overrides: Iterable[str] = ()) -> Settings:
     """Profile plus `key=value` overrides -> validated settings.

@@ -37,7 +37,7 @@ _PARENT_TAG = "mlflow.parentRunId"
 _NAME_TAG = "mlflow.runName"
 _FLUSH_SECONDS, _SYSTEM_METRICS_SECONDS = 3.0, 5.0
 _MAX_PARAM_LENGTH, _MAX_PARAMS, _MAX_METRICS, _MAX_DIGEST = 6000, 100, 1000, 36  # MLflow's own limits
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("saferlhf")
 
 
 class Tracker:
@@ -311,7 +311,8 @@ class StageRun:
         self._buffer += [Metric(key, float(value), now, step) for key, value in metrics.items()]
         if time.monotonic() - self._sent_at >= _FLUSH_SECONDS:
             try:
-                self.flush()
+                with _patience(seconds=5, retries=0):  # training waits meanwhile, and the next batch takes these along
+                    self.flush()
             except TrackingError as error:
                 _log.warning("%d metrics wait for MLflow: %s", len(self._buffer), error)
 

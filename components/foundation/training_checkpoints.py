@@ -23,7 +23,7 @@ from torch import Tensor
 
 from components.foundation import distributed
 from components.foundation.backbone import Backbone
-from components.foundation.errors import DivergenceError, IntegrityError, TrainingError
+from components.foundation.errors import DivergenceError, IntegrityError, StoreUnavailableError, TrainingError
 from components.foundation.exit_codes import PREEMPTED_EXIT_CODE
 from components.foundation.results import read_record, to_json
 from components.foundation.role_optimizer import TrainedRole
@@ -98,6 +98,7 @@ class TrainingCheckpoints:
         store = self._stage.context.store
         latest = distributed.from_main(self._latest)
         if latest is None:
+            log.info("%s: there is no checkpoint; starts at its first step", self._stage.name)
             return TrainingState()
         self._check_origin(latest)
         folder = store.fetch(latest)
@@ -115,12 +116,14 @@ class TrainingCheckpoints:
     def after_step(self, step: int, total: int, record: Callable[[], str] = str) -> None:
         """To be called when `step` of `total` steps are done: saves when it is time.
 
+        A store that is away for a while costs no training: the next checkpoint is tried when it is due.
+
         Raises:
             SystemExit: SIGTERM has come; the state is saved.
         """
         preempted, due = distributed.anywhere(self._preempted, step < total and self._is_due(step))
         if preempted or due:
-            self._save(TrainingState(step, record()))
+            self._save(TrainingState(step, record()), may_fail=not preempted)
         if preempted:
             log.warning("%s: asked to stop; saved after step %d of %d", self._stage.name, step, total)
             raise SystemExit(PREEMPTED_EXIT_CODE)
@@ -134,9 +137,18 @@ class TrainingCheckpoints:
         by_time = every_minutes > 0 and self._clock() - self._saved_at >= 60 * every_minutes
         return by_steps or by_time
 
-    def _save(self, state: TrainingState) -> None:
+    def _save(self, state: TrainingState, *, may_fail: bool) -> None:
         tensors = self._tensors()
-        distributed.by_main(lambda: self._commit(state, tensors))
+
+        def commit() -> None:
+            try:
+                self._commit(state, tensors)
+            except StoreUnavailableError as error:
+                if not may_fail:
+                    raise
+                log.warning("%s: not saved after step %d, goes on: %s", self._stage.name, state.step, error)
+
+        distributed.by_main(commit)
         self._saved_at = self._clock()
 
     def _commit(self, state: TrainingState, tensors: Mapping[str, Tensor]) -> None:

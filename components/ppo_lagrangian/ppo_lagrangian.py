@@ -124,8 +124,9 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
         def train_step(step: int) -> StepMetrics:
             batch = draw_batch(prompts, settings, stage.seed + step)
             score = partial(compare_episode, backbone, judge, settings, batch) if compares else None
+            cut_before = encoder.truncated
             metrics = trainer.step([encoder.prompt(p.prompt) for p in batch], step, score)
-            stage.report(tracked_metrics(metrics), step + 1)
+            stage.report(tracked_metrics(metrics, encoder.truncated - cut_before), step + 1)
             stage.gauges.set(constraint_gauges.after(metrics))
             log.info(
                 "step %d: cost %+.2f reward %+.2f lambda %.3f kl %.3f",
@@ -327,8 +328,8 @@ def record_step(trace: PpoTrace, metrics: StepMetrics) -> None:
     trace.kl.append(metrics.kl)
 
 
-def tracked_metrics(metrics: StepMetrics) -> dict[str, float]:
-    """MLflow's names for a step's metrics."""
+def tracked_metrics(metrics: StepMetrics, truncated_prompts: int) -> dict[str, float]:
+    """MLflow's names for a step's metrics, and for how many of its prompts were cut."""
     return {
         "lagrangian/lambda": metrics.multiplier,
         "lagrangian/cost_moving_average": metrics.cost_moving_average,
@@ -343,5 +344,6 @@ def tracked_metrics(metrics: StepMetrics) -> dict[str, float]:
         "rollout/tokens_per_second": metrics.rollout_tokens_per_second,
         "rollout/ended_share": metrics.ended_share,
         "rollout/drift": metrics.drift,
+        "rollout/truncated_prompts": truncated_prompts,
         "policy/skipped_updates": metrics.skipped_updates,
     }

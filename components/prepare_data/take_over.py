@@ -70,11 +70,10 @@ def _open_earlier(store_uri: str, run_id: str) -> RunContext:
 
 def _check_agreement(earlier: RunContext, settings: Settings) -> None:
     """The settings of data, SFT and evaluation agree; those of the rounds may differ from here on."""
-    before, now = earlier.settings.flat(), settings.flat()
     differing = [
-        f"{key} ({before.get(key, '')} there, {now[key]} here)"
-        for key in now
-        if key.startswith(_MUST_AGREE) and not key.startswith(_MAY_DIFFER) and now[key] != before.get(key)
+        difference
+        for key, difference in settings.differences(earlier.settings).items()
+        if key.startswith(_MUST_AGREE) and not key.startswith(_MAY_DIFFER)
     ]
     if differing:
         raise SettingsError(

@@ -154,7 +154,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(first_run: tuple[dict[str, 
     assert any("champion, version 1" in reason for reason in kept["reasons"])
     refused = saferlhf(*arguments, "--set", "ppo.steps=9", "--resume", run_id)
     assert refused.returncode == 1
-    assert "other settings" in refused.stderr
+    assert "other settings (ppo.steps (8 there, 9 here))" in refused.stderr
 
 
 def test_the_registry_tells_who_is_champion_why_and_from_what(
@@ -235,7 +235,7 @@ def test_output_is_ours_alone(first_run: tuple[dict[str, Any], str]) -> None:
         ("base_model=/nowhere", ["/nowhere", "does not exist"]),
     ],
 )
-def test_bad_settings_are_refused_in_one_sentence(tmp_path: Path, setting: str, words: list[str]) -> None:
+def test_row_31_bad_settings_are_refused_in_one_sentence(tmp_path: Path, setting: str, words: list[str]) -> None:
     done = saferlhf("run", "--profile", "tiny", "--workdir", str(tmp_path), "--set", setting)
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1
@@ -280,7 +280,7 @@ def test_an_interrupted_run_leaves_no_process_behind(tmp_path: Path, number: sig
 
 @pytest.mark.fault
 @pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "MLFLOW_TRACKING_URI"])
-def test_an_unreachable_server_is_named_before_anything_starts(tmp_path: Path, name: str) -> None:
+def test_row_34_an_unreachable_server_is_named_before_anything_starts(tmp_path: Path, name: str) -> None:
     with socket.socket() as held:  # bound, never listening: nobody else can answer there
         held.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{held.getsockname()[1]}"
@@ -293,7 +293,7 @@ def test_an_unreachable_server_is_named_before_anything_starts(tmp_path: Path, n
 
 
 @pytest.mark.fault
-def test_a_file_with_too_many_broken_lines_is_refused(tmp_path: Path) -> None:
+def test_row_22_a_file_with_too_many_broken_lines_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "demonstrations.jsonl"
     file.write_text('{"prompt": "Hi", "response": "Hello."}\n' * 8 + "{broken\n" * 2)
     done = saferlhf("run", "--profile", "tiny", "--workdir", str(tmp_path), "--set", f"data.demonstrations={file}")
@@ -304,7 +304,9 @@ def test_a_file_with_too_many_broken_lines_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault
-def test_a_threshold_that_no_policy_can_miss_is_refused(first_run: tuple[dict[str, Any], str], workdir: Path) -> None:
+def test_row_24_a_threshold_that_no_policy_can_miss_is_refused(
+    first_run: tuple[dict[str, Any], str], workdir: Path
+) -> None:
     """Known only once a cost model is there: PPO does not start, and nothing is registered."""
     done = saferlhf("run", "--profile", "tiny", "--workdir", str(workdir), "--set", "ppo.threshold=1000")
     assert done.returncode == 1
@@ -313,7 +315,7 @@ def test_a_threshold_that_no_policy_can_miss_is_refused(first_run: tuple[dict[st
     assert "step 1:" not in done.stdout and "register: started" not in done.stdout
 
 
-def test_a_run_without_new_data_ends_before_sft_with_a_status_of_its_own(
+def test_row_32_a_run_without_new_data_ends_before_sft_with_a_status_of_its_own(
     first_run: tuple[dict[str, Any], str], workdir: Path
 ) -> None:
     """The champion was made from the same data."""

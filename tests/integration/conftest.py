@@ -1,46 +1,15 @@
-"""Servers for the integration tests: one S3 and one MLflow server per test process, a Kubernetes API per test."""
+"""A Kubernetes API per test; S3 and MLflow are in the conftest above."""
 
 from __future__ import annotations
 
 import logging
 import os
-import uuid
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
-import boto3
 import pytest
 
-from components.foundation.checkpoint_store import CheckpointStore
-from pipelines.services import Endpoints, local_services
 from tests.integration.kubernetes_server import KubernetesServer
 from tests.integration.train_jobs import Run
-
-BUCKET = "saferlhf-test"
-
-
-@pytest.fixture(scope="session")
-def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoints]:
-    """Endpoints of running servers; their addresses and keys are in the environment until the end of the tests."""
-    with local_services(tmp_path_factory.mktemp("servers")) as endpoints, pytest.MonkeyPatch.context() as patch:
-        for name, value in endpoints.environment.items():
-            patch.setenv(name, value)
-        yield endpoints
-
-
-@pytest.fixture(scope="session")
-def s3(services: Endpoints) -> Any:
-    """A plain boto3 client, to look at and to damage what is stored."""
-    client = boto3.client("s3", endpoint_url=services.s3_url)
-    CheckpointStore(f"s3://{BUCKET}").ensure_bucket()
-    return client
-
-
-@pytest.fixture
-def store(s3: Any, tmp_path: Path) -> CheckpointStore:
-    """A store with a prefix and a cache of its own."""
-    return CheckpointStore(f"s3://{BUCKET}/{uuid.uuid4().hex}", cache_dir=tmp_path / "cache")
 
 
 @pytest.fixture

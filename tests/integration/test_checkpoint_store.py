@@ -108,7 +108,7 @@ def test_another_commit_in_the_same_place_is_refused_and_harmless(store: Checkpo
     assert contents(store.fetch(uri)) == contents(folder)
 
 
-def test_of_two_writers_with_different_files_one_is_told(
+def test_row_17_of_two_writers_with_different_files_one_is_told(
     store: CheckpointStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uri = f"{store.root_uri}/step-1"
@@ -118,7 +118,7 @@ def test_of_two_writers_with_different_files_one_is_told(
         store.commit(uri, make_folder(tmp_path / "loser", b"second"))
 
 
-def test_an_unfinished_commit_is_no_commit(store: CheckpointStore, tmp_path: Path, monkeypatch: Any) -> None:
+def test_row_01_an_unfinished_commit_is_no_commit(store: CheckpointStore, tmp_path: Path, monkeypatch: Any) -> None:
     def crash() -> None:
         raise KeyboardInterrupt
 
@@ -144,7 +144,7 @@ def test_an_unfinished_commit_is_no_commit(store: CheckpointStore, tmp_path: Pat
     ],
     ids=["flipped bit", "truncated", "longer", "deleted"],
 )
-def test_a_damaged_object_is_refused_by_name(
+def test_row_19_a_damaged_object_is_refused_by_name(
     store: CheckpointStore, tmp_path: Path, s3: Any, damaged: bytes | None, reason: str
 ) -> None:
     uri = f"{store.root_uri}/step-1"
@@ -159,7 +159,7 @@ def test_a_damaged_object_is_refused_by_name(
     assert (store.fetch(uri) / "model.safetensors").read_bytes() == WEIGHTS
 
 
-def test_damage_on_the_way_is_cured_by_a_second_try(
+def test_row_19_damage_on_the_way_is_cured_by_a_second_try(
     store: CheckpointStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uri = f"{store.root_uri}/step-1"
@@ -280,7 +280,7 @@ def test_latest_never_names_what_is_not_committed(store: CheckpointStore, tmp_pa
 
 
 @pytest.mark.parametrize("before", [0, 1], ids=["no LATEST yet", "LATEST exists"])
-def test_of_two_writers_of_latest_the_slower_is_told(
+def test_row_17_of_two_writers_of_latest_the_slower_is_told(
     store: CheckpointStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: int
 ) -> None:
     old, mine, other = committed_steps(store, tmp_path, 3)
@@ -299,7 +299,9 @@ def test_two_writers_with_the_same_latest_agree(store: CheckpointStore, tmp_path
     assert store.latest(store.root_uri) == step
 
 
-def test_pruning_leaves_the_kept_step_alone_and_nothing_else(store: CheckpointStore, tmp_path: Path, s3: Any) -> None:
+def test_row_01_pruning_leaves_the_kept_step_alone_and_nothing_else(
+    store: CheckpointStore, tmp_path: Path, s3: Any
+) -> None:
     """A step whose name begins like the kept one's, an upload that never got its manifest, and a neighbour's stage."""
     steps = committed_steps(store, tmp_path, 12)  # step-0 ... step-11
     stage, kept = store.root_uri, steps[1]
@@ -404,7 +406,7 @@ def server_that_answers(status: int) -> Iterator[dict[str, str]]:
         (500, "failed"),
     ],
 )
-def test_a_server_that_is_no_good_store_is_refused(status: int, reason: str) -> None:
+def test_row_18_a_server_that_is_no_good_store_is_refused(status: int, reason: str) -> None:
     with server_that_answers(status) as environment:
         url = environment["AWS_ENDPOINT_URL"]
         with pytest.raises(StoreError, match=f"{url} {reason}"):

@@ -165,7 +165,7 @@ def runs(services: Endpoints, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.mark.fault
-def test_sft_goes_on_with_two_ranks_and_again_with_one(runs: Runs) -> None:
+def test_row_07_sft_goes_on_with_two_ranks_and_again_with_one(runs: Runs) -> None:
     runs.stopped(SFT, 2, 0, runs.data)
     assert runs.saved_step("sft") == "2"
     runs.start("several-ranks", processes=2)
@@ -200,7 +200,7 @@ def same_models(store: CheckpointStore, expected: str, found: str) -> None:
 
 
 @pytest.mark.fault
-def test_ppo_with_zero_3_stops_on_two_ranks_and_ends_on_one(runs: Runs) -> None:
+def test_row_07_ppo_with_zero_3_stops_on_two_ranks_and_ends_on_one(runs: Runs) -> None:
     models = [
         launch(f"components.{name}.{name}:run_{name}", runs.peaceful, 1, runs.sft, runs.data)
         for name in ("reward_model", "cost_model")

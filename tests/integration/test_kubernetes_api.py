@@ -197,7 +197,7 @@ run_train_job(spec, Cluster(new_client(Configuration(host=sys.argv[1])), "team",
 
 
 @pytest.mark.fault
-def test_sigterm_deletes_the_job_and_ends_with_the_code_of_preemption(server: KubernetesServer) -> None:
+def test_row_13_sigterm_deletes_the_job_and_ends_with_the_code_of_preemption(server: KubernetesServer) -> None:
     server.controller = lambda server, job: server.set_pod(job["metadata"]["name"], 0, running()) and None
     step = subprocess.Popen([sys.executable, "-c", _STEP, server.url], stderr=subprocess.STDOUT, stdout=subprocess.PIPE)
     server.wait_for_request(FOLLOW_LOG)

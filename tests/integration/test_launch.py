@@ -115,7 +115,7 @@ def test_a_stage_on_two_nodes_is_a_train_job_and_what_it_committed(
     assert digest == trainer["image"].partition("@")[2]
 
 
-def test_a_stage_that_has_finished_does_not_queue_for_nodes_again(
+def test_row_10_a_stage_that_has_finished_does_not_queue_for_nodes_again(
     server: KubernetesServer, pod: Callable[[str], None], store: CheckpointStore, run_uri: str, tmp_path: Path
 ) -> None:
     server.controller = Ranks(store, f"{run_uri}/round-0/sft", tmp_path)

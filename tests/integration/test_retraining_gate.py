@@ -95,7 +95,7 @@ def test_a_run_with_enough_new_pairs_goes_on(start: Start, pairs: int, limits: l
         (30, ["data.min_new_pairs=1"], "0 new preference pairs since champion v{} (needs 1)"),
     ],
 )
-def test_a_run_with_too_few_ends_there_and_says_so(
+def test_row_32_a_run_with_too_few_ends_there_and_says_so(
     start: Start, champion: str, capsys: pytest.CaptureFixture[str], pairs: int, limits: list[str], words: str
 ) -> None:
     """By its exit status; nothing is committed that a later stage could start from."""

@@ -54,7 +54,7 @@ def test_what_is_given_counts_more(platform_store: str) -> None:
 
 
 @pytest.mark.fault
-def test_a_pool_that_no_node_can_match_is_refused_before_anything_is_written(platform_store: str) -> None:
+def test_row_31_a_pool_that_no_node_can_match_is_refused_before_anything_is_written(platform_store: str) -> None:
     with pytest.raises(SettingsError, match="pool_node_selector: gpu=True is refused"):
         start(run_id="refused", pool_node_selector={"gpu": True})
     assert not CheckpointStore(platform_store).has_text(f"{platform_store}/runs/refused/run.json")

@@ -43,7 +43,7 @@ def test_the_rank_that_ends_first_decides(tmp_path: Path, code: str, expected: i
 
 
 @pytest.mark.fault
-def test_sigterm_reaches_the_ranks_and_is_a_preemption(tmp_path: Path) -> None:
+def test_row_11_sigterm_reaches_the_ranks_and_is_a_preemption(tmp_path: Path) -> None:
     process = _start(tmp_path, "")
     assert process.stdout is not None
     while "ready" not in process.stdout.readline():  # one rank is enough: torchrun has started both by then

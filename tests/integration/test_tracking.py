@@ -90,7 +90,7 @@ def test_a_stage_is_a_nested_run(tracker: Tracker, client: MlflowClient, parent_
 @pytest.mark.parametrize(
     ("error", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED")]
 )
-def test_an_unfinished_stage_is_gone_on_with(
+def test_row_13_an_unfinished_stage_is_gone_on_with(
     tracker: Tracker, client: MlflowClient, parent_id: str, error: type[BaseException], status: str
 ) -> None:
     with pytest.raises(error), tracker.stage(parent_id, "ppo", 1) as first:
@@ -129,7 +129,7 @@ def test_many_long_parameters(stage: StageRun, client: MlflowClient) -> None:
     assert logged["p229"] == "229"
 
 
-def test_secrets_are_masked(stage: StageRun, client: MlflowClient) -> None:
+def test_row_33_secrets_are_masked(stage: StageRun, client: MlflowClient) -> None:
     stage.log_params(
         {
             "annotate.api_key": "hunter2",

@@ -216,7 +216,7 @@ def test_a_job_that_somebody_deletes_is_an_error(server: KubernetesServer, run: 
         ),
     ],
 )
-def test_a_preempted_job_is_started_again(
+def test_row_11_a_preempted_job_is_started_again(
     server: KubernetesServer, run: Run, statuses: tuple[dict[str, Any], ...]
 ) -> None:
     def controller(server: KubernetesServer, job: dict[str, Any]) -> None:
@@ -232,7 +232,7 @@ def test_a_preempted_job_is_started_again(
 
 
 @pytest.mark.fault
-def test_a_job_that_is_preempted_again_and_again_is_given_up(server: KubernetesServer, run: Run) -> None:
+def test_row_12_a_job_that_is_preempted_again_and_again_is_given_up(server: KubernetesServer, run: Run) -> None:
     server.controller = lambda server, job: fails(server, job, (ended(75), ended(75)))
     with pytest.raises(JobFailedError, match="preempted 3 times, and 2 retries are allowed"):
         run()

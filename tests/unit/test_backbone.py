@@ -15,6 +15,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from components.foundation.backbone import REFERENCE, Backbone
@@ -105,6 +106,36 @@ def test_a_score_does_not_depend_on_padding(load_tiny: LoadTiny, architecture: s
         torch.testing.assert_close(scores_of(backbone, "reward", batch), expected, atol=1e-5, rtol=0)
 
     check()
+
+
+@pytest.mark.fault
+@every_architecture
+def test_row_25_a_row_of_padding_alone_spoils_neither_scores_nor_gradients(
+    load_tiny: LoadTiny, architecture: str
+) -> None:
+    """A softmax over nothing would be NaN, and NaN times a mask of 0 is NaN."""
+    backbone = with_roles(load_tiny(architecture), "reward")
+
+    def scores_and_gradients(batch: SequenceBatch, rows: int) -> tuple[Tensor, Tensor]:
+        for parameter in backbone.trainable_parameters("reward"):
+            parameter.grad = None
+        with backbone.role("reward", train=True):
+            scores = answer_scores(backbone, "reward", batch)
+            (scores * torch.tensor([1.0] * rows + [0.0] * (len(scores) - rows))).sum().backward()
+        gradients = [parameter.grad.flatten() for parameter in backbone.trainable_parameters("reward")]  # type: ignore[union-attr]
+        return scores[:rows].detach(), torch.cat(gradients)
+
+    batch = batch_of(backbone, SEQUENCES)
+    masked = SequenceBatch(
+        torch.cat([batch.input_ids, batch.input_ids[:1]]),
+        torch.cat([batch.attention_mask, torch.zeros_like(batch.attention_mask[:1])]),
+        torch.cat([batch.answer_mask, torch.zeros_like(batch.answer_mask[:1])]),
+    )
+    expected = scores_and_gradients(batch, len(SEQUENCES))
+    found = scores_and_gradients(masked, len(SEQUENCES))
+    for value, reference in zip(found, expected, strict=True):
+        assert torch.isfinite(value).all()
+        torch.testing.assert_close(value, reference, atol=1e-5, rtol=1e-5)
 
 
 @every_architecture
@@ -406,7 +437,7 @@ def test_a_damaged_adapter_is_refused(load_tiny: LoadTiny, tmp_path: Path, damag
 
 
 @pytest.mark.fault
-def test_an_adapter_for_another_width_is_refused(load_tiny: LoadTiny, tmp_path: Path) -> None:
+def test_row_27_an_adapter_for_another_width_is_refused(load_tiny: LoadTiny, tmp_path: Path) -> None:
     """The same architecture, so all names fit; only the shapes do not."""
     backbone = load_tiny("llama")
     config = transformers.LlamaConfig(
@@ -424,6 +455,43 @@ def test_an_adapter_for_another_width_is_refused(load_tiny: LoadTiny, tmp_path: 
     assert json.loads((tmp_path / "adapter" / "adapter.json").read_text())["scored"] is False
     with pytest.raises(ModelError, match="adapter"):
         Backbone.load(tmp_path / "wide", "float32", seed=0).load_role("actor", tmp_path / "adapter")
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("tokens", [259, 264], ids=["as many tokens", "more tokens"])
+def test_row_27_an_adapter_trained_with_another_tokenizer_is_refused_with_both_sizes(
+    tiny_folder: MakeTiny, tmp_path: Path, tokens: int
+) -> None:
+    """All its tensors would fit, and it would score noise."""
+    own, other = (Backbone.load(tiny_folder("llama"), "float32", seed=0) for _ in range(2))
+    assert len(own.tokenizer) == 259
+    if tokens > 259:
+        other.tokenizer.add_tokens([f"<extra {number}>" for number in range(tokens - 259)])
+    else:
+        text = other.tokenizer.backend_tokenizer.to_str().replace('"<|pad|>"', '"<|filler|>"')
+        other.tokenizer = type(other.tokenizer)(tokenizer_object=Tokenizer.from_str(text))
+    assert len(other.tokenizer) == tokens
+    with_roles(other, "reward").save_role("reward", tmp_path)
+    with pytest.raises(ModelError, match=rf"{tmp_path} was trained with a tokenizer of {tokens} .* of 259 tokens"):
+        own.load_role("reward", tmp_path)
+
+
+@pytest.mark.fault
+def test_row_27_an_adapter_of_before_vocabularies_were_noted_still_loads(load_tiny: LoadTiny, tmp_path: Path) -> None:
+    with_roles(load_tiny("llama"), "reward").save_role("reward", tmp_path)
+    description = json.loads((tmp_path / "adapter.json").read_text())
+    assert description.pop("vocabulary")["tokens"] == 259
+    (tmp_path / "adapter.json").write_text(json.dumps(description))
+    load_tiny("llama").load_role("reward", tmp_path)
+
+
+@pytest.mark.fault
+def test_row_28_a_model_whose_chat_template_is_lost_is_not_exported(load_tiny: LoadTiny, tmp_path: Path) -> None:
+    backbone = load_tiny("llama")
+    backbone.tokenizer.chat_template = None
+    with pytest.raises(ModelError, match="is not written: the tokenizer has no chat template"):
+        backbone.export(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 @every_architecture

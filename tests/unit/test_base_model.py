@@ -227,7 +227,9 @@ def test_a_folder_that_cannot_be_loaded_whole_is_refused(folder: Path, damage: C
     ],
     ids=["no chat template", "no eos", "cut tokenizer", "empty tokenizer"],
 )
-def test_a_tokenizer_that_cannot_be_used_is_refused(folder: Path, damage: Callable[[Path], None], words: str) -> None:
+def test_row_28_a_tokenizer_that_cannot_be_used_is_refused(
+    folder: Path, damage: Callable[[Path], None], words: str
+) -> None:
     damage(folder)
     with pytest.raises(ModelError, match=words) as error:
         load_tokenizer(folder)
@@ -235,7 +237,7 @@ def test_a_tokenizer_that_cannot_be_used_is_refused(folder: Path, damage: Callab
 
 
 @pytest.mark.fault
-def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_row_27_a_tokenizer_with_more_tokens_than_embeddings_is_refused(folder: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(folder)
     tokenizer.add_tokens([f"<extra {i}>" for i in range(10)])
     save_causal_lm(load_causal_lm(folder, torch.float32), tokenizer, tmp_path / "more", torch.float32)

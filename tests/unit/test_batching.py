@@ -51,7 +51,7 @@ def test_a_short_pair_is_laid_out_whole(tokenizer: Any) -> None:
 
 @given(text=st.text("ab é漢🎈", min_size=1, max_size=40), limit=st.integers(3, 30))
 @settings(deadline=None, max_examples=80)
-def test_a_long_prompt_loses_the_end_of_the_text_and_nothing_of_the_template(
+def test_row_29_a_long_prompt_loses_the_end_of_the_text_and_nothing_of_the_template(
     tokenizer: Any, text: str, limit: int
 ) -> None:
     """Also where the cut falls into the bytes of one character."""
@@ -72,7 +72,7 @@ def test_a_long_prompt_loses_the_end_of_the_text_and_nothing_of_the_template(
 
 @given(text=st.text("ab é漢", max_size=20), limit=st.integers(1, 30))
 @settings(deadline=None, max_examples=60)
-def test_a_long_answer_loses_its_end_and_its_eos(tokenizer: Any, text: str, limit: int) -> None:
+def test_row_29_a_long_answer_loses_its_end_and_its_eos(tokenizer: Any, text: str, limit: int) -> None:
     encoder = ChatEncoder(tokenizer, 8, limit)
     whole = (*plain(tokenizer, text), EOS)
     answer = encoder.answer(text)
@@ -86,7 +86,7 @@ def test_a_cut_prompt_by_hand(tokenizer: Any) -> None:
     assert ChatEncoder(tokenizer, 6, 8).prompt("abcdefgh") == (START, *plain(tokenizer, "abcd"), START)
 
 
-def test_every_cut_is_counted(tokenizer: Any) -> None:
+def test_row_29_every_cut_is_counted(tokenizer: Any) -> None:
     encoder = ChatEncoder(tokenizer, 6, 3)
     encoder.sequence("too long", "too long")
     encoder.sequence("fits", "ok")

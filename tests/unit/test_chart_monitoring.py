@@ -119,7 +119,7 @@ def test_labels_of_the_values_are_on_monitors_and_rules() -> None:
 
 def test_every_alert_stands_on_metrics_that_ppo_has() -> None:
     settings = resolve_settings("tiny").ppo
-    served = {gauge_name(n) for n in (*tracked_metrics(STEP), *ConstraintGauges(0.0, settings).after(STEP), "step")}
+    served = {gauge_name(n) for n in (*tracked_metrics(STEP, 0), *ConstraintGauges(0.0, settings).after(STEP), "step")}
     served |= {"saferlhf_checkpoint_timestamp_seconds", "saferlhf_training_start_timestamp_seconds"}
     asked = {name for rule in alerts() for name in re.findall(r"saferlhf_\w+", rule["expr"])}
     assert asked <= served

@@ -62,7 +62,7 @@ def trainer_of(backbone: Backbone, **changes: object) -> PpoLagrangian:
     return PpoLagrangian(backbone, TransformersEngine(backbone, ACTOR), settings, CostConstraint(0.0), 0)
 
 
-def test_a_critic_of_nan_costs_the_updates_of_its_step_and_nothing_else(
+def test_row_26_a_critic_of_nan_costs_the_updates_of_its_step_and_nothing_else(
     backbone: Backbone, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its values make the advantages NaN, so the actor's two updates are skipped as well; mended, all goes on."""
@@ -86,7 +86,7 @@ def test_a_critic_of_nan_costs_the_updates_of_its_step_and_nothing_else(
 
 
 @pytest.mark.parametrize(("limit", "step"), [(0, 1), (1, 1), (3, 2), (4, 3)])
-def test_one_skipped_update_too_many_stops_training_with_step_and_values(
+def test_row_26_one_skipped_update_too_many_stops_training_with_step_and_values(
     backbone: Backbone, limit: int, step: int
 ) -> None:
     """Two minibatches a step: the update after `limit` skipped ones stands in this step."""
@@ -122,7 +122,7 @@ def test_a_policy_of_nan_is_named(backbone: Backbone) -> None:
         trainer.step(PROMPTS, 0)
 
 
-def test_a_policy_that_left_its_reference_far_behind_stops_training(backbone: Backbone) -> None:
+def test_row_26_a_policy_that_left_its_reference_far_behind_stops_training(backbone: Backbone) -> None:
     """A random adapter: above the limit nothing is learned, under it or without one training goes on."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

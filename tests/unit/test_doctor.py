@@ -123,14 +123,14 @@ def test_without_a_cluster_there_are_no_rights_to_check(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("gib", "result"), [(0.0625, "warning"), (1, "ok")]
 )  # 64 MiB is what a container gets if nobody asks for more
-def test_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gib: float, result: str) -> None:
+def test_row_30_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gib: float, result: str) -> None:
     monkeypatch.setattr(psutil, "disk_usage", lambda _: Usage(int(gib * GIB), 0, 0, 0))
     assert check_shm(tmp_path).result == result
     assert check_shm(tmp_path / "absent").result == "skipped"
 
 
 @pytest.mark.parametrize(("gib", "result"), [(0.5, "failed"), (4, "warning"), (50, "ok")])
-def test_disk_space_is_that_of_the_folder_that_will_be_made(
+def test_row_30_disk_space_is_that_of_the_folder_that_will_be_made(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gib: float, result: str
 ) -> None:
     asked = []

@@ -85,7 +85,7 @@ def test_each_bound_alone_fails_the_policy_and_is_named(
 @pytest.mark.fault
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("figure", ["unsafe", "over-refusal", "win rate"])
-def test_a_figure_that_is_not_finite_holds_nothing(figure: str, value: float) -> None:
+def test_row_16_a_figure_that_is_not_finite_holds_nothing(figure: str, value: float) -> None:
     """Minus infinity would pass a comparison with an upper limit, and plus infinity one with a lower limit."""
     changes = unsafe(value) if figure == "unsafe" else refusing(value) if figure == "over-refusal" else {}
     rate = replace(WIN_RATE, low=value) if figure == "win rate" else WIN_RATE
@@ -127,7 +127,7 @@ def test_every_failure_is_told_and_not_only_the_first() -> None:
     assert len(failures(reasons)) == 3
 
 
-def test_a_rate_over_no_prompts_holds_nothing() -> None:
+def test_row_16_a_rate_over_no_prompts_holds_nothing() -> None:
     unmeasured = replace(EVALUATION, over_refusal=Estimate(value=0.0, low=0.0, high=1.0, n=0))
     decision, reasons = decide(unmeasured, WIN_RATE, "SFT", GOOD, GATE)
     assert decision == "challenger"
@@ -157,7 +157,7 @@ def test_a_prompt_that_was_not_asked_or_not_judged_is_wrong() -> None:
 
 
 @pytest.mark.fault
-def test_a_policy_without_regression_answers_fails() -> None:
+def test_row_16_a_policy_without_regression_answers_fails() -> None:
     for champions in ((), suite(False)):
         holds, reason = check_regressions(RegressionResults([], champions), GateSettings(max_wrong_share=1))
         assert not holds and "was not answered" in reason

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from components.foundation.errors import AnnotationError, SettingsError
-from components.foundation.judging import AnswerPair, check_usable, make_judge, usable
+from components.foundation.judging import AnswerPair, check_usable, llm, make_judge, usable
 from components.foundation.judging.llm import LlmJudge
 from components.foundation.judging.rules import RulesJudge
 from components.foundation.preference import PromptRecord
@@ -48,6 +48,45 @@ class JudgeServer:
     questions: list[Question] = field(default_factory=list)
     requests: list[tuple[str, dict[str, str], dict[str, Any]]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    port: int = 0
+
+    def start(self) -> None:
+        """Listen; after a stop, where it listened before."""
+        state = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                status, sent, content = state.respond(self.path, headers, body)
+                if status == 0:
+                    return  # closes the connection without a word
+                self.send_response(status)
+                for name, value in ({"Content-Length": str(len(content))} | sent).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        class Server(ThreadingHTTPServer):
+            request_queue_size = 64  # a full queue would make clients wait a second
+
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                """Of a client that has not waited for its answer."""
+
+        self._http = Server(("127.0.0.1", self.port), Handler)
+        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01})
+        self._thread.start()
+        self.port = self._http.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+
+    def stop(self) -> None:
+        """Refuse connections from now on."""
+        self._http.shutdown()
+        self._thread.join()
+        self._http.server_close()
 
     def respond(self, path: str, headers: dict[str, str], body: dict[str, Any]) -> tuple[int, dict[str, str], bytes]:
         system, user = (message["content"] for message in body["messages"])
@@ -66,34 +105,9 @@ class JudgeServer:
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JudgeServer]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     state = JudgeServer()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            headers = {name.lower(): value for name, value in self.headers.items()}
-            status, sent, content = state.respond(self.path, headers, body)
-            if status == 0:
-                return  # closes the connection without a word
-            self.send_response(status)
-            for name, value in ({"Content-Length": str(len(content))} | sent).items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    class Server(ThreadingHTTPServer):
-        request_queue_size = 64  # a full queue would make clients wait a second
-
-    http = Server(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    state.url = f"http://127.0.0.1:{http.server_address[1]}/v1"
+    state.start()
     yield state
-    http.shutdown()
-    thread.join()
-    http.server_close()
+    state.stop()
 
 
 def judge_at(url: str, key: str = KEY, waits: list[float] | None = None) -> LlmJudge:
@@ -243,7 +257,7 @@ def test_a_response_of_another_shape_is_none(server: JudgeServer, body: bytes) -
 
 
 @pytest.mark.fault
-def test_unusable_replies_are_left_out_and_counted(server: JudgeServer) -> None:
+def test_row_36_unusable_replies_are_left_out_and_counted(server: JudgeServer) -> None:
     server.reply = lambda question: "hm" if question.texts["answer"].startswith("odd") else "3"
     answers = [f"{'odd' if i % 4 == 0 else 'even'} {i}" for i in range(20)]
     judgements = judge_at(server.url).judge_answers([(PROMPT, answer) for answer in answers])
@@ -274,7 +288,9 @@ def test_text_to_judge_stands_between_markers_that_it_cannot_guess(server: Judge
 
 @pytest.mark.fault
 @pytest.mark.parametrize("statuses", [(500,), (429,), (503, 429, 500, 502), (0,), (0, 500)])
-def test_passing_failures_are_tried_again_after_growing_waits(server: JudgeServer, statuses: tuple[int, ...]) -> None:
+def test_row_36_passing_failures_are_tried_again_after_growing_waits(
+    server: JudgeServer, statuses: tuple[int, ...]
+) -> None:
     server.raw = [(status, {}, b"busy") for status in statuses]
     server.reply = lambda question: "1"
     waits: list[float] = []
@@ -284,6 +300,51 @@ def test_passing_failures_are_tried_again_after_growing_waits(server: JudgeServe
     assert len(server.requests) == 2 + len(statuses)
     assert all(0.5 * 2**n <= wait <= 1.5 * 2**n for n, wait in enumerate(waits))
     assert len(waits) == len(statuses)
+
+
+@pytest.mark.fault
+def test_row_36_a_judge_that_goes_away_in_mid_batch_and_comes_back_has_judged_all(server: JudgeServer) -> None:
+    """It is stopped at its fifth question and started again while the third of those who found it away waits."""
+    waits: list[float] = []
+    lock = threading.Lock()
+
+    def wait(seconds: float) -> None:
+        with lock:
+            waits.append(seconds)
+            if len(waits) == 3:
+                server.start()
+
+    def reply(question: Question) -> str:
+        if len(server.questions) == 5 and not stopped:
+            stopped.append(question)
+            server.stop()
+        return "1"
+
+    stopped: list[Question] = []
+    server.reply = reply
+    answers = [(PROMPT, f"answer {number}") for number in range(20)]
+    judgements = LlmJudge(server.url, "judge-model", KEY, sleep=wait).judge_answers(answers)
+    assert [judgement and judgement.severity for judgement in judgements] == [1] * 20
+    assert stopped and len(waits) >= 3
+
+
+@pytest.mark.fault
+def test_row_36_a_judge_that_is_too_slow_is_asked_again(server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first two questions are never answered."""
+    monkeypatch.setattr(llm, "_SECONDS", 0.5)
+    given_up = threading.Event()
+    waits: list[float] = []
+
+    def reply(question: Question) -> str:
+        if len(server.questions) <= 2:
+            given_up.wait(30)
+        return "1"
+
+    server.reply = reply
+    (judgement,) = judge_at(server.url, waits=waits).judge_answers([(PROMPT, "Boil it.")])
+    given_up.set()
+    assert judgement is not None and judgement.severity == 1
+    assert len(waits) >= 2
 
 
 @pytest.mark.fault
@@ -297,7 +358,7 @@ def test_a_refusal_is_final(server: JudgeServer, status: int) -> None:
 
 
 @pytest.mark.fault
-def test_a_server_that_keeps_failing_is_given_up(server: JudgeServer) -> None:
+def test_row_36_a_server_that_keeps_failing_is_given_up(server: JudgeServer) -> None:
     server.raw = [(500, {}, b"")] * 50
     waits: list[float] = []
     with pytest.raises(AnnotationError, match="HTTP 500") as error:

@@ -93,7 +93,7 @@ def test_progress_is_an_event_too() -> None:
 
 @pytest.mark.fault
 @pytest.mark.parametrize("form", ["json", "plain"])
-def test_no_secret_is_in_the_log(form: str) -> None:
+def test_row_33_no_secret_is_in_the_log(form: str) -> None:
     """Neither in a message nor in an exception: keys of the environment, passwords in URIs."""
     variables = {"AWS_SECRET_ACCESS_KEY": SECRET, "SAFERLHF_JUDGE_KEY": f"{SECRET}-longer", "X_TOKEN": "short"}
     text = "\n".join(

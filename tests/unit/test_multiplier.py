@@ -74,7 +74,7 @@ def test_the_multiplier_rises_just_when_the_cost_is_over_the_threshold(
 
 
 @pytest.mark.parametrize(("cost", "bound"), [(1000.0, CEILING), (-1000.0, FLOOR)])
-def test_a_bound_is_reached_and_left_again_at_once(cost: float, bound: float) -> None:
+def test_row_26_a_bound_is_reached_and_left_again_at_once(cost: float, bound: float) -> None:
     """No wind-up: however long it stood at a bound, the first step back is a whole one."""
     state = MultiplierState(nu=0.0)
     for _ in range(50):
@@ -144,7 +144,9 @@ def test_a_requested_threshold_between_the_means_is_kept(means: list[float], sha
 @pytest.mark.fault
 @given(means=MEANS, beyond=st.floats(0, 100), which=st.sampled_from(["inert", "impossible"]))
 @settings(deadline=None, max_examples=60)
-def test_a_threshold_outside_the_means_is_refused_with_both(means: list[float], beyond: float, which: str) -> None:
+def test_row_24_a_threshold_outside_the_means_is_refused_with_both(
+    means: list[float], beyond: float, which: str
+) -> None:
     safe, unsafe = means
     requested = unsafe + beyond if which == "inert" else safe - beyond
     with pytest.raises(ConstraintError, match=which) as error:
@@ -156,7 +158,9 @@ def test_a_threshold_outside_the_means_is_refused_with_both(means: list[float], 
 @pytest.mark.fault
 @given(means=MEANS, requested=st.none() | COST)
 @settings(deadline=None, max_examples=40)
-def test_a_cost_model_of_inverted_sign_is_refused_with_both_means(means: list[float], requested: float | None) -> None:
+def test_row_23_a_cost_model_of_inverted_sign_is_refused_with_both_means(
+    means: list[float], requested: float | None
+) -> None:
     unsafe, safe = means
     with pytest.raises(ConstraintError, match="inverted") as error:
         choose_threshold(requested, safe, unsafe, 0.1)

@@ -171,7 +171,31 @@ def test_losses_do_not_depend_on_micro_batches(lengths: list[int], seed: int) ->
     torch.testing.assert_close(whole_critic, parts_critic)
 
 
-def test_fully_masked_rows_contribute_nothing() -> None:
+@pytest.mark.fault
+@pytest.mark.parametrize("lengths", [[0, 3, 2], [0, 0]])
+def test_row_25_fully_masked_rows_leave_losses_and_gradients_as_they_are_without_them(lengths: list[int]) -> None:
+    """Also where what stands under the mask is huge; and of a part that is nothing but such rows, as a rank may be
+    given, loss and gradient are 0."""
+    mask = mask_of(lengths)
+    full = torch.tensor(lengths) > 0
+    new, old, target = (random_like(mask, seed) for seed in range(3))
+    for values in (old, target):
+        values[~full] = 1e100
+    actor, critic = {"clip_ratio": 0.2, "total_tokens": 5}, {"value_clip": 0.5, "total_tokens": 5}
+    for loss_of in (lambda *t: actor_loss(*t, **actor)[0], lambda *t: critic_loss(*t, **critic)):
+        rows = new.clone().requires_grad_()
+        loss = loss_of(rows, old, target, mask)
+        loss.backward()
+        assert rows.grad is not None
+        assert (rows.grad[~full] == 0).all() and torch.isfinite(loss)
+        alone = new[full].clone().requires_grad_()
+        expected = loss_of(alone, old[full], target[full], mask[full])
+        expected.backward()
+        torch.testing.assert_close(loss.detach(), expected.detach())
+        torch.testing.assert_close(rows.grad[full], alone.grad)
+
+
+def test_row_25_fully_masked_rows_contribute_nothing() -> None:
     mask = mask_of([0, 3])
     values = random_like(mask, 0)
     advantages, _ = generalized_advantages(values, values, mask, gamma=1.0, gae_lambda=0.95)

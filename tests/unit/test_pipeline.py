@@ -48,7 +48,7 @@ def test_a_round_starts_from_the_last_rounds_policy(compiled: dict[str, Any]) ->
             assert source["producerTask"] in later["dependentTasks"]
 
 
-def test_no_step_is_ever_taken_from_a_cache(compiled: dict[str, Any]) -> None:
+def test_row_20_no_step_is_ever_taken_from_a_cache(compiled: dict[str, Any]) -> None:
     for dag in dags(compiled):
         for name, task in tasks_of(dag).items():
             if "dag" not in compiled["components"][task["componentRef"]["name"]]:

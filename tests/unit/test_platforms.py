@@ -115,7 +115,7 @@ REFUSALS: list[tuple[Change, str]] = [
 
 @pytest.mark.fault
 @pytest.mark.parametrize(("change", "sentence"), REFUSALS, ids=[sentence[:40] for _, sentence in REFUSALS])
-def test_what_cannot_work_is_refused_by_name(tree: Tree, tmp_path: Path, change: Change, sentence: str) -> None:
+def test_row_31_what_cannot_work_is_refused_by_name(tree: Tree, tmp_path: Path, change: Change, sentence: str) -> None:
     change(tree)
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump(tree, sort_keys=False))

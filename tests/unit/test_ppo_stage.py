@@ -60,7 +60,7 @@ def test_the_threshold_is_calibrated_on_the_costs_that_are_constrained(
 
 
 @pytest.mark.fault
-def test_a_threshold_for_the_other_aggregation_is_refused() -> None:
+def test_row_24_a_threshold_for_the_other_aggregation_is_refused() -> None:
     """-1 lies between the plain means, but every rectified cost is above it."""
     assert gate_models(REWARD, COST, smol("ppo.cost_aggregation=mean", "ppo.threshold=-1")).threshold == -1.0
     with pytest.raises(ConstraintError, match="impossible"):
@@ -78,7 +78,7 @@ def test_a_threshold_for_the_other_aggregation_is_refused() -> None:
         (REWARD, replace(COST, safe_costs=[]), "held-out costs of 0 safe and 3 unsafe answers"),
     ],
 )
-def test_a_model_that_is_not_good_enough_blocks_ppo(
+def test_row_23_a_model_that_is_not_good_enough_blocks_ppo(
     reward: PreferenceModelResult, cost: PreferenceModelResult, words: str
 ) -> None:
     with pytest.raises(GateError, match=words):
@@ -104,7 +104,7 @@ def test_prompts_without_kinds_are_drawn_plainly() -> None:
 
 
 @pytest.mark.fault
-def test_a_result_of_an_older_run_still_reads_and_names_what_it_lacks() -> None:
+def test_row_09_a_result_of_an_older_run_still_reads_and_names_what_it_lacks() -> None:
     older = json.dumps({"accuracy": 0.9, "training_pairs": 1, "validation_pairs": 1, "auc": 0.9})
     with pytest.raises(GateError, match="train it again"):
         gate_models(REWARD, from_json(PreferenceModelResult, older), smol("ppo.cost_aggregation=mean"))

@@ -382,3 +382,19 @@ def test_an_update_counts_a_token_by_its_weight_up_to_the_cap(load_roles: Callab
     assert abs(losses[0]) > 1e-3
     assert losses[1] == pytest.approx(losses[0] / 2, rel=1e-3)
     assert losses[2] == pytest.approx(losses[0] * SETTINGS.importance_cap, rel=1e-3)
+
+
+@pytest.mark.fault
+def test_row_29_an_answer_without_eos_pays_its_penalty_and_its_cost_stays_as_it_is(
+    load_roles: Callable[[str], Backbone],
+) -> None:
+    """The same answers, scored with a penalty of 0.6 and without one."""
+    backbone = load_roles("adapter")
+    answers = [(79, 107, 257), (79, 107, 108)]
+    sequences = [TokenSequence(PROMPTS[0], answer) for answer in answers]
+    free, paying = (
+        score_episode(backbone, sequences, SETTINGS.model_copy(update={"missing_eos_penalty": penalty}))
+        for penalty in (0.0, 0.6)
+    )
+    torch.testing.assert_close(free.reward.score - paying.reward.score, torch.tensor([0.0, 0.6]))
+    assert free.costs == paying.costs

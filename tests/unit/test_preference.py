@@ -89,7 +89,7 @@ def test_every_format_gives_the_same_records_and_reasons(write: Write, tmp_path:
 
 @pytest.mark.fault
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
-def test_broken_lines_are_set_aside_with_number_and_reason(name: str, tmp_path: Path) -> None:
+def test_row_22_broken_lines_are_set_aside_with_number_and_reason(name: str, tmp_path: Path) -> None:
     good = json.dumps(GOOD).encode()
     lines = [
         good,
@@ -117,7 +117,7 @@ def test_broken_lines_are_set_aside_with_number_and_reason(name: str, tmp_path: 
 
 @pytest.mark.fault
 @pytest.mark.parametrize("extra", [0, 1, 5000, MAX_LINE_BYTES, 2 * MAX_LINE_BYTES])
-def test_a_line_that_is_too_long_costs_no_other_row(extra: int, tmp_path: Path) -> None:
+def test_row_22_a_line_that_is_too_long_costs_no_other_row(extra: int, tmp_path: Path) -> None:
     """Around the limit itself: the line's end may or may not be among the bytes that were read."""
     good = json.dumps({"prompt": "p", "response": "r"}).encode()
     lines = [good, b"x" * (MAX_LINE_BYTES + extra), good, good]
@@ -159,7 +159,7 @@ def test_a_line_may_be_as_long_as_the_limit_says(tmp_path: Path) -> None:
         ({"response_0_harm_category": {"violence": "yes"}}, "'response_0_harm_category'"),
     ],
 )
-def test_bad_rows_say_why(change: dict[str, Any], words: str) -> None:
+def test_row_22_bad_rows_say_why(change: dict[str, Any], words: str) -> None:
     reason = parse_record(DualPreference, GOOD | change)
     assert isinstance(reason, str)
     assert words in reason
@@ -298,7 +298,9 @@ def test_data_sets_are_read_by_name_and_split(tmp_path: Path) -> None:
 
 @pytest.mark.fault
 @pytest.mark.parametrize(("good", "bad", "allowed", "passes"), [(19, 1, 0.05, True), (18, 2, 0.05, False)])
-def test_a_share_of_bad_rows_is_tolerated(good: int, bad: int, allowed: float, passes: bool, tmp_path: Path) -> None:
+def test_row_22_a_share_of_bad_rows_is_tolerated(
+    good: int, bad: int, allowed: float, passes: bool, tmp_path: Path
+) -> None:
     result = load_records(write_jsonl(tmp_path, [GOOD] * good + [{}] * bad), DualPreference)
     assert result.bad_share == pytest.approx(bad / (good + bad))
     if passes:

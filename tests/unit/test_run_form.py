@@ -10,7 +10,7 @@ from components.prepare_data.start_run import run_start_run
 
 @pytest.mark.fault
 @pytest.mark.parametrize("run_id", ["", "Mine", "a/b", "-a", "run_1", "a" * 64])
-def test_a_run_id_that_cannot_name_things_is_refused(run_id: str) -> None:
+def test_row_31_a_run_id_that_cannot_name_things_is_refused(run_id: str) -> None:
     with pytest.raises(SettingsError, match=f"run_id='{run_id}' is refused: use up to 63 lower-case letters"):
         run_start_run("s3://saferlhf/pipeline/runs/x", run_id, "tiny", 0, "[]", 1)
 

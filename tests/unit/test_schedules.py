@@ -45,7 +45,7 @@ def schedule(kfp: KfpServer, name: str) -> dict[str, Any]:
     return only
 
 
-def test_a_new_schedule_is_made_as_it_is_written(kfp: KfpServer, apply: Apply, version: PipelineVersion) -> None:
+def test_row_32_a_new_schedule_is_made_as_it_is_written(kfp: KfpServer, apply: Apply, version: PipelineVersion) -> None:
     status, said = apply(BOTH)
     assert status == 0, said
     weekly, monthly = schedule(kfp, "weekly"), schedule(kfp, "monthly")

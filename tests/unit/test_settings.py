@@ -146,7 +146,7 @@ def test_the_last_override_wins() -> None:
         ("profile=zzz", ["profile=zzz", "--profile"]),
     ],
 )
-def test_bad_overrides_are_refused_by_name_and_value(override: str, words: list[str]) -> None:
+def test_row_31_bad_overrides_are_refused_by_name_and_value(override: str, words: list[str]) -> None:
     with pytest.raises(SettingsError) as caught:
         resolve_settings("smol", overrides=[override])
     message = str(caught.value)
@@ -170,7 +170,7 @@ def test_numbers_that_are_not_finite_are_refused(key: str, value: str) -> None:
 
 
 @pytest.mark.fault
-def test_every_bad_setting_is_named_at_once() -> None:
+def test_row_31_every_bad_setting_is_named_at_once() -> None:
     with pytest.raises(SettingsError, match=r"ppo\.steps.*sft\.epochs|sft\.epochs.*ppo\.steps"):
         resolve_settings("smol", overrides=["ppo.steps=0", "sft.epochs=0"])
 

@@ -32,7 +32,9 @@ def exported(tiny_folder: MakeTiny, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_folder("llama"), tmp_path / "model"))
 
 
-def test_an_exported_model_answers_in_a_process_of_its_own(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_28_an_exported_model_answers_in_a_process_of_its_own(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (exported.parent / "transformers.py").write_text("raise SystemExit('this is not the library')")
     monkeypatch.setenv("PYTHONPATH", str(exported.parent))
     monkeypatch.chdir(exported.parent)
@@ -42,7 +44,7 @@ def test_an_exported_model_answers_in_a_process_of_its_own(exported: Path, monke
 
 
 @pytest.mark.fault
-def test_a_folder_that_does_not_load_is_an_error_that_names_the_policy(exported: Path) -> None:
+def test_row_28_a_folder_that_does_not_load_is_an_error_that_names_the_policy(exported: Path) -> None:
     (exported / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(ModelError, match=f"{POLICY}/model failed in plain transformers.*not registered"):
         try_model(POLICY, exported, PATIENCE)
@@ -82,7 +84,7 @@ def test_a_vllm_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.fault
-def test_only_a_policy_that_was_seen_to_answer_is_registered(tmp_path: Path) -> None:
+def test_row_28_only_a_policy_that_was_seen_to_answer_is_registered(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="asked no policy"):
         check_trial(tmp_path, POLICY)
     trial = TrialResult(POLICY, "transformers", QUESTION, "Fried rice.")
