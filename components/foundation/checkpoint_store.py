@@ -177,7 +177,7 @@ class CheckpointStore:
         try:
             self._s3.put(f"{stage_uri}/{LATEST_NAME}", name + "\n", condition)
         except ConflictError:
-            if self.latest(stage_uri) != step_uri:  # else our own request had arrived and was then repeated
+            if self.latest(stage_uri) != step_uri:  # else another attempt was faster with the same step
                 raise
 
     def adopt(self, stage_uri: str, step_uri: str) -> None:

@@ -76,16 +76,18 @@ class S3:
 
     def get(self, uri: str) -> tuple[str, str]:
         """(text, ETag) of a small object."""
-        from botocore.exceptions import BotoCoreError
+        from botocore.exceptions import FlexibleChecksumError, IncompleteReadError, ResponseStreamingError
+        from urllib3.exceptions import ProtocolError
 
         bucket, key = split_uri(uri)
         with self.errors(uri):
             for tries_left in reversed(range(_READ_TRIES)):
-                reply = self.client.get_object(Bucket=bucket, Key=key)
                 try:
+                    reply = self.client.get_object(Bucket=bucket, Key=key)
                     body = reply["Body"].read()
                     break
-                except BotoCoreError:  # boto3 repeats requests, but not the reading of what they return
+                # a reply that broke off: boto3 repeats requests, but not the reading of what get_object returns
+                except (FlexibleChecksumError, IncompleteReadError, ResponseStreamingError, ProtocolError):
                     if not tries_left:
                         raise
         try:
@@ -186,6 +188,7 @@ class S3:
             HTTPClientError,
             NoCredentialsError,
         )
+        from urllib3.exceptions import HTTPError
 
         try:
             yield
@@ -195,7 +198,7 @@ class S3:
             raise StoreError(f"no S3 credentials for {uri}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
         except FlexibleChecksumError as error:
             raise IntegrityError(f"{uri} arrived damaged: {error}") from error
-        except (ConnectionError, HTTPClientError) as error:
+        except (ConnectionError, HTTPClientError, HTTPError) as error:  # HTTPError: boto3 lets some through
             message = f"cannot reach the S3 store at {self.endpoint} for {uri}: check AWS_ENDPOINT_URL and the network"
             raise StoreError(f"{message} ({error})") from error
         except (BotoCoreError, Boto3Error, ValueError) as error:  # ValueError: botocore's word on a malformed endpoint
