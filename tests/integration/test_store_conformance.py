@@ -181,6 +181,25 @@ def test_a_sloppy_store_is_told_each_of_its_faults(
     assert objects_below(s3, root.rpartition("/")[2]) == []
 
 
+def test_what_a_good_store_may_also_do(services: Endpoints, root: str) -> None:
+    """As Amazon S3: 409 to writers that were at it at once, and no list of uploads without a right of its own."""
+
+    def amazon(request: Request, forward: Forward) -> Reply:
+        if "uploads&" in request.path:
+            return Reply.error(403, "AccessDenied")
+        reply = forward(request)
+        undecided = reply.status == 412 and "/race-" in request.path
+        return Reply.error(409, "ConditionalRequestConflict") if undecided else reply
+
+    with proxied(services.environment, amazon) as environment:
+        outcomes = examine(root, environment)
+    told = {outcome.check: outcome for outcome in outcomes}
+    assert failed(outcomes) == {}
+    assert told["race to create"].did.endswith("9 x 409 ConditionalRequestConflict, after which saferlhf asks again")
+    assert (told["abort"].result, told["abort"].follows) == ("not tested", "")
+    assert "s3:ListBucketMultipartUploads" in told["abort"].did
+
+
 @pytest.mark.fault
 def test_what_was_made_is_removed_also_when_the_suite_is_interrupted(
     services: Endpoints, s3: Any, root: str, monkeypatch: pytest.MonkeyPatch

@@ -16,7 +16,16 @@ from collections.abc import Mapping, Sequence
 from components.foundation.errors import StoreError
 from components.foundation.s3 import ONE_TRY, S3, split_uri
 from components.foundation.store_conformance.access import ACCESS
-from components.foundation.store_conformance.bench import Bench, Broken, Check, NotTested, Outcome, answer_of, ask
+from components.foundation.store_conformance.bench import (
+    Bench,
+    Broken,
+    Check,
+    NotTested,
+    Outcome,
+    Result,
+    answer_of,
+    ask,
+)
 from components.foundation.store_conformance.conditional import CONDITIONAL, CREATE_ONCE, REPLACE_KNOWN
 from components.foundation.store_conformance.objects import OBJECTS
 
@@ -82,8 +91,8 @@ def _bench(root_uri: str, s3: S3, environment: Mapping[str, str]) -> Bench:
 def _outcome(check: Check, bench: Bench) -> Outcome:
     from botocore.exceptions import BotoCoreError, ClientError
 
-    def outcome(result: str, did: str, follows: str = "") -> Outcome:
-        return Outcome(check.name, check.required, result, check.asked, did, follows)  # type: ignore[arg-type]
+    def outcome(result: Result, did: str, follows: str = "") -> Outcome:
+        return Outcome(check.name, check.required, result, check.asked, did, follows)
 
     try:
         return outcome("ok", check.run(bench))

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 
+Result = Literal["ok", "failed", "not tested"]
+
+
 class Broken(Exception):
     """The store does not what S3 does. The message is a predicate of the store: "ignores IfMatch on writes"."""
 
@@ -131,7 +134,7 @@ class Outcome:
 
     check: str
     required: bool
-    result: Literal["ok", "failed", "not tested"]
+    result: Result
     asked: str
     did: str
     follows: str

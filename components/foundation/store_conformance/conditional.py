@@ -47,7 +47,10 @@ def _race_to_replace(bench: Bench) -> str:
 
 
 def _race(bench: Bench, name: str, condition_of: Callable[[str], Mapping[str, str]]) -> str:
-    """Let several writers start together, again and again: a store that looks first and writes then lets two win."""
+    """Let several writers start together, again and again: a store that looks first and writes then lets two win.
+
+    A loser may be told 412, or 409: then nothing was decided for it, as another write was under way.
+    """
     losers: Counter[str] = Counter()
     with ThreadPoolExecutor(_WRITERS) as pool:
         for number in range(_ROUNDS):
@@ -63,7 +66,8 @@ def _race(bench: Bench, name: str, condition_of: Callable[[str], Mapping[str, st
     strange = sorted(answer for answer in losers if not answer.startswith(("412", "409")))
     require(not strange, f"answers {', '.join(strange)} to the losers, where 412 or 409 is due")
     told = ", ".join(f"{count} x {answer}" for answer, count in sorted(losers.items()))
-    return f"one winner in each of {_ROUNDS} rounds; the losers got {told}"
+    again = ", after which saferlhf asks again" if any(answer.startswith("409") for answer in losers) else ""
+    return f"one winner in each of {_ROUNDS} rounds; the losers got {told}{again}"
 
 
 def _write_together(
