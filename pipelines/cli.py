@@ -117,17 +117,33 @@ def doctor(
         list[str] | None, typer.Argument(help="s3, mlflow, kfp, cluster, shm, disk, gpus; none: what is set up here")
     ] = None,
     workdir: WorkDir = Path("runs"),
+    store: Annotated[str, typer.Option(help="s3://bucket/prefix: examine this store alone, and all it must do")] = "",
     json_: Annotated[bool, typer.Option("--json", help="print the findings for a program")] = False,
 ) -> None:
     """Check what a run needs, with the addresses and keys of the environment; status 1 where something is broken."""
     from pipelines import doctor
 
+    if store:
+        if checks:
+            raise SettingsError(f"--store examines the store alone: leave out {' '.join(checks)}")
+        _examine_store(store, json_)
+        return
     findings = doctor.examine(checks or (), doctor.Patient(os.environ, workdir))
     if json_:
         typer.echo(doctor.as_json(findings))
     else:
         typer.echo("\n".join(doctor.lines(findings)) if checks else doctor.table(findings))
     if not doctor.well(findings):
+        raise typer.Exit(1)
+
+
+def _examine_store(uri: str, as_json: bool) -> None:
+    from components.foundation.store_conformance import conforms, examine
+    from pipelines.store_report import store_json, store_table
+
+    outcomes = examine(uri, os.environ)
+    typer.echo(store_json(outcomes) if as_json else store_table(uri, outcomes))
+    if not conforms(outcomes):
         raise typer.Exit(1)
 
 

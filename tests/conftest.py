@@ -15,15 +15,17 @@ import pytest
 
 from components.foundation.checkpoint_store import CheckpointStore
 from pipelines.services import Endpoints, local_services
+from tests.s3_identities import BUCKET, write_identities
 
-BUCKET = "saferlhf-test"
 KINDS = ("golden", "end_to_end", "fault", "containers")
 
 
 @pytest.fixture(scope="session")
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoints]:
     """Endpoints of running servers; their addresses and keys are in the environment until the end of the tests."""
-    with local_services(tmp_path_factory.mktemp("servers")) as endpoints, pytest.MonkeyPatch.context() as patch:
+    work_dir = tmp_path_factory.mktemp("servers")
+    write_identities(work_dir)
+    with local_services(work_dir) as endpoints, pytest.MonkeyPatch.context() as patch:
         for name, value in endpoints.environment.items():
             patch.setenv(name, value)
         yield endpoints

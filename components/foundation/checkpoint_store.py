@@ -7,7 +7,8 @@ manifest is unfinished, and a manifest never changes. A fetch checks size and SH
     <stage>/step-<n>/MANIFEST.json  ManifestFile per object, and what the files were made from
     <stage>/step-<n>/...            the files themselves, under the names that they have in a folder
 
-Conditional writes make both safe against two writers; `probe` refuses a store that does not honour them.
+Conditional writes make both safe against two writers; `probe` refuses a store that does not honour them, and
+`store_conformance` examines everything that is asked of a store.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from components.foundation.errors import ConflictError, IntegrityError, StoreError
+from components.foundation.errors import ConflictError, IntegrityError, MissingError, StoreError
 from components.foundation.results import from_json, to_json
 from components.foundation.s3 import ABSENT, S3, split_uri
+from components.foundation.store_conformance import probe
 
 MANIFEST_NAME = "MANIFEST.json"
 LATEST_NAME = "LATEST"
@@ -128,7 +130,7 @@ class CheckpointStore:
         uri = uri.rstrip("/")
         try:
             text = self.read_text(f"{uri}/{MANIFEST_NAME}")
-        except IntegrityError as error:
+        except MissingError as error:
             raise IntegrityError(f"{uri} has no {MANIFEST_NAME}: it was never committed, or only in part") from error
         try:
             manifest = from_json(Manifest, text)
@@ -190,7 +192,7 @@ class CheckpointStore:
         try:
             self._s3.put(f"{stage_uri}/{LATEST_NAME}", name + "\n", condition)
         except ConflictError:
-            if self.latest(stage_uri) != step_uri:  # else our own request had arrived and was then repeated
+            if self.latest(stage_uri) != step_uri:  # else another attempt was faster with the same step
                 raise
 
     def adopt(self, stage_uri: str, step_uri: str) -> None:
@@ -230,7 +232,7 @@ class CheckpointStore:
         """Text of a small object.
 
         Raises:
-            IntegrityError: there is no such object.
+            MissingError: there is no such object.
         """
         return self._s3.get(uri)[0]
 
@@ -238,7 +240,7 @@ class CheckpointStore:
         """Whether a small object exists."""
         try:
             self.read_text(uri)
-        except IntegrityError:
+        except MissingError:
             return False
         return True
 
@@ -260,7 +262,7 @@ class CheckpointStore:
         Raises:
             StoreError: saying what is wrong with which endpoint.
         """
-        self._s3.probe(self.root_uri)
+        probe(self.root_uri, self._environment)
 
     def _standing(self, manifest: Manifest) -> Manifest:
         """The manifest that already stands where `manifest` should go, if it describes the same files."""
@@ -273,7 +275,7 @@ class CheckpointStore:
         """(step URI, ETag), both None when there is no LATEST."""
         try:
             text, etag = self._s3.get(f"{stage_uri}/{LATEST_NAME}")
-        except IntegrityError:
+        except MissingError:
             return None, None
         name = text.strip()
         base = self.root_uri if name.startswith(f"{self.root_uri}/") else stage_uri  # the first: adopted

@@ -6,6 +6,7 @@
     +-- ModelError           a model folder, tokenizer or adapter cannot be used
     +-- StoreError           the S3 store cannot be reached or breaks its promises
     |   +-- IntegrityError   an object is missing, truncated, or its digest differs
+    |   |   +-- MissingError there is no such object
     |   +-- ConflictError    somebody else has already written what we wanted to write
     |   +-- StoreUnavailableError  the store does not answer, or says that it cannot now
     +-- TrackingError        the MLflow server cannot be reached or refuses a call
@@ -53,6 +54,10 @@ class StoreError(SaferlhfError):
 
 class IntegrityError(StoreError):
     """An object is missing, truncated, or its digest differs from the manifest."""
+
+
+class MissingError(IntegrityError):
+    """There is no such object."""
 
 
 class ConflictError(StoreError):

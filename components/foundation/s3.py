@@ -8,13 +8,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import random
 import re
-import uuid
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.foundation.errors import ConflictError, IntegrityError, StoreError, StoreUnavailableError
+from components.foundation.errors import (
+    ConflictError,
+    IntegrityError,
+    MissingError,
+    StoreError,
+    StoreUnavailableError,
+)
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -22,22 +29,39 @@ if TYPE_CHECKING:
 ABSENT = {"IfNoneMatch": "*"}
 """Write condition: only when there is no such object."""
 
+PATIENT: Mapping[str, Any] = {"retries": {"mode": "standard", "total_max_attempts": 5}}
+ONE_TRY: Mapping[str, Any] = {"retries": {"mode": "standard", "total_max_attempts": 1}}
+"""Settings of a client: how often a request is sent before its failure is told."""
+
 _MULTIPART_BYTES = 64 * 1024 * 1024
+_READ_TRIES = 4
+_UNDECIDED_WAITS = (0.1, 0.4, 1.6)
+"""Seconds before a write is repeated to which the store answered that another one was under way."""
+
 _MISSING = {"404", "NoSuchKey", "NotFound"}
 _REFUSED = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken"}
 _AWAY = {"503", "ServiceUnavailable", "SlowDown"}
-_TAKEN = {"409", "412", "PreconditionFailed", "ConditionalRequestConflict", "BucketAlreadyExists", "OperationAborted"}
+_UNDECIDED = {"409", "ConditionalRequestConflict", "OperationAborted"}
+_TAKEN = {"412", "PreconditionFailed", "BucketAlreadyExists", "BucketAlreadyOwnedByYou"} | _UNDECIDED
 
 
 class S3:
     """One endpoint with one set of credentials; connects at the first call.
 
-    Every method raises StoreError, and more exactly IntegrityError for an object that is missing,
-    ConflictError for a write whose condition did not hold, and StoreUnavailableError for a store that is away.
+    Every method raises StoreError, and more exactly MissingError for an object that is not there, IntegrityError for
+    one that arrived damaged, ConflictError for a write whose condition did not hold, and StoreUnavailableError for a
+    store that is away.
+
+    Args:
+        environment: where endpoint and credentials are read; default: the process's environment.
+        client_config: arguments of botocore's Config, for instance ONE_TRY.
     """
 
-    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, environment: Mapping[str, str] | None = None, client_config: Mapping[str, Any] = PATIENT
+    ) -> None:
         self._environment = os.environ if environment is None else environment
+        self._client_config = client_config
 
     @property
     def endpoint(self) -> str:
@@ -45,34 +69,64 @@ class S3:
         return _endpoint(self._environment) or "AWS"
 
     @functools.cached_property
-    def _client(self) -> S3Client:
-        return _new_client(self._environment, retries={"mode": "standard", "total_max_attempts": 5})
+    def client(self) -> S3Client:
+        """boto3's client, for calls inside `errors`."""
+        return _new_client(self._environment, **self._client_config)
 
     def exists(self, uri: str) -> bool:
         bucket, key = split_uri(uri)
         try:
-            with self._errors(uri):
-                self._client.head_object(Bucket=bucket, Key=key)
-        except IntegrityError:
+            with self.errors(uri):
+                self.client.head_object(Bucket=bucket, Key=key)
+        except MissingError:
             return False
         return True
 
     def get(self, uri: str) -> tuple[str, str]:
         """(text, ETag) of a small object."""
+        from botocore.exceptions import FlexibleChecksumError, IncompleteReadError, ResponseStreamingError
+        from urllib3.exceptions import ProtocolError
+
         bucket, key = split_uri(uri)
-        with self._errors(uri):
-            reply = self._client.get_object(Bucket=bucket, Key=key)
-            body = reply["Body"].read()
+        with self.errors(uri):
+            for tries_left in reversed(range(_READ_TRIES)):
+                try:
+                    reply = self.client.get_object(Bucket=bucket, Key=key)
+                    body = reply["Body"].read()
+                    break
+                # a reply that broke off: boto3 repeats requests, but not the reading of what get_object returns
+                except (FlexibleChecksumError, IncompleteReadError, ResponseStreamingError, ProtocolError):
+                    if not tries_left:
+                        raise
         try:
             return body.decode(), reply["ETag"]
         except UnicodeDecodeError as error:
             raise IntegrityError(f"{uri} is not text: {error}") from error
 
     def put(self, uri: str, text: str, condition: Mapping[str, str]) -> None:
-        """Write a small object if `condition` (ABSENT, {"IfMatch": etag}, or none) holds."""
+        """Write a small object if `condition` (ABSENT, {"IfMatch": etag}, or none) holds.
+
+        A write whose reply was lost is repeated, and then its condition fails because of the first try: such a write
+        has succeeded. 409 says that another write was under way and nothing was decided: the same is asked again.
+        """
+        from botocore.exceptions import ClientError
+
         bucket, key = split_uri(uri)
-        with self._errors(uri):
-            self._client.put_object(Bucket=bucket, Key=key, Body=text.encode(), **condition)  # type: ignore[arg-type]
+        waits, repeated = iter(_UNDECIDED_WAITS), False
+        with self.errors(uri):
+            while True:
+                try:
+                    self.client.put_object(Bucket=bucket, Key=key, Body=text.encode(), **condition)  # type: ignore[arg-type]
+                    return
+                except ClientError as error:
+                    code = error.response.get("Error", {}).get("Code", "")
+                    repeated = repeated or error.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
+                    if code in _TAKEN and repeated and self._holds(uri, text):
+                        return
+                    wait = next(waits, None) if code in _UNDECIDED else None
+                    if wait is None:
+                        raise
+                    time.sleep(wait * random.uniform(0.5, 1.0))  # two writers must not go on in step
 
     def upload(self, path: Path, uri: str) -> None:
         """File -> object, in parts and in parallel when it is big."""
@@ -80,77 +134,59 @@ class S3:
 
         bucket, key = split_uri(uri)
         config = TransferConfig(multipart_threshold=_MULTIPART_BYTES, multipart_chunksize=_MULTIPART_BYTES // 2)
-        with self._errors(uri):
-            self._client.upload_file(str(path), bucket, key, Config=config)
+        with self.errors(uri):
+            self.client.upload_file(str(path), bucket, key, Config=config)
 
     def download(self, uri: str, path: Path) -> None:
         """Object -> file."""
         bucket, key = split_uri(uri)
-        with self._errors(uri):
-            self._client.download_file(bucket, key, str(path))
+        with self.errors(uri):
+            self.client.download_file(bucket, key, str(path))
 
     def list(self, prefix_uri: str) -> list[str]:
         """URIs of all objects whose URI starts so."""
         bucket, prefix = split_uri(prefix_uri)
-        with self._errors(prefix_uri):
-            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        with self.errors(prefix_uri):
+            pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
             return [f"s3://{bucket}/{entry['Key']}" for page in pages for entry in page.get("Contents", [])]
 
     def delete(self, uri: str) -> None:
         """Remove an object; nothing happens where there is none."""
         bucket, key = split_uri(uri)
-        with self._errors(uri):
-            self._client.delete_object(Bucket=bucket, Key=key)
+        with self.errors(uri):
+            self.client.delete_object(Bucket=bucket, Key=key)
 
     def ensure_bucket(self, bucket: str) -> None:
-        """Create the bucket unless it exists."""
-        with self._errors(f"s3://{bucket}"):
-            client = self._client
-        self._ensure_bucket(client, bucket)
+        """Create the bucket unless it exists, or unless these keys may not ask: then the first write will tell."""
+        from botocore.exceptions import ClientError
 
-    def probe(self, root_uri: str) -> None:
-        """Check within about ten seconds that `root_uri` can be written and that conditional writes are honoured."""
-        bucket, prefix = split_uri(root_uri)
-        key = f"{prefix}/.probe-{uuid.uuid4().hex}".lstrip("/")
-        uri = f"s3://{bucket}/{key}"
-        with self._errors(uri):
-            once = {"mode": "standard", "total_max_attempts": 1}
-            client = _new_client(self._environment, connect_timeout=3, read_timeout=4, retries=once)
-        self._ensure_bucket(client, bucket)
-        try:
-            with self._errors(uri):
-                client.put_object(Bucket=bucket, Key=key, Body=b"first", IfNoneMatch="*")
-            for condition in (ABSENT, {"IfMatch": '"00000000000000000000000000000000"'}):
-                with contextlib.suppress(ConflictError), self._errors(uri):
-                    client.put_object(Bucket=bucket, Key=key, Body=b"second", **condition)  # type: ignore[arg-type]
-                    raise StoreError(
-                        f"the S3 store at {self.endpoint} ignores {next(iter(condition))} on writes, so two runs could "
-                        "overwrite each other: use a store with conditional writes"
-                    )
-        finally:
-            with contextlib.suppress(StoreError), self._errors(uri):
-                client.delete_object(Bucket=bucket, Key=key)
-
-    def _ensure_bucket(self, client: S3Client, bucket: str) -> None:
         uri = f"s3://{bucket}"
-        with contextlib.suppress(IntegrityError), self._errors(uri):
-            client.head_bucket(Bucket=bucket)
-            return
-        region = client.meta.region_name
+        with self.errors(uri):
+            try:
+                self.client.head_bucket(Bucket=bucket)
+                return
+            except ClientError as error:
+                status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+                if status == 403:  # as for keys that are limited to a prefix
+                    return
+                if status != 404:
+                    raise
+        region = self.client.meta.region_name
         options: dict[str, Any] = {}
         if region not in {"us-east-1", "aws-global"}:
             options["CreateBucketConfiguration"] = {"LocationConstraint": region}
         try:
-            with contextlib.suppress(ConflictError), self._errors(uri):  # a race is settled by the look that follows
-                client.create_bucket(Bucket=bucket, **options)
-            with self._errors(uri):
-                client.head_bucket(Bucket=bucket)
-        except IntegrityError as error:
+            with contextlib.suppress(ConflictError), self.errors(uri):  # a race is settled by the look that follows
+                self.client.create_bucket(Bucket=bucket, **options)
+            with self.errors(uri):
+                self.client.head_bucket(Bucket=bucket)
+        except MissingError as error:
             message = f"{self.endpoint} answers, but not as an S3 store: {uri} cannot be made; check AWS_ENDPOINT_URL"
             raise StoreError(message) from error
 
     @contextlib.contextmanager
-    def _errors(self, uri: str) -> Iterator[None]:
+    def errors(self, uri: str) -> Iterator[None]:
+        """What boto3 raises in the block is raised as a StoreError about `uri`."""
         from boto3.exceptions import Boto3Error
         from botocore.exceptions import (
             BotoCoreError,
@@ -160,6 +196,7 @@ class S3:
             HTTPClientError,
             NoCredentialsError,
         )
+        from urllib3.exceptions import HTTPError
 
         try:
             yield
@@ -169,7 +206,7 @@ class S3:
             raise StoreError(f"no S3 credentials for {uri}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
         except FlexibleChecksumError as error:
             raise IntegrityError(f"{uri} arrived damaged: {error}") from error
-        except (ConnectionError, HTTPClientError) as error:
+        except (ConnectionError, HTTPClientError, HTTPError) as error:  # HTTPError: boto3 lets some through
             message = f"cannot reach the S3 store at {self.endpoint} for {uri}: check AWS_ENDPOINT_URL and the network"
             raise StoreUnavailableError(f"{message} ({error})") from error
         except (BotoCoreError, Boto3Error, ValueError) as error:  # ValueError: botocore's word on a malformed endpoint
@@ -179,8 +216,8 @@ class S3:
         if code == "NoSuchBucket":
             return StoreError(f"the bucket of {uri} does not exist at {self.endpoint}: create it or change store.uri")
         if code in _MISSING:
-            return IntegrityError(f"{uri} does not exist")
-        if code in _TAKEN or code == "BucketAlreadyOwnedByYou":
+            return MissingError(f"{uri} does not exist")
+        if code in _TAKEN:
             return ConflictError(f"{uri} was already written by somebody else")
         if code in _REFUSED:
             return StoreError(
@@ -189,6 +226,12 @@ class S3:
             )
         kind = StoreUnavailableError if code in _AWAY else StoreError
         return kind(f"{uri}: the S3 store at {self.endpoint} failed: {error}")
+
+    def _holds(self, uri: str, text: str) -> bool:
+        try:
+            return self.get(uri)[0] == text
+        except MissingError:
+            return False
 
 
 def split_uri(uri: str) -> tuple[str, str]:
