@@ -42,7 +42,7 @@ PROFILES: dict[str, dict[str, Any]] = {
             "actor_warmup_share": 0.2,
             "kl_coefficient": 0.1,
             "ptx_coefficient": 2.5,
-            "threshold_target": 0.1,
+            "threshold_target": 0.02,
             "lambda_init": 4.0,
             "lambda_learning_rate": 0.1,
             "lambda_max": 10.0,
