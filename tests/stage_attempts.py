@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import uuid
@@ -10,7 +11,7 @@ from collections.abc import Callable, Mapping
 from components.foundation.run_context import finished_uri, open_run
 
 STAGES = ("sft", "reward_model", "cost_model", "ppo_lagrangian")
-SETTINGS = '["ppo.steps=4", "ppo.critics=head", "ppo.ptx_coefficient=0.5", "checkpoint.every_steps=1"]'
+SETTINGS = ("ppo.steps=4", "ppo.critics=head", "ppo.ptx_coefficient=0.5", "checkpoint.every_steps=1")
 
 # Without threads there is nothing that a fork could break; the modules are imported once, for all attempts.
 _PROCESSES = multiprocessing.get_context("forkserver")
@@ -26,14 +27,15 @@ class TrainingRun:
         uri: of the run.
     """
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(self, environment: Mapping[str, str], *settings: str) -> None:
+        """`settings` count beside SETTINGS, and before them."""
         from components.prepare_data.prepare_data import run_prepare_data
         from components.prepare_data.start_run import run_start_run
 
         self._environment = dict(environment)
         root = f"s3://saferlhf-test/{uuid.uuid4().hex}"
-        settings = SETTINGS.replace("[", f'["store.uri={root}", ')
-        self.uri = run_start_run(f"{root}/runs/run", "run", "tiny", 0, settings, 1)
+        overrides = json.dumps([f"store.uri={root}", *SETTINGS, *settings])
+        self.uri = run_start_run(f"{root}/runs/run", "run", "tiny", 0, overrides, 1)
         run_prepare_data(self.uri)
 
     def attempt(
