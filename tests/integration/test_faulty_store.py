@@ -166,7 +166,7 @@ def test_a_reply_that_breaks_off_or_arrives_damaged_is_read_again(
             client.read_text(f"{store.root_uri}/missing.json")
 
 
-@pytest.mark.parametrize(("kind", "error"), [("truncated", StoreError), ("damaged", IntegrityError)])
+@pytest.mark.parametrize(("kind", "error"), [("truncated", StoreUnavailableError), ("damaged", IntegrityError)])
 def test_a_latest_that_cannot_be_read_is_not_taken_for_none(
     store: CheckpointStore, services: Endpoints, tmp_path: Path, kind: str, error: type[StoreError]
 ) -> None:
