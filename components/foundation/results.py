@@ -7,6 +7,7 @@ the report are made from these records and from nothing else.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import types
 import typing
@@ -180,6 +181,11 @@ def read_record(kind: type[T], path: Path) -> T:
     return from_json(kind, path.read_text(encoding="utf-8"))
 
 
+@functools.cache  # every call compiles the annotations anew
+def _type_hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
 def _build(kind: Any, value: Any) -> Any:
     origin = typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):
@@ -189,7 +195,7 @@ def _build(kind: Any, value: Any) -> Any:
     if origin is dict:
         return {key: _build(typing.get_args(kind)[1], item) for key, item in value.items()}
     if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
+        hints = _type_hints(typing.cast(type, kind))
         unknown = set(value) - set(hints)
         if unknown:
             raise TypeError(f"unknown fields {sorted(unknown)}")
