@@ -9,7 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,9 @@ OPEN_GATE = (
     "gate.max_over_refusal_rate=1",
     "gate.max_wrong_share=1",
 )
+
+PLANTED = {"SAFERLHF_JUDGE_KEY": "planted-judge-key", "HF_TOKEN": "planted-hub-token"}
+"""Keys in the environment of a run, which nobody may find again."""
 
 
 def run_tiny(workdir: Path, *settings: str, **environment: str) -> tuple[dict[str, Any], str]:
@@ -68,11 +73,32 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def first_run(workdir: Path) -> tuple[dict[str, Any], str]:
-    """Two rounds, with a gate that lets everything pass; `summary["told"]` is what the webhook got."""
-    with webhook([204]) as (url, told):
-        summary, output = run_tiny(workdir, *OPEN_GATE, SAFERLHF_WEBHOOK_URL=url)
-    assert "hidden-token" not in output
-    return summary | {"told": told}, output
+    """Two rounds, with a gate that lets everything pass.
+
+    `summary["told"]` is what the webhook got, `summary["commands"]` the command lines that were seen meanwhile.
+    """
+    with webhook([204]) as (url, told), command_lines() as commands:
+        summary, output = run_tiny(workdir, *OPEN_GATE, SAFERLHF_WEBHOOK_URL=url, **PLANTED)
+    return summary | {"told": told, "commands": commands}, output
+
+
+@contextmanager
+def command_lines() -> Iterator[set[str]]:
+    """The command lines of all processes that this one has below it, looked at again and again."""
+    seen: set[str] = set()
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.1):
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    seen.add(" ".join(process.cmdline()))
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    yield seen
+    over.set()
+    watcher.join()
 
 
 def test_every_stage_ran(first_run: tuple[dict[str, Any], str]) -> None:
@@ -241,6 +267,37 @@ def test_row_31_bad_settings_are_refused_in_one_sentence(tmp_path: Path, setting
     assert len(done.stderr.strip().splitlines()) == 1
     assert all(word in done.stderr for word in words)
     assert not (tmp_path / "summary.json").exists()
+
+
+@pytest.mark.fault
+def test_row_33_keys_stand_in_nothing_that_a_run_leaves_or_says(
+    first_run: tuple[dict[str, Any], str], workdir: Path
+) -> None:
+    """Planted ones and those of the run's own store: not in output, arguments, or files but the store's own."""
+    summary, output = first_run
+    config = workdir / "services" / "s3.json"
+    assert config.stat().st_mode & 0o077 == 0
+    (own,) = json.loads(config.read_text())["identities"][0]["credentials"]
+    files = [path for path in workdir.rglob("*") if path.is_file() and path != config]
+    for part in ("summary.json", "report.html", "mlflow.db"):  # what is looked through is really there
+        assert part in {path.name for path in files}
+    for program in ("saferlhf run", "kfp.dsl.executor_main", "weed", "pipelines.mlflow_server"):
+        assert any(program in command for command in summary["commands"]), program
+    for secret in (own["secretKey"], "hidden-token", *PLANTED.values()):
+        assert secret not in output
+        assert not [command for command in summary["commands"] if secret in command]
+        assert not [path for path in files if secret.encode() in path.read_bytes()]
+
+
+@pytest.mark.fault
+def test_row_33_keys_stand_in_no_compiled_pipeline(tmp_path: Path) -> None:
+    compiled = tmp_path / "pipeline.yaml"
+    planted = {**PLANTED, "AWS_SECRET_ACCESS_KEY": "planted-store-key"}
+    done = saferlhf("compile", "-o", str(compiled), "--platform", "gke", environment=planted)
+    assert done.returncode == 0, done.stderr
+    text = compiled.read_text() + done.stdout + done.stderr
+    assert "AWS_SECRET_ACCESS_KEY" in text  # its name, in the secret that a step gets it from
+    assert not [secret for secret in planted.values() if secret in text]
 
 
 def test_report_and_closing_words(first_run: tuple[dict[str, Any], str]) -> None:
