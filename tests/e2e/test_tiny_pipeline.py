@@ -7,11 +7,12 @@ import os
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,14 @@ def test_row_31_bad_settings_are_refused_in_one_sentence(tmp_path: Path, setting
     assert len(done.stderr.strip().splitlines()) == 1
     assert all(word in done.stderr for word in words)
     assert not (tmp_path / "summary.json").exists()
+
+
+@pytest.mark.fault
+def test_row_29_evaluation_counts_the_prompts_that_it_cut(first_run: tuple[dict[str, Any], str], workdir: Path) -> None:
+    with closing(sqlite3.connect(f"file:{workdir}/services/mlflow.db?mode=ro", uri=True)) as database:
+        rows = database.execute("select step, value from metrics where key = 'evaluate/truncated_prompts'").fetchall()
+    counts = dict(rows)
+    assert {0, 1, 2} <= counts.keys() and len({counts[step] for step in (0, 1, 2)}) == 1 and counts[0] > 0
 
 
 @pytest.mark.fault
