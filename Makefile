@@ -39,7 +39,7 @@ store-soak: install ## 10,000 operations on a store behind a network that fails 
 	SAFERLHF_STORE_OPERATIONS=10000 SAFERLHF_STORE_SEED=$(SEED) OMP_WAIT_POLICY=PASSIVE \
 		$(BIN)/python -m pytest -q -s tests/integration/test_faulty_store.py -k operations
 
-promotion-races: install ## 1,000 races of two and of four promotions on real servers (minutes; SEED=1)
+promotion-races: install ## 1,250 races of two and of four promotions on real servers (minutes; SEED=1)
 	SAFERLHF_PROMOTION_RACES=1000 SAFERLHF_PROMOTION_SEED=$(SEED) \
 		$(BIN)/python -m pytest -q tests/integration/test_promotion.py -k that_race
 

@@ -37,7 +37,8 @@ class PreferenceModelResult:
 
     `accuracy` is the share of pairs ranked as labelled. The other fields are for cost models only:
     `sign_accuracy` is the share of answers whose score's sign equals the label (positive = unsafe),
-    `auc` is the ROC-AUC of unsafe against safe, and `safe_costs` and `unsafe_costs` are the scores themselves.
+    `auc` is the ROC-AUC of unsafe against safe, and `safe_costs` and `unsafe_costs` are the scores themselves;
+    `newest_safe_costs` and `newest_unsafe_costs` are those of the answers that the newest round collected.
     """
 
     accuracy: float
@@ -47,6 +48,8 @@ class PreferenceModelResult:
     auc: float | None = None
     safe_costs: list[float] = field(default_factory=list)
     unsafe_costs: list[float] = field(default_factory=list)
+    newest_safe_costs: list[float] = field(default_factory=list)
+    newest_unsafe_costs: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

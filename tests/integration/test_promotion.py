@@ -24,7 +24,7 @@ from components.promote.promotion import CHALLENGER, PREVIOUS_CHAMPION, promote,
 from pipelines.services import Endpoints
 from tests.integration.promotions import SETTINGS, clear_aliases, context_of, race, registered
 
-RACES = int(os.environ.get("SAFERLHF_PROMOTION_RACES", "100"))
+RACES = int(os.environ.get("SAFERLHF_PROMOTION_RACES", "200"))
 RACES_SEED = int(os.environ.get("SAFERLHF_PROMOTION_SEED", "0"))
 
 pytestmark = pytest.mark.xdist_group("promotion")
@@ -129,7 +129,7 @@ def test_row_15_who_loses_the_race_is_measured_against_the_winner(
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize(("racers", "share"), [(2, 0.6), (4, 0.4)])
+@pytest.mark.parametrize(("racers", "share"), [(2, 1.0), (4, 0.25)])
 def test_row_15_of_processes_that_race_the_best_policy_is_champion_each_time(
     context: RunContext, services: Endpoints, tmp_path: Path, racers: int, share: float
 ) -> None:
