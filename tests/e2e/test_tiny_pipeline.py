@@ -245,6 +245,17 @@ def test_a_later_round_trains_its_cost_model_on_as_many_pairs_as_set(first_run: 
     assert reward[1] >= reward[0] > 2
 
 
+def test_a_cost_model_scores_the_answers_that_its_round_collected(
+    first_run: tuple[dict[str, Any], str], workdir: Path
+) -> None:
+    """16 answers a round, those alike and empty ones left out; PPO has read them, so they are in the run's cache."""
+    cached = (path.read_bytes() for path in (workdir / "cache").rglob("*") if path.is_file())
+    results = [json.loads(content) for content in cached if b'"newest_safe_costs"' in content]
+    counts = [len(r["newest_safe_costs"] + r["newest_unsafe_costs"]) for r in results if r["auc"] is not None]
+    assert len(counts) == len(first_run[0]["rounds"])
+    assert all(0 < count <= 16 and count % 2 == 0 for count in counts)
+
+
 def test_output_is_ours_alone(first_run: tuple[dict[str, Any], str]) -> None:
     lines = first_run[1].splitlines()
     assert any(line.startswith("progress ppo_lagrangian 2/2 steps") for line in lines)
