@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,8 +27,8 @@ def bounded(imports: str, expression: str, *arguments: str | Path, more_bytes: i
     The address space is limited, so a process that needs more dies of it instead of being slow.
     """
     program = _LIMITED.format(imports=imports, expression=expression, more_bytes=more_bytes)
-    done = subprocess.run(
-        [sys.executable, "-c", program, *map(str, arguments)], cwd=_ROOT, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    one_heap = os.environ | {"MALLOC_ARENA_MAX": "1"}  # else each thread reserves addresses that it never uses
+    done = subprocess.run(command, cwd=_ROOT, env=one_heap, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.strip()
