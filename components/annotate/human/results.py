@@ -89,7 +89,7 @@ def result_table(result: LabelResult) -> str:
     for a in result.annotators:
         gold = f"{a.gold.value:.0%} of {a.gold.n} ({a.gold.low:.0%} to {a.gold.high:.0%})" if a.gold.n else "saw none"
         remarks = "; ".join([*a.flags, *(["excluded"] if a.excluded else [])])
-        lines.append(f"| {a.name} | {a.labels} | {a.skipped} | {gold} | {remarks} |")
+        lines.append(f"| `{a.name}` | {a.labels} | {a.skipped} | {gold} | {remarks} |")
     lines += [
         "",
         "| question | units labelled by several | raw agreement | Krippendorff's alpha |",
