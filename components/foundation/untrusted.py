@@ -13,11 +13,15 @@ import yaml
 MAX_TEXT_BYTES = 100_000_000
 """Of a record, a manifest or a description."""
 
-MAX_YAML_BYTES = 1_000_000
+MAX_YAML_CHARACTERS = 1_000_000
 MAX_YAML_NODES = 100_000
 """Keys, values and lists of a YAML document, with what its aliases stand for."""
 
+PROBLEMS_TOLD = 20
+"""Of the fields that are refused in one file or command."""
+
 _SHOWN = 200
+_MOST_DIGITS = 100
 
 
 def shown(value: Any) -> str:
@@ -29,7 +33,7 @@ def shown(value: Any) -> str:
 def one_line(text: object) -> str:
     """The beginning of another program's words: on one line, without control characters."""
     words = " ".join(str(text)[: 2 * _SHOWN].split())
-    return "".join(c if c.isprintable() else "\ufffd" for c in words)[:_SHOWN]
+    return "".join(c if c.isprintable() else "\ufffd" for c in words)
 
 
 def parse_json(text: str) -> Any:
@@ -44,15 +48,20 @@ def parse_json(text: str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def parse_yaml(text: str) -> Any:
-    """YAML of plain values.
+def parse_yaml(text: str, *, more_may_follow: bool = False) -> Any:
+    """YAML of plain values. libyaml is faster, and dies of a deep document.
+
+    Args:
+        more_may_follow: read the first of several documents.
 
     Raises:
         ValueError: it is not YAML, is nested too deeply, or unfolds to more than MAX_YAML_NODES.
     """
-    if len(text) > MAX_YAML_BYTES:
-        raise ValueError(f"it is over {MAX_YAML_BYTES} characters")
+    if len(text) > MAX_YAML_CHARACTERS:
+        raise ValueError(f"it is over {MAX_YAML_CHARACTERS} characters")
     try:
+        if more_may_follow:
+            return next(yaml.load_all(text, Loader=_BoundedLoader), None)
         return yaml.load(text, Loader=_BoundedLoader)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
@@ -60,6 +69,15 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(one_line(error)) from error
     except (LookupError, AttributeError, TypeError, OverflowError) as error:  # a tag on what it does not fit
         raise ValueError(f"a value does not fit its tag ({type(error).__name__})") from error
+
+
+def read_yaml(path: Path) -> Any:
+    """A file of YAML.
+
+    Raises:
+        OSError, ValueError: see `read_text` and `parse_yaml`.
+    """
+    return parse_yaml(read_text(path))
 
 
 def read_text(path: Path) -> str:
@@ -89,13 +107,25 @@ _REPR = _Repr()
 
 
 class _BoundedLoader(yaml.SafeLoader):
-    """Reads aliases, unless a few lines of them stand for more than fits into memory."""
+    """Reads aliases, unless a few lines of them stand for more than fits into memory; and numbers that are some."""
 
-    def get_single_node(self) -> yaml.Node | None:
-        node: yaml.Node | None = super().get_single_node()
-        if node is not None and _unfolded(node, {}) > MAX_YAML_NODES:
+    def construct_document(self, node: yaml.Node) -> Any:
+        if _unfolded(node, {}) > MAX_YAML_NODES:
             raise ValueError(f"it unfolds to more than {MAX_YAML_NODES} values: write it without aliases")
-        return node
+        return super().construct_document(node)
+
+
+def _number(kind: str) -> Any:
+    def construct(loader: _BoundedLoader, node: yaml.ScalarNode) -> Any:
+        if len(node.value) > _MOST_DIGITS:
+            raise ValueError(f"a number has more than {_MOST_DIGITS} digits")
+        return getattr(loader, f"construct_yaml_{kind}")(node)
+
+    return construct
+
+
+for _kind in ("int", "float"):
+    _BoundedLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _number(_kind))
 
 
 def _unfolded(node: yaml.Node, known: dict[int, float]) -> float:
