@@ -18,6 +18,7 @@ import torch
 
 from components.foundation import distributed
 from components.foundation.errors import ModelError
+from components.foundation.untrusted import one_line, parse_json, read_text
 
 _REQUIRED_FILES = ("config.json", "tokenizer.json")
 
@@ -57,7 +58,7 @@ def load_tokenizer(folder: Path) -> Any:
         ModelError: no tokenizer, no EOS token, or no chat template (prompts could not be laid out).
     """
     try:
-        tokenizer = import_transformers().AutoTokenizer.from_pretrained(folder)
+        tokenizer = import_transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a broken file raises a dozen unrelated types, bare Exception among them
         raise ModelError(f"{folder} has no tokenizer that transformers can read: {error}") from error
     if tokenizer.eos_token_id is None:
@@ -97,7 +98,12 @@ def load_causal_lm(folder: Path, dtype: torch.dtype) -> Any:
     check_model_folder(folder)
     try:
         model, loading = import_transformers().AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, attn_implementation="sdpa", output_loading_info=True
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,  # else somebody at a terminal is asked whether to run a folder's code
+            attn_implementation="sdpa",
+            output_loading_info=True,
         )
     except Exception as error:  # as above
         raise ModelError(f"{folder} is not a model that transformers can load: {error}") from error
@@ -139,9 +145,9 @@ def check_model_folder(folder: Path) -> None:
         hint = f"; {pickled[0]} is pickled, which is refused: convert it to safetensors" if pickled else ""
         raise ModelError(f"model folder {folder} holds no *.safetensors weights{hint}")
     try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        parse_json(read_text(folder / "config.json"))
     except ValueError as error:
-        raise ModelError(f"{folder / 'config.json'} is not JSON: {error}") from error
+        raise ModelError(f"{folder / 'config.json'} is not JSON: {one_line(error)}") from error
 
 
 def save_causal_lm(

@@ -63,5 +63,5 @@ def _read_overrides(text: str) -> list[str]:
     except ValueError:
         overrides = None
     if not isinstance(overrides, list) or not all(isinstance(item, str) for item in overrides):
-        raise SettingsError(f'run_set={shown(text)} is refused: write a JSON list of settings, such as ["ppo.steps=20"]')
+        raise SettingsError(f'run_set={shown(text)} is refused: write a JSON list of settings, as ["ppo.steps=20"]')
     return overrides

@@ -132,7 +132,9 @@ def test_whatever_a_row_is_its_reasons_are_short_and_harmless(row: Any) -> None:
 
 
 @given(content=st.binary(max_size=200) | st.lists(JSON, max_size=3).map(lambda rows: json.dumps(rows).encode()))
-@settings(derandomize=True, deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    derandomize=True, deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_whatever_bytes_a_file_holds_it_is_labels_or_reasons(content: bytes, tmp_path: Path) -> None:
     file = write(tmp_path / "labels", content, 1)
     found, problems = read_labels([file], ITEMS)
@@ -140,7 +142,9 @@ def test_whatever_bytes_a_file_holds_it_is_labels_or_reasons(content: bytes, tmp
     assert all(problem.reason.isprintable() for problem in problems)
 
 
-@pytest.mark.parametrize("name", ["=HYPERLINK(1)", "@SUM(1+1)", "a|b", "[x](http://h)", "<img src=x>", "a\nb", "`a`", "a b"])
+@pytest.mark.parametrize(
+    "name", ["=HYPERLINK(1)", "@SUM(1+1)", "a|b", "[x](http://h)", "<img src=x>", "a\nb", "`a`", "a b"]
+)
 def test_an_annotator_cannot_be_called_a_formula_or_markup(name: str) -> None:
     assert [type(found) for found in parse_row(flat(annotator=name), ITEMS)] == [str]
 

@@ -94,7 +94,9 @@ def test_a_name_that_is_none_is_refused_in_a_line(override: str) -> None:
     refused(lambda: resolve_settings("tiny", 0, [override]))
 
 
-@pytest.mark.parametrize("profile", ["", "\x1b[2J", "x" * 100_000, "../../etc/passwd"], ids=lambda text: ascii(text[:20]))
+@pytest.mark.parametrize(
+    "profile", ["", "\x1b[2J", "x" * 100_000, "../../etc/passwd"], ids=lambda text: ascii(text[:20])
+)
 def test_a_profile_that_is_none_is_refused_in_a_line(profile: str) -> None:
     refused(lambda: resolve_settings(profile))
 
@@ -155,7 +157,9 @@ def test_a_file_of_yaml_that_is_none_of_ours_is_refused_in_a_line(
     assert list(tmp_path.iterdir()) == [tmp_path / file]
 
 
-@pytest.mark.parametrize("source", ["x" * 5000, "a\0b", "\x1b[2J", "/", "../../../etc/shadow/x"], ids=lambda text: ascii(text[:20]))
+@pytest.mark.parametrize(
+    "source", ["x" * 5000, "a\0b", "\x1b[2J", "/", "../../../etc/shadow/x"], ids=lambda text: ascii(text[:20])
+)
 def test_a_platform_of_a_name_that_no_file_has_is_refused_in_a_line(source: str) -> None:
     refused(lambda: read_platform(source))
 

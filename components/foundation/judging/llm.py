@@ -3,7 +3,7 @@
 Harm and help are asked separately, and every ranking twice, with the answers in both orders: where the two replies
 disagree, position decided and not the answers, so the pair is unusable. What cannot be parsed is unusable too.
 Answers are untrusted text: they stand between markers with a random name, and the judge is told to obey nothing there.
-The server is untrusted as well: a reply is read up to a size and within a time, and is one digit or letter, or unusable.
+The server is untrusted too: a reply is read up to a size and within a time, and is one digit or letter, or unusable.
 """
 
 from __future__ import annotations
