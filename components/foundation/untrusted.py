@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import reprlib
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,6 +35,15 @@ def one_line(text: object) -> str:
     """The beginning of another program's words: on one line, without control characters."""
     words = " ".join(str(text)[: 2 * _SHOWN].split())
     return "".join(c if c.isprintable() else "\ufffd" for c in words)
+
+
+def markdown_code(text: str) -> str:
+    """Text in a Markdown page or a cell of a table: every renderer shows a code span as it is, and makes no link, image
+    or element of it."""
+    words = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split())) or "(empty)"
+    fence = "`" * (max((len(run) for run in re.findall("`+", words)), default=0) + 1)
+    space = " " if "`" in words else ""
+    return f"{fence}{space}{words}{space}{fence}".replace("|", "\\|")
 
 
 def parse_json(text: str) -> Any:
