@@ -35,7 +35,7 @@ from components.foundation.language_model import (
 from components.foundation.setting_sections import LoraSettings
 from components.foundation.tensor_file import read_tensors
 from components.foundation.trunk import FrozenTrunk
-from components.foundation.untrusted import parse_json, read_text
+from components.foundation.untrusted import parse_json, read_text, shown
 
 REFERENCE = "reference"
 """Name of the role that uses the base weights alone, unless an adapter was loaded under that name."""
@@ -331,7 +331,10 @@ class Backbone:
             stored = read_tensors(folder / _WEIGHTS[lora is None], self.device)
             trained_with = description.get("vocabulary")  # older ones do not say
             if trained_with is not None:
-                trained_with = {"tokens": int(trained_with["tokens"]), "sha256": str(trained_with["sha256"])}
+                trained_with = {
+                    "tokens": int(trained_with["tokens"]),
+                    "sha256": shown(trained_with["sha256"]).strip("'"),
+                }
         except (OSError, ValueError, KeyError, TypeError, AttributeError, IntegrityError) as error:
             raise ModelError(
                 f"adapter {folder} cannot be read ({type(error).__name__}): it needs adapter.json and "

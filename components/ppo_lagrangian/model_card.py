@@ -44,7 +44,8 @@ tags: [safe-rlhf, ppo-lagrangian]
 ---
 # Policy of round {round_number}, run {markdown_code(run_id)}
 
-{markdown_code(settings.base_model)}, fine-tuned on demonstrations and then aligned by PPO-Lagrangian (Safe RLHF, arXiv 2310.12773):
+{markdown_code(settings.base_model)}, fine-tuned on demonstrations and then aligned by PPO-Lagrangian
+(Safe RLHF, arXiv 2310.12773):
 {_objective(settings)}
 
 | | |

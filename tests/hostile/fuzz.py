@@ -8,10 +8,12 @@ The folder holds the inputs that are worth keeping, and gets a few good ones to 
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -33,8 +35,12 @@ with atheris.instrument_imports(include=["components", "pipelines", "yaml"]):
     from components.foundation.settings import read_settings, resolve_settings
     from components.foundation.tensor_file import read_tensors
     from components.foundation.training_checkpoints import TrainingState
+    from components.report.render import render_html
     from pipelines.kubeflow.schedule_file import read_schedules
     from pipelines.platform_file import read_platform
+
+from tests.hostile.test_pages import DATA, PAYLOADS, card, plain_shape, shape_of_html, shape_of_markdown, table
+from tests.unit.test_report import with_texts
 
 ROOT = Path(__file__).parents[2]
 ITEMS = {"item-1"}
@@ -109,6 +115,20 @@ def checkpoint(content: bytes) -> None:
     read_tensors(SCRATCH.file("state.safetensors", content), torch.device("cpu"))
 
 
+@functools.cache
+def plain_shape_of_markdown(page: Callable[[str], str]) -> list[tuple[str, str]]:
+    return shape_of_markdown(page("word"))
+
+
+def pages(content: bytes) -> None:
+    """A text in every place of the Markdown pages; in one of a hundred times also in every place of the report."""
+    text = content.decode("utf-8", "replace")
+    for page in (card, table):
+        assert shape_of_markdown(page(text)) == plain_shape_of_markdown(page)
+    if text and zlib.crc32(content) % 100 == 0:  # it takes a second
+        assert shape_of_html(render_html(with_texts(DATA, text))) == plain_shape()
+
+
 def _good() -> Mapping[str, list[bytes]]:
     from safetensors.torch import save
 
@@ -124,7 +144,8 @@ def _good() -> Mapping[str, list[bytes]]:
             json.dumps([{"data": {"item_id": "item-1"}, "annotations": [{"completed_by": 3, "result": [
                 {"from_name": name, "value": {"choices": [value]}} for name, value in LABEL.items()]}]}]).encode(),
             json.dumps({"id": "item-1", "responses": {"more_helpful": [{"value": "A", "user_id": "u"}]}}).encode(),
-            json.dumps({"id": "item-1", "more_helpful.responses": ["A"], "more_helpful.responses.users": ["u"]}).encode(),
+            json.dumps({"id": "item-1", "more_helpful.responses": ["A"], "more_helpful.responses.users": ["u"]})
+            .encode(),
         ],
         "settings": [
             b"=ppo.steps=3\nppo={epochs: 2}\nseed=0x1f",
@@ -134,12 +155,13 @@ def _good() -> Mapping[str, list[bytes]]:
             b"sschedules:\n- {name: nightly, cron: 0 0 2 * * *, settings: [rounds=1]}\n",
         ],
         "manifest": [to_json(good).encode()],
+        "pages": [text.encode("utf-8", "replace") for text in PAYLOADS if 0 < len(text) < 1000],
         "checkpoint": [save({"actor/parameters/a": torch.zeros(2, 3), "actor/optimizer/0/step": torch.ones(())})],
     }  # fmt: skip
 
 
 TARGETS: Mapping[str, Callable[[bytes], None]] = {
-    function.__name__: function for function in (data, judge, annotations, settings, manifest, checkpoint)
+    function.__name__: function for function in (data, judge, annotations, settings, manifest, checkpoint, pages)
 }
 
 

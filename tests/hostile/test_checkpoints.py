@@ -17,11 +17,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save, save_file
+from safetensors.torch import load_file, save, save_file
 
 from components.foundation.backbone import Backbone
 from components.foundation.base_model import make_tiny
-from components.foundation.batching import PromptEncoder
+from components.foundation.batching import ChatEncoder
 from components.foundation.errors import IntegrityError, ModelError
 from components.foundation.role_optimizer import WholeOptimizer
 from components.foundation.setting_sections import LoraSettings
@@ -160,7 +160,7 @@ def test_a_pickle_in_any_place_of_weights_is_refused_and_did_not_run(
     (model / "model.safetensors").rename(model / "other.safetensors")
     index = {"metadata": {}, "weight_map": {"model.norm.weight": "weights.bin"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError):
+    with pytest.raises(ModelError, match=r"must be a \*\.safetensors file beside it"):
         Backbone.load(model, "float32", seed=0)
     assert not trace.exists()
 
@@ -200,11 +200,28 @@ def test_a_description_that_is_none_is_refused_by_name(name: str, text: str, mod
         Backbone.load(model, "float32", seed=0)
 
 
+@pytest.mark.parametrize("index", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": []}}', "[" * 100_000])
+def test_an_index_of_weights_that_is_none_is_refused(index: str, model: Path) -> None:
+    (model / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ModelError, match="is no index of weights"):
+        Backbone.load(model, "float32", seed=0)
+
+
+def test_weights_in_several_files_are_read(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    where = {name: f"part-{number % 2}.safetensors" for number, name in enumerate(tensors)}
+    for part in set(where.values()):
+        save_file({n: tensors[n] for n in tensors if where[n] == part}, model / part, metadata={"format": "pt"})
+    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    Backbone.load(model, "float32", seed=0)
+
+
 @pytest.mark.parametrize("shard", ["../../../../etc/passwd", "/etc/passwd", "nowhere.safetensors", "\0", 3, None])
 def test_weights_that_an_index_looks_for_elsewhere_are_refused(shard: Any, model: Path) -> None:
     (model / "model.safetensors").rename(model / "other.safetensors")
     (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"a": shard}}))
-    with pytest.raises(ModelError):
+    with pytest.raises(ModelError, match=r"must be a \*\.safetensors file beside it"):
         Backbone.load(model, "float32", seed=0)
 
 
@@ -226,16 +243,16 @@ def test_a_chat_template_that_does_anything_but_lay_out_is_refused_and_did_nothi
     monkeypatch.chdir(tmp_path)
     (model / "chat_template.jinja").write_text(template)
     with pytest.raises(ModelError, match="chat template"):
-        PromptEncoder(Backbone.load(model, "float32", seed=0).tokenizer, 48, 16)
+        ChatEncoder(Backbone.load(model, "float32", seed=0).tokenizer, 48, 16)
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("text", ["{{7*7}}", "{% raw %}", "<|im_start|>system", "<|im_end|>", "\x00"], ids=ascii)
 def test_a_prompt_is_no_template_and_no_special_token(text: str, tiny: Path) -> None:
     tokenizer = Backbone.load(tiny, "float32", seed=0).tokenizer
-    sequence = PromptEncoder(tokenizer, 200, 200).sequence(text, text)
+    sequence = ChatEncoder(tokenizer, 200, 200).sequence(text, text)
     inner = [number for number in (*sequence.prompt, *sequence.answer) if number >= 256]
-    plain = PromptEncoder(tokenizer, 200, 200).sequence("x", "x")
+    plain = ChatEncoder(tokenizer, 200, 200).sequence("x", "x")
     assert inner == [number for number in (*plain.prompt, *plain.answer) if number >= 256]
 
 

@@ -16,7 +16,6 @@ from components.foundation.lineage import lineage_text
 from components.foundation.results import Evaluation, HeldOutAnswer, PpoTrace, from_json, read_record, read_records
 from components.foundation.run_context import open_run
 from components.foundation.s3 import split_uri
-from components.foundation.settings import resolve_settings
 from tests.hostile.bounded import bounded
 
 pytestmark = pytest.mark.fault
@@ -149,16 +148,17 @@ def test_whatever_a_field_holds_the_manifest_is_refused_or_stays_in_its_folder(f
     assert all(parent.isprintable() for parent in read.parents)
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe", b"{}", b"[" * 100_000, b""], ids=repr)
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe", b"{}", b"[" * 100_000, b""], ids=["binary", "empty", "deep", "nothing"]
+)
 def test_a_file_of_records_that_is_none_names_itself(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "record.json"
-    path.write_bytes(content[:20] if content.startswith(b"[") else content)
-    for read in (
-        lambda: read_record(PpoTrace, path),
-        lambda: read_records(PpoTrace, path) or read_record(PpoTrace, path),
-    ):
+    path.write_bytes(content)
+    with pytest.raises(IntegrityError):
+        read_record(PpoTrace, path)
+    if content:
         with pytest.raises(IntegrityError):
-            read()
+            read_records(PpoTrace, path)
     with pytest.raises(IntegrityError, match="nowhere"):
         read_record(PpoTrace, tmp_path / "nowhere.json")
 
@@ -178,16 +178,14 @@ def put(s3: Any, uri: str, body: bytes) -> None:
 
 
 def test_an_object_of_a_gigabyte_is_no_record(store: CheckpointStore, s3: Any) -> None:
-    """Here 101 MB, which the store has to take first: a LATEST and a manifest of that size are not read."""
-    body = b" " * 101 * MEGABYTE
-    put(s3, f"{store.root_uri}/sft/LATEST", body)
-    for uri, read in ((f"{store.root_uri}/sft", "latest"),):
-        argument = (
-            "from components.foundation.checkpoint_store import CheckpointStore; import boto3; boto3.client('s3')"
-        )
-        expression = f"CheckpointStore(sys.argv[1]).{read}(sys.argv[2])"
-        said = bounded(argument, expression, store.root_uri, uri, more_bytes=90 * MEGABYTE)
-        assert said == f"IntegrityError {uri}/LATEST has 101000000 bytes, and is no record of ours"
+    """Here 101 MB, which the store has to take first."""
+    uri = f"{store.root_uri}/sft"
+    put(s3, f"{uri}/LATEST", b" " * 101 * MEGABYTE)
+    imports = "from components.foundation.checkpoint_store import CheckpointStore; import boto3; boto3.client('s3')"
+    said = bounded(
+        imports, "CheckpointStore(sys.argv[1]).latest(sys.argv[2])", store.root_uri, uri, more_bytes=90 * MEGABYTE
+    )
+    assert said == f"IntegrityError {uri}/LATEST has 101000000 bytes, and is no record of ours"
 
 
 @pytest.mark.parametrize("name", ["../../other", "/etc", "step-1\nstep-2", "\x1b[2J", "", "a" * 5000, "s3://other/x"])
@@ -208,7 +206,6 @@ def test_a_run_whose_record_was_changed_is_refused_by_name(store: CheckpointStor
     )
     with pytest.raises((IntegrityError, SettingsError), match=f"^{run}/run.json cannot be used: "):
         open_run(run)
-    assert resolve_settings("tiny")
 
 
 def test_parents_that_go_in_a_circle_or_nowhere_end(store: CheckpointStore) -> None:
