@@ -22,7 +22,10 @@ pytestmark = pytest.mark.fault
 
 MEGABYTE = 1_000_000
 READ = "from components.annotate.human.label_import import *"
-COUNTS = "*(lambda found, problems: ([len(found), len(problems)], problems[-1].reason))(*read_labels([Path(sys.argv[1])], {'item-1'}))"  # fmt: skip
+COUNTS = (
+    "*(lambda found, problems: ([len(found), len(problems)], problems[-1].reason))"
+    "(*read_labels([Path(sys.argv[1])], {'item-1'}))"
+)
 ROW = json.dumps(flat()).encode()
 
 
@@ -113,15 +116,16 @@ def test_a_column_with_control_characters_does_not_reach_the_terminal() -> None:
     assert isinstance(reason, str) and reason.isprintable() and "x1b" in reason
 
 
-KEYS = ["annotations", "data", "item_id", "annotator", "responses", "result", "from_name", "value", "choices", "skipped",
-        "user_id", "completed_by", "id", "status", "more_helpful", "email", "was_cancelled", *ANSWERS]  # fmt: skip
+KEYS = ["annotations", "data", "item_id", "annotator", "responses", "result", "from_name", "value", "choices",
+        "skipped", "user_id", "completed_by", "id", "status", "more_helpful", "email", "was_cancelled", *ANSWERS]  # fmt: skip
 NAMES = st.sampled_from(KEYS) | st.sampled_from([f"{key}.responses{end}" for key in ANSWERS for end in ("", ".users")])
+PLAIN = st.none() | st.booleans() | st.integers() | st.text(st.characters())
+COLUMNS = st.text(st.characters(), max_size=5).map(lambda text: f"{text}.responses")
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(st.characters()) | st.sampled_from(["item-1", "A", "safe", "ann"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-        NAMES | st.text(st.characters(), max_size=5).map(lambda text: f"{text}.responses"), inner, max_size=6),
+    PLAIN | st.sampled_from(["item-1", "A", "safe", "ann"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES | COLUMNS, inner, max_size=6),
     max_leaves=30,
-)  # fmt: skip
+)
 
 
 @given(JSON)

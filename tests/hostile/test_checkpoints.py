@@ -165,8 +165,17 @@ def test_a_pickle_in_any_place_of_weights_is_refused_and_did_not_run(
     assert not trace.exists()
 
 
-EVIL = "from pathlib import Path\nPath({trace!r}).touch()\nfrom transformers import LlamaConfig as C, LlamaForCausalLM as M\nfrom transformers import PreTrainedTokenizerFast as T\n"  # fmt: skip
-LOAD = "import sys; from pathlib import Path; from components.foundation.backbone import Backbone; Backbone.load(Path(sys.argv[1]), 'float32', 0)"  # fmt: skip
+EVIL = """
+from pathlib import Path
+Path({trace!r}).touch()
+from transformers import LlamaConfig as C, LlamaForCausalLM as M, PreTrainedTokenizerFast as T
+"""
+LOAD = """
+import sys
+from pathlib import Path
+from components.foundation.backbone import Backbone
+Backbone.load(Path(sys.argv[1]), "float32", 0)
+"""
 
 
 def change(path: Path, **fields: Any) -> None:

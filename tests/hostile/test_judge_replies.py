@@ -85,7 +85,7 @@ def bomb() -> bytes:
     ("parts", "outcome"),
     [
         ([head("Content-Length: 99999999999")] + [b" " * MEGABYTE] * 400, "returned [None, None, None, None]"),
-        ([head("Transfer-Encoding: chunked")] + [b"F4240\r\n" + b" " * MEGABYTE + b"\r\n"] * 400, "returned [None, None"),
+        ([head("Transfer-Encoding: chunked")] + [b"F4240\r\n" + b" " * MEGABYTE + b"\r\n"] * 400, "returned [None"),
         ([bomb()], "returned [None, None, None, None]"),
         ([head("Content-Length: 9")[:-2]] + [b"X-Header: " + b"x" * MEGABYTE + b"\r\n"] * 400, "AnnotationError"),
         ([b"HTTP/1.1 200 O"] + [b"K" * MEGABYTE] * 400, "AnnotationError"),
@@ -135,15 +135,18 @@ def test_a_redirect_is_not_followed() -> None:
 
 @pytest.mark.parametrize(
     "reply",
-    ["-1", "+1", "<1", ">2", "~1", "1/3", "1%", "$1", "#1", "@1", "1-3", "1 2", "٣", "³", "①", "Ⅲ", "1\u0301", "0x1", "1e0",
-     "=1", "1\n" * 200, " " * 200 + "1", "1" + "!" * 200],
+    ["-1", "+1", "<1", ">2", "~1", "1/3", "1%", "$1", "#1", "@1", "1-3", "1 2", "٣", "³", "①", "Ⅲ", "1\u0301", "0x1",
+     "1e0", "=1", "1\n" * 200, " " * 200 + "1", "1" + "!" * 200],
     ids=ascii,
 )  # fmt: skip
 def test_a_digit_with_anything_that_changes_it_is_none(reply: str) -> None:
     assert as_digit(reply_text(spoken(reply)), highest=9) is None
 
 
-@pytest.mark.parametrize("reply", ["-A", "A/B", "А", "Ａ", "Ⓐ", "AB", "not A", "A+", "A-", "=A", "answerA", "A" + "." * 200], ids=ascii)  # fmt: skip
+LETTERS = ["-A", "A/B", "А", "Ａ", "Ⓐ", "AB", "not A", "A+", "A-", "=A", "answerA", "A" + "." * 200]
+
+
+@pytest.mark.parametrize("reply", LETTERS, ids=ascii)
 def test_a_letter_with_anything_that_changes_it_is_none(reply: str) -> None:
     """Among them a Cyrillic and a full-width A."""
     assert as_letter(reply_text(spoken(reply))) is None
@@ -172,8 +175,13 @@ def test_of_any_text_a_reply_is_one_sign_in_dress_or_nothing(reply: str) -> None
     assert letter is None or re.sub(r"[^0-9A-Za-z+-]", "", reply).lower().removeprefix("answer") == "ab"[letter]
 
 
-@given(st.binary() | st.recursive(st.none() | st.text() | st.integers(), lambda inner: st.lists(inner) | st.dictionaries(
-    st.sampled_from(["choices", "message", "content", "0"]), inner)).map(lambda tree: json.dumps(tree).encode()))  # fmt: skip
+LIKE_A_BODY = st.recursive(
+    st.none() | st.text() | st.integers(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["choices", "message", "content", "0"]), inner),
+).map(lambda tree: json.dumps(tree).encode())
+
+
+@given(st.binary() | LIKE_A_BODY)
 @settings(derandomize=True, deadline=None, max_examples=300)
 def test_whatever_bytes_come_they_say_a_short_text_or_nothing(body: bytes) -> None:
     assert len(reply_text(body)) <= 100
