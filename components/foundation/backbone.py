@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from components.foundation import distributed
 from components.foundation.architecture import has_transposed_maps, layers_of, linear_names
-from components.foundation.errors import ModelError
+from components.foundation.errors import IntegrityError, ModelError
 from components.foundation.language_model import (
     check_vocabulary,
     choose_dtype,
@@ -33,7 +33,9 @@ from components.foundation.language_model import (
     vocabulary,
 )
 from components.foundation.setting_sections import LoraSettings
+from components.foundation.tensor_file import read_tensors
 from components.foundation.trunk import FrozenTrunk
+from components.foundation.untrusted import parse_json, read_text, shown
 
 REFERENCE = "reference"
 """Name of the role that uses the base weights alone, unless an adapter was loaded under that name."""
@@ -322,21 +324,27 @@ class Backbone:
         Raises:
             ModelError: files are missing or damaged, or fit another model.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         try:
-            description = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
+            description = parse_json(read_text(folder / "adapter.json"))
             lora = None if description["lora"] is None else LoraSettings.model_validate(description["lora"])
             scored = bool(description["scored"])
-            stored = load_file(folder / _WEIGHTS[lora is None], device=str(self.device))
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            stored = read_tensors(folder / _WEIGHTS[lora is None], self.device)
+            trained_with = description.get("vocabulary")  # older ones do not say
+            if trained_with is not None:
+                trained_with = {
+                    "tokens": int(trained_with["tokens"]),
+                    "sha256": shown(trained_with["sha256"]).strip("'"),
+                }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IntegrityError) as error:
             raise ModelError(
                 f"adapter {folder} cannot be read ({type(error).__name__}): it needs adapter.json and "
                 "adapter.safetensors (after full fine-tuning: weights.safetensors), both whole"
             ) from error
-        if "vocabulary" in description:  # older ones do not say
-            check_vocabulary(description["vocabulary"], self.tokenizer, f"adapter {folder}")
+        if trained_with is not None:
+            check_vocabulary(trained_with, self.tokenizer, f"adapter {folder}")
+        ranks = {len(tensor) for name, tensor in stored.items() if ".lora_A." in name and tensor.dim()}
+        if lora is not None and ranks != {lora.rank}:  # before so much memory is taken
+            raise ModelError(f"adapter {folder} says that it is of rank {lora.rank}, and its tensors are of {ranks}")
         self.add_role(role, lora, scored=scored)
         own = self.role_tensors(role)
         if _shapes(stored) != _shapes(own):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from components.foundation.errors import ModelError
+from components.foundation.untrusted import one_line
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,10 @@ class ChatEncoder:
     def _template(self) -> tuple[list[int], list[int]]:
         """Ids that stand before and after the user's text."""
         messages = [{"role": "user", "content": _TEXT}]
-        rendered = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        try:
+            rendered = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # a template is a program; what it may not do, Jinja's sandbox says in many ways
+            raise ModelError(f"the chat template fails ({one_line(error)}): mend the template") from error
         if rendered.count(_TEXT) != 1:
             raise ModelError(
                 f"the chat template shows the user's text {rendered.count(_TEXT)} times, not once: mend the template"

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -30,10 +31,13 @@ from components.foundation.errors import ConflictError, IntegrityError, MissingE
 from components.foundation.results import from_json, to_json
 from components.foundation.s3 import ABSENT, S3, split_uri
 from components.foundation.store_conformance import probe
+from components.foundation.untrusted import shown
 
 MANIFEST_NAME = "MANIFEST.json"
 LATEST_NAME = "LATEST"
 FORMAT_VERSION = 1
+_MOST_PATH_BYTES = 1024
+"""As S3 has it."""
 
 
 @dataclass(frozen=True)
@@ -132,12 +136,7 @@ class CheckpointStore:
             text = self.read_text(f"{uri}/{MANIFEST_NAME}")
         except MissingError as error:
             raise IntegrityError(f"{uri} has no {MANIFEST_NAME}: it was never committed, or only in part") from error
-        try:
-            manifest = from_json(Manifest, text)
-        except IntegrityError as error:
-            raise IntegrityError(f"{uri}/{MANIFEST_NAME} cannot be used: {error}") from error
-        _check_manifest(manifest, uri)
-        return dataclasses.replace(manifest, uri=uri)
+        return parse_manifest(text, uri)
 
     def exists(self, uri: str) -> bool:
         """Whether a commit stands under this URI."""
@@ -338,6 +337,20 @@ class CheckpointStore:
         return view
 
 
+def parse_manifest(text: str, uri: str) -> Manifest:
+    """The manifest of the commit at a URI. It comes from outside: its paths and digests become names of local files.
+
+    Raises:
+        IntegrityError: it is malformed, of another format, or would reach beyond its folder.
+    """
+    try:
+        manifest = from_json(Manifest, text)
+    except IntegrityError as error:
+        raise IntegrityError(f"{uri}/{MANIFEST_NAME} cannot be used: {error}") from error
+    _check_manifest(manifest, f"{uri}/{MANIFEST_NAME}")
+    return dataclasses.replace(manifest, uri=uri)
+
+
 def _describe_folder(folder: Path) -> list[ManifestFile]:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     if not paths:
@@ -347,13 +360,15 @@ def _describe_folder(folder: Path) -> list[ManifestFile]:
     return [ManifestFile(p.relative_to(folder).as_posix(), p.stat().st_size, _sha256(p)) for p in paths]
 
 
-def _check_manifest(manifest: Manifest, uri: str) -> None:
-    """A manifest comes from outside: its paths and digests become names of local files."""
-    where = f"{uri}/{MANIFEST_NAME}"
+def _check_manifest(manifest: Manifest, where: str) -> None:
     if manifest.format_version != FORMAT_VERSION:
         raise IntegrityError(
             f"{where} has format {manifest.format_version}; this version reads format {FORMAT_VERSION}"
         )
+    words = [*manifest.parents, *itertools.chain(*manifest.labels.items()), manifest.settings_digest]
+    for text in (*words, manifest.git_sha, manifest.image_digest):
+        if not text.isprintable():
+            raise IntegrityError(f"{where} holds the text {shown(text)}, which no manifest of ours has")
     paths = {file.path for file in manifest.files}
     folders = {str(folder) for path in paths for folder in PurePosixPath(path).parents}
     if len(paths) < len(manifest.files) or paths & folders:
@@ -361,13 +376,17 @@ def _check_manifest(manifest: Manifest, uri: str) -> None:
     for file in manifest.files:
         _check_path(file.path, where)
         if not re.fullmatch(r"[0-9a-f]{64}", file.sha256):
-            raise IntegrityError(f"{where} gives {file.path} the digest {file.sha256!r}, which is no SHA-256")
+            raise IntegrityError(f"{where} gives {file.path} the digest {shown(file.sha256)}, which is no SHA-256")
+        if file.size < 0:
+            raise IntegrityError(f"{where} gives {file.path} {file.size} bytes")
 
 
 def _check_path(path: str, where: str) -> None:
     parts = path.split("/")
-    if PurePosixPath(path).is_absolute() or {"", ".", ".."} & set(parts) or "\\" in path or "\0" in path:
-        raise IntegrityError(f"{where} names the path {path!r}, which could leave its folder: refused")
+    if PurePosixPath(path).is_absolute() or {"", ".", ".."} & set(parts) or "\\" in path:
+        raise IntegrityError(f"{where} names the path {shown(path)}, which could leave its folder: refused")
+    if not path.isprintable() or len(path.encode()) > _MOST_PATH_BYTES:
+        raise IntegrityError(f"{where} names the path {shown(path)}, which no object of ours has: refused")
 
 
 def _free_bytes(folder: Path) -> str:

@@ -18,6 +18,7 @@ import torch
 
 from components.foundation import distributed
 from components.foundation.errors import ModelError
+from components.foundation.untrusted import one_line, parse_json, read_text, shown
 
 _REQUIRED_FILES = ("config.json", "tokenizer.json")
 
@@ -57,9 +58,9 @@ def load_tokenizer(folder: Path) -> Any:
         ModelError: no tokenizer, no EOS token, or no chat template (prompts could not be laid out).
     """
     try:
-        tokenizer = import_transformers().AutoTokenizer.from_pretrained(folder)
+        tokenizer = import_transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a broken file raises a dozen unrelated types, bare Exception among them
-        raise ModelError(f"{folder} has no tokenizer that transformers can read: {error}") from error
+        raise ModelError(f"{folder} has no tokenizer that transformers can read: {one_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {folder} has no end-of-sequence token: set eos_token")
     if not tokenizer.chat_template:
@@ -97,10 +98,15 @@ def load_causal_lm(folder: Path, dtype: torch.dtype) -> Any:
     check_model_folder(folder)
     try:
         model, loading = import_transformers().AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, attn_implementation="sdpa", output_loading_info=True
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,  # else somebody at a terminal is asked whether to run a folder's code
+            attn_implementation="sdpa",
+            output_loading_info=True,
         )
     except Exception as error:  # as above
-        raise ModelError(f"{folder} is not a model that transformers can load: {error}") from error
+        raise ModelError(f"{folder} is not a model that transformers can load: {one_line(error)}") from error
     missing = sorted(loading["missing_keys"])  # tied weights do not count; all others would be left random
     if missing:
         raise ModelError(
@@ -138,10 +144,26 @@ def check_model_folder(folder: Path) -> None:
         pickled = [path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth"}]
         hint = f"; {pickled[0]} is pickled, which is refused: convert it to safetensors" if pickled else ""
         raise ModelError(f"model folder {folder} holds no *.safetensors weights{hint}")
+    _check_shards(folder)
     try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        parse_json(read_text(folder / "config.json"))
     except ValueError as error:
-        raise ModelError(f"{folder / 'config.json'} is not JSON: {error}") from error
+        raise ModelError(f"{folder / 'config.json'} is not JSON: {one_line(error)}") from error
+
+
+def _check_shards(folder: Path) -> None:
+    """transformers reads whatever file an index names, wherever it lies, and unpickles what is no safetensors."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        shards = set(parse_json(read_text(index))["weight_map"].values())
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index} is no index of weights: {one_line(error)}") from error
+    for shard in shards:
+        plain = isinstance(shard, str) and Path(shard).name == shard and shard.endswith(".safetensors")
+        if not plain or not (folder / shard).is_file():
+            raise ModelError(f"{index} names the weights {shown(shard)}: they must be a *.safetensors file beside it")
 
 
 def save_causal_lm(

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from components.foundation.errors import DataError
+from components.foundation.untrusted import one_line, shown
 
 KINDS = ("red_team", "benign", "lookalike")
 """Kinds of prompts; a lookalike is harmless but looks unsafe. An empty kind is undeclared."""
@@ -31,7 +32,15 @@ NEWEST_FILE = "preferences_newest.jsonl"
 
 MAX_LINE_BYTES = 1_000_000
 MAX_FILE_BYTES = 2_000_000_000
+MAX_ROWS = 2_000_000
+MAX_VALUES = 20_000_000
 _EXCERPT = 200
+_EXCERPTS = 100_000
+"""Bad rows that are shown in part; of further ones there are number and reason."""
+
+_MOST_UNFOLDED, _ALWAYS_UNFOLDED = 100, 100_000_000
+"""A .gz may unfold to so many times its size, and at any size to so many bytes. Text is packed to a tenth, rarely to a
+fiftieth; a file that is packed to a thousandth was made to fill a memory."""
 
 Record = TypeVar("Record", "DualPreference", "Demonstration", "PromptRecord", "CollectedAnswer", "RegressionPrompt")
 
@@ -123,7 +132,7 @@ class CollectedAnswer:
         return ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class BadRow:
     """A row set aside: 1-based number, reason, and the beginning of its text."""
 
@@ -160,7 +169,7 @@ def parse_record(kind: type[Record], row: Any) -> Record | str:
             continue
         value = _typed(str(item.type), row[item.name])
         if value is None:
-            return f"field {item.name!r} is {_excerpt(repr(row[item.name]))}, not of type {item.type}"
+            return f"field {item.name!r} is {shown(row[item.name])}, not of type {item.type}"
         may_be_empty = kind is CollectedAnswer and item.name == "response"  # a policy may say nothing
         if required and isinstance(value, str) and not value.strip() and not may_be_empty:
             return f"field {item.name!r} is empty"
@@ -182,7 +191,11 @@ def load_records(source: str, kind: type[Record], builtin_file: Path | None = No
     if source.startswith("datasets:"):
         return _collect(source, kind, _dataset_rows(source))
     path = Path(source)
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError as error:  # such as a name that is too long
+        raise DataError(f"data file {shown(source)} cannot be read: {error.strerror}") from error
+    if not found:
         raise DataError(f"data file {source} does not exist")
     if path.name.endswith((".jsonl", ".jsonl.gz")):
         return _collect(source, kind, jsonl_rows(path))
@@ -240,7 +253,8 @@ def _collect(source: str, kind: type[Record], rows: Iterator[tuple[int, bytes, A
         digest.update(raw)
         parsed = row.reason if isinstance(row, BadRow) else parse_record(kind, row)
         if isinstance(parsed, str):
-            bad.append(BadRow(number, parsed, _excerpt(raw.decode("utf-8", "replace"))))
+            told = _excerpt(raw[: 4 * _EXCERPT].decode("utf-8", "replace")) if len(bad) < _EXCERPTS else ""
+            bad.append(BadRow(number, parsed, told))
         else:
             records.append(parsed)
     return LoadResult(source, records, bad, digest.hexdigest())
@@ -248,30 +262,43 @@ def _collect(source: str, kind: type[Record], rows: Iterator[tuple[int, bytes, A
 
 def jsonl_rows(path: Path) -> Iterator[tuple[int, bytes, Any]]:
     """(row number, raw line, decoded row or BadRow); reads at most MAX_LINE_BYTES of a line at a time."""
-    opener: Any = gzip.open if path.suffix == ".gz" else open
-    total = 0
+    packed = path.suffix == ".gz"
+    opener: Any = gzip.open if packed else open
+    number = total = 0
     try:
+        most = _most_unfolded(path.stat().st_size) if packed else MAX_FILE_BYTES
         with opener(path, "rb") as file:
-            number = 0
             while line := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 total += len(line)
                 if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
-                    total += _skip_line(file)
+                    total += _skip_line(file, most)
                     yield number, line[:_EXCERPT], BadRow(number, f"the line is over {MAX_LINE_BYTES} bytes", "")
                 elif line.strip():
                     yield number, line, _decode(number, line)
-                if total > MAX_FILE_BYTES:
-                    raise DataError(f"{path} holds more than {MAX_FILE_BYTES} bytes when unpacked: split it")
+                _check_size(path, number, total, most)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot read {path}: {error}") from error
 
 
-def _skip_line(file: Any) -> int:
+def _most_unfolded(packed_bytes: int) -> int:
+    return min(MAX_FILE_BYTES, max(_ALWAYS_UNFOLDED, _MOST_UNFOLDED * packed_bytes))
+
+
+def _check_size(source: str | Path, rows: int, total: int, most: int = 0) -> None:
+    most = most or MAX_FILE_BYTES
+    if total > most:
+        limit = f"{most} bytes" + (f", {_MOST_UNFOLDED} times its size," if most < MAX_FILE_BYTES else "")
+        raise DataError(f"{source} holds more than {limit} when unpacked: split it")
+    if rows > MAX_ROWS:
+        raise DataError(f"{source} holds more than {MAX_ROWS} rows: split it, or take a part of it")
+
+
+def _skip_line(file: Any, most: int) -> int:
     skipped = 0
     while part := file.readline(MAX_LINE_BYTES):
         skipped += len(part)
-        if part.endswith(b"\n") or skipped > MAX_FILE_BYTES:
+        if part.endswith(b"\n") or skipped > most:
             break
     return skipped
 
@@ -289,35 +316,64 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, bytes, Any]]:
     import pyarrow
     import pyarrow.parquet
 
-    number = 0
+    number = total = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+        metadata = pyarrow.parquet.read_metadata(path)
+        columns = [metadata.schema.column(index) for index in range(len(metadata.schema))]
+        _check_values(path, metadata)
+        # a text that is stored once and stands in every row is not written out before its row is looked at
+        texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
+        for batch in pyarrow.parquet.ParquetFile(path, read_dictionary=texts).iter_batches():
             for index in range(batch.num_rows):
                 number += 1
-                yield number, *_parquet_row(number, batch.slice(index, 1))
+                raw, row = _parquet_row(number, batch.slice(index, 1))
+                total += len(raw)
+                _check_size(path, number, total)
+                if len(raw) > MAX_LINE_BYTES:
+                    raw, row = raw[:_EXCERPT], BadRow(number, f"the row is over {MAX_LINE_BYTES} bytes", "")
+                yield number, raw, row
     except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+        raise DataError(f"cannot read {path}: {one_line(error)}") from error
+
+
+def _check_values(path: Path, metadata: Any) -> None:
+    """A list of a thousand million zeros is packed into a few bytes, in one row."""
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            if column.num_values > MAX_VALUES:
+                name = shown(column.path_in_schema)
+                raise DataError(
+                    f"{path}: column {name} has {column.num_values} values in a row group, more than {MAX_VALUES}: "
+                    "write smaller row groups"
+                )
 
 
 def _parquet_row(number: int, row: Any) -> tuple[bytes, Any]:
-    """One row, read alone so that a text that is not UTF-8 costs no other row."""
+    """One row, read alone so that a text that is not UTF-8, or a date that is none, costs no other row."""
     try:
         (values,) = row.to_pylist()
+        return json.dumps(values, default=str).encode(), values
     except UnicodeDecodeError:
         return b"", BadRow(number, "a text of the row is not UTF-8", "")
-    return json.dumps(values, default=str).encode(), values
+    except Exception as error:  # pyarrow raises a dozen unrelated types
+        return b"", BadRow(number, f"the row cannot be decoded: {one_line(error)}", "")
 
 
 def _dataset_rows(source: str) -> Iterator[tuple[int, bytes, Any]]:
     import datasets
 
     _, name, split = [*source.split(":"), "train"][:3]
+    total = 0
     try:
-        rows = datasets.load_dataset(name, split=split, streaming=True)
+        for number, row in enumerate(datasets.load_dataset(name, split=split, streaming=True), start=1):
+            raw = json.dumps(row, default=str).encode()
+            total += len(raw)
+            _check_size(source, number, total)
+            yield number, raw, row
+    except DataError:
+        raise
     except Exception as error:  # the library raises a dozen unrelated types
-        raise DataError(f"cannot load data set {name!r}, split {split!r}: {error}") from error
-    for number, row in enumerate(rows, start=1):
-        yield number, json.dumps(row, default=str).encode(), row
+        raise DataError(f"cannot load data set {name!r}, split {split!r}: {one_line(error)}") from error
 
 
 def _typed(type_name: str, value: Any) -> Any:

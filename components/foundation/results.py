@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import types
 import typing
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from components.foundation.errors import IntegrityError
+from components.foundation.untrusted import one_line, parse_json, read_text, shown
 
 T = TypeVar("T")
 
@@ -174,14 +176,21 @@ def from_json(kind: type[T], text: str) -> T:
         IntegrityError: a field is missing, unknown, or not of its type.
     """
     try:
-        return typing.cast(T, _build(kind, json.loads(text)))
-    except (TypeError, KeyError, ValueError) as error:
-        raise IntegrityError(f"stored {kind.__name__} record cannot be read: {error}") from error
+        return typing.cast(T, _build(kind, parse_json(text)))
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
+        raise IntegrityError(f"stored {kind.__name__} record cannot be read: {one_line(error)}") from error
 
 
 def read_record(kind: type[T], path: Path) -> T:
     """File -> dataclass `kind`; see `from_json`."""
-    return from_json(kind, path.read_text(encoding="utf-8"))
+    return from_json(kind, _text_of(path))
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return read_text(path)
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{path} cannot be read: {one_line(error)}") from error
 
 
 @functools.cache  # every call compiles the annotations anew
@@ -194,19 +203,26 @@ def _build(kind: Any, value: Any) -> Any:
     if origin in (typing.Union, types.UnionType):
         return None if value is None else _build(next(a for a in typing.get_args(kind) if a is not type(None)), value)
     if origin is list:
-        return [_build(typing.get_args(kind)[0], item) for item in value]
+        return [_build(typing.get_args(kind)[0], item) for item in _of_type(list, value)]
     if origin is dict:
+        _of_type(dict, value)
         return {key: _build(typing.get_args(kind)[1], item) for key, item in value.items()}
     if dataclasses.is_dataclass(kind):
         hints = _type_hints(typing.cast(type, kind))
-        unknown = set(value) - set(hints)
+        unknown = set(_of_type(dict, value)) - set(hints)
         if unknown:
-            raise TypeError(f"unknown fields {sorted(unknown)}")
+            raise TypeError(f"unknown fields {shown(sorted(unknown))}")
         return typing.cast(type, kind)(**{key: _build(hints[key], item) for key, item in value.items()})
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if not isinstance(value, kind):
-        raise TypeError(f"{value!r} is not {kind.__name__}")
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is not finite")
+    return _of_type(kind, value)
+
+
+def _of_type(kind: type[T], value: Any) -> T:
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise TypeError(f"{shown(value)} is not {kind.__name__}")
     return value
 
 
@@ -218,5 +234,4 @@ def write_records(path: Path, records: Iterable[Any]) -> None:
 
 def read_records(kind: type[T], path: Path) -> list[T]:
     """Read what `write_records` wrote; see `from_json` for errors."""
-    with path.open(encoding="utf-8") as file:
-        return [from_json(kind, line) for line in file]
+    return [from_json(kind, line) for line in _text_of(path).split("\n") if line]

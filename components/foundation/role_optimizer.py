@@ -22,6 +22,8 @@ from components.foundation.optimization import adamw
 MAX_SKIPPED_UPDATES = 3
 """So many updates in a row may be skipped because they are not finite; one more stops training."""
 
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
 log = logging.getLogger("saferlhf")
 
 
@@ -35,7 +37,11 @@ class TrainedRole(Protocol):
         """
 
     def load(self, parameters: Sequence[Tensor], moments: Mapping[str, Tensor]) -> None:
-        """Bring back the role's parameters, in their order, and what `moments` returned. All ranks call."""
+        """Bring back the role's parameters, in their order, and what `moments` returned. All ranks call.
+
+        Raises:
+            LookupError, ValueError, RuntimeError: the moments are other ones.
+        """
 
 
 class RoleOptimizer(TrainedRole, Protocol):
@@ -114,6 +120,10 @@ class WholeOptimizer:
         for key, moment in moments.items():
             index, _, name = key.partition("/")
             state.setdefault(int(index), {})[name] = moment
+        for number, of in state.items():
+            shape = self._parameters[number].shape
+            if {name: moment.shape for name, moment in of.items()} != dict.fromkeys(_MOMENTS, shape) | {"step": ()}:
+                raise ValueError(f"AdamW has other moments of parameter {number}, of shape {list(shape)}")
         self._adamw.load_state_dict({"state": state, "param_groups": self._adamw.state_dict()["param_groups"]})
 
 

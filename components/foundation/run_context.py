@@ -18,10 +18,10 @@ from pathlib import Path
 
 from components.foundation import distributed, logs
 from components.foundation.checkpoint_store import CheckpointStore
-from components.foundation.errors import OutOfMemoryError, SettingsError, StoreError
+from components.foundation.errors import IntegrityError, OutOfMemoryError, SettingsError, StoreError
 from components.foundation.metrics import Gauges, served_gauges
 from components.foundation.results import from_json, to_json
-from components.foundation.settings import Settings
+from components.foundation.settings import Settings, read_settings
 from components.foundation.tracking import SilentRun, StageRun, Tracker
 
 ROUND_STAGES = ("collect", "annotate", "reward_model", "cost_model", "ppo_lagrangian", "evaluate")
@@ -150,8 +150,12 @@ def create_run(run_uri: str, run_id: str, settings: Settings) -> RunContext:
 def open_run(run_uri: str) -> RunContext:
     """Read run.json; S3 and MLflow are found by AWS_ENDPOINT_URL and MLFLOW_TRACKING_URI."""
     store = CheckpointStore(run_uri.partition("/runs/")[0])
-    description = from_json(RunDescription, store.read_text(f"{run_uri}/run.json"))
-    settings = Settings.model_validate_json(description.settings_json)
+    text = store.read_text(f"{run_uri}/run.json")
+    try:
+        description = from_json(RunDescription, text)
+        settings = read_settings(description.settings_json)
+    except (IntegrityError, SettingsError) as error:
+        raise type(error)(f"{run_uri}/run.json cannot be used: {error}") from error
     return RunContext(description.run_id, run_uri, description.mlflow_run_id, settings, store, _tracker(settings))
 
 

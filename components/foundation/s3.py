@@ -22,6 +22,7 @@ from components.foundation.errors import (
     StoreError,
     StoreUnavailableError,
 )
+from components.foundation.untrusted import MAX_TEXT_BYTES, one_line
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -92,6 +93,9 @@ class S3:
             for tries_left in reversed(range(_READ_TRIES)):
                 try:
                     reply = self.client.get_object(Bucket=bucket, Key=key)
+                    if reply["ContentLength"] > MAX_TEXT_BYTES:
+                        reply["Body"].close()
+                        raise IntegrityError(f"{uri} has {reply['ContentLength']} bytes, and is no record of ours")
                     body = reply["Body"].read()
                     break
                 # a reply that broke off: boto3 repeats requests, but not the reading of what get_object returns
@@ -101,7 +105,7 @@ class S3:
         try:
             return body.decode(), reply["ETag"]
         except UnicodeDecodeError as error:
-            raise IntegrityError(f"{uri} is not text: {error}") from error
+            raise IntegrityError(f"{uri} is not text: {one_line(error)}") from error
 
     def put(self, uri: str, text: str, condition: Mapping[str, str]) -> None:
         """Write a small object if `condition` (ABSENT, {"IfMatch": etag}, or none) holds.

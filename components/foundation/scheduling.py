@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from components.foundation.errors import SettingsError
+from components.foundation.untrusted import PROBLEMS_TOLD, one_line, shown
 
 _NAME = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
 LabelKey = Annotated[str, Field(pattern=rf"^([a-z0-9]([a-z0-9.-]{{0,251}}[a-z0-9])?/)?{_NAME}$")]
@@ -62,9 +63,9 @@ def check_pool_choice(node_selector: Any, tolerations: Any) -> None:
 def explain(error: ValidationError, subject: str) -> str:
     """One sentence that names each field that is refused, with its value."""
     parts = []
-    for item in error.errors():
-        field = ".".join(str(part) for part in item["loc"] if part != "[key]")
-        reason = item["msg"].removeprefix("Value error, ")
+    for item in error.errors(include_url=False)[:PROBLEMS_TOLD]:
+        field = one_line(".".join(str(part) for part in item["loc"] if part != "[key]"))
+        reason = one_line(item["msg"].removeprefix("Value error, "))
         if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # of a model, of a dataclass
             parts.append(f"unknown field {field!r}")
         elif item["type"] == "missing":
@@ -72,7 +73,7 @@ def explain(error: ValidationError, subject: str) -> str:
         elif item["type"] == "value_error":
             parts.append(f"{field}: {reason}" if field else reason)
         elif field:
-            parts.append(f"{field}={item['input']!r} is refused: {reason}")
+            parts.append(f"{field}={shown(item['input'])} is refused: {reason}")
         else:
-            parts.append(f"{item['input']!r} is refused: {reason}")
+            parts.append(f"{shown(item['input'])} is refused: {reason}")
     return f"{subject}: " + "; ".join(parts)

@@ -12,7 +12,6 @@ import json
 from collections.abc import Iterable
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from components.foundation.errors import SettingsError
@@ -34,6 +33,10 @@ from components.foundation.setting_sections import (
     StartSettings,
     StoreSettings,
 )
+from components.foundation.untrusted import PROBLEMS_TOLD, one_line, parse_yaml, shown
+
+_MOST_CHARACTERS = 20_000
+"""Of one `key=value`."""
 
 
 class Settings(Section):
@@ -142,14 +145,14 @@ def resolve_settings(profile: str, seed: int = 0, overrides: Iterable[str] = ())
         SettingsError: unknown profile or key, or a value out of range; the message names the key and the value.
     """
     if profile not in PROFILES:
-        raise SettingsError(f"unknown profile {profile!r}: choose one of {', '.join(sorted(PROFILES))}")
+        raise SettingsError(f"unknown profile {shown(profile)}: choose one of {', '.join(sorted(PROFILES))}")
     tree: dict[str, Any] = json.loads(json.dumps(PROFILES[profile])) | {"profile": profile, "seed": seed}
     for override in overrides:
         key, separator, text = (part.strip() for part in override.partition("="))
         if not separator or not key:
-            raise SettingsError(f"cannot read setting {override!r}: write key=value, for instance ppo.steps=20")
+            raise SettingsError(f"cannot read setting {shown(override)}: write key=value, for instance ppo.steps=20")
         if key == "profile":
-            raise SettingsError(f"setting {override!r} would change the profile's name alone: use --profile")
+            raise SettingsError(f"setting {shown(override)} would change the profile's name alone: use --profile")
         _assign(tree, key, _read_value(override, text))
     try:
         return Settings.model_validate(tree)
@@ -157,11 +160,25 @@ def resolve_settings(profile: str, seed: int = 0, overrides: Iterable[str] = ())
         raise SettingsError(_explain(error)) from None
 
 
-def _read_value(override: str, text: str) -> Any:
+def read_settings(text: str) -> Settings:
+    """What `Settings.model_dump_json` wrote.
+
+    Raises:
+        SettingsError: it is something else, or a value is refused.
+    """
     try:
-        value = yaml.safe_load(text) if text else ""
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise SettingsError(f"setting {override!r} is not YAML: put a text in quotes") from error
+        return Settings.model_validate_json(text)
+    except ValidationError as error:
+        raise SettingsError(_explain(error)) from None
+
+
+def _read_value(override: str, text: str) -> Any:
+    if len(override) > _MOST_CHARACTERS:
+        raise SettingsError(f"setting {shown(override)} has more than {_MOST_CHARACTERS} characters: put it in a file")
+    try:
+        value = parse_yaml(text) if text else ""
+    except ValueError as error:
+        raise SettingsError(f"setting {shown(override)} is not YAML ({error}): put a text in quotes") from error
     if isinstance(value, str):
         try:
             return float(value)  # YAML 1.1 reads 1e-3 as text
@@ -176,18 +193,19 @@ def _assign(tree: dict[str, Any], dotted_key: str, value: Any) -> None:
     for section in sections:
         node = node.setdefault(section, {})
         if not isinstance(node, dict):
-            raise SettingsError(f"unknown setting {dotted_key!r}: {section!r} is a value, not a section")
+            raise SettingsError(f"unknown setting {shown(dotted_key)}: {shown(section)} is a value, not a section")
     node[name] = value
 
 
 def _explain(error: ValidationError) -> str:
     lines = []
-    for item in error.errors():
+    for item in error.errors(include_url=False)[:PROBLEMS_TOLD]:
         key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            lines.append(f"unknown setting {key!r}: `saferlhf settings` lists all of them")
+            lines.append(f"unknown setting {shown(key)}: `saferlhf settings` lists all of them")
         else:
-            lines.append(f"setting {key}={item['input']!r} is refused: {item['msg'].removeprefix('Value error, ')}")
+            reason = one_line(item["msg"].removeprefix("Value error, "))
+            lines.append(f"setting {one_line(key)}={shown(item['input'])} is refused: {reason}")
     return "; ".join(lines)
 
 

@@ -28,6 +28,8 @@ from components.foundation.exit_codes import PREEMPTED_EXIT_CODE
 from components.foundation.results import read_record, to_json
 from components.foundation.role_optimizer import TrainedRole
 from components.foundation.run_context import Stage
+from components.foundation.tensor_file import read_tensors
+from components.foundation.untrusted import one_line
 
 _TENSORS, _STATE = "state.safetensors", "state.json"
 
@@ -176,13 +178,7 @@ class TrainingCheckpoints:
         return tensors
 
     def _load_tensors(self, path: Path) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            stored = load_file(path, device=str(self._backbone.device))
-        except (OSError, SafetensorError) as error:
-            raise IntegrityError(f"checkpoint {path} cannot be read: {error}") from error
+        stored = read_tensors(path, self._backbone.device)
         for role, training in self._trained.items():
             self._load_role(role, training, stored)
 
@@ -194,7 +190,13 @@ class TrainingCheckpoints:
                 f"the checkpoint under {self._uri} holds no {role!r} of this model's shape: it was made by another "
                 "version or for another model; delete it, or start a new run"
             )
-        training.load([saved[name] for name in own], _below(stored, f"{role}/optimizer/"))
+        try:
+            training.load([saved[name] for name in own], _below(stored, f"{role}/optimizer/"))
+        except (LookupError, ValueError, RuntimeError) as error:
+            raise IntegrityError(
+                f"the checkpoint under {self._uri} holds moments of {role!r} that do not fit its parameters "
+                f"({one_line(error)}): delete it, or start a new run"
+            ) from error
 
     def _check_origin(self, uri: str) -> None:
         context = self._stage.context

@@ -110,3 +110,6 @@ class HeadCritic:
             for own, stored in zip(self._head.values(), parameters, strict=True):
                 own.copy_(stored)
         self._sums = TokenSums(moments["inputs"], moments["returns"]) if moments else None
+        size = self._head["head.weight"].shape[1] + 1
+        if self._sums and (self._sums.inputs.shape, self._sums.returns.shape) != ((size, size), (size,)):
+            raise ValueError(f"the sums of a critic are of {size} inputs")

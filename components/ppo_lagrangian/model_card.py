@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from components.foundation.results import PpoTrace, PreferenceModelResult
 from components.foundation.settings import Settings
+from components.foundation.untrusted import markdown_code
 
 _LICENSES = {"smollm2-135m-instruct": ("apache-2.0", "HuggingFaceTB/SmolLM2-135M-Instruct")}
 """Of the base models that are known here: licence, and name on the Hugging Face hub."""
@@ -41,9 +42,10 @@ def model_card(settings: Settings, run_id: str, round_number: int, trace: PpoTra
 pipeline_tag: text-generation
 tags: [safe-rlhf, ppo-lagrangian]
 ---
-# Policy of round {round_number}, run {run_id}
+# Policy of round {round_number}, run {markdown_code(run_id)}
 
-`{settings.base_model}`, fine-tuned on demonstrations and then aligned by PPO-Lagrangian (Safe RLHF, arXiv 2310.12773):
+{markdown_code(settings.base_model)}, fine-tuned on demonstrations and then aligned by PPO-Lagrangian
+(Safe RLHF, arXiv 2310.12773):
 {_objective(settings)}
 
 | | |
@@ -101,11 +103,15 @@ def _quality(evidence: CardEvidence) -> str:
 
 
 def _digests(digests: Mapping[str, str]) -> str:
-    return "\n".join(f"| `{name}` | `{digest}` |" for name, digest in sorted(digests.items()))
+    return "\n".join(f"| {markdown_code(name)} | {markdown_code(digest)} |" for name, digest in sorted(digests.items()))
 
 
 def _judge(settings: Settings) -> str:
-    return f" ({settings.annotate.judge_model})" if settings.annotate.annotator == "judge" else " (written rules)"
+    return (
+        f" ({markdown_code(settings.annotate.judge_model)})"
+        if settings.annotate.annotator == "judge"
+        else " (written rules)"
+    )
 
 
 def _license(license_id: str) -> str:

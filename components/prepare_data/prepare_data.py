@@ -28,6 +28,7 @@ from components.foundation.preference import (
 from components.foundation.results import write_records
 from components.foundation.run_context import open_stage
 from components.foundation.setting_sections import BUILTIN, DataSettings
+from components.foundation.untrusted import markdown_code
 from components.prepare_data.freshness import check_freshness
 
 STAGE = "prepare_data"
@@ -130,7 +131,8 @@ def data_table(data: PreparedData) -> str:
     """Markdown table of the sources."""
     lines = ["| records | source | usable | bad | sha256 |", "|---|---|---:|---:|---|"]
     for name, result in data.named().items():
-        lines.append(f"| {name} | {result.source} | {len(result.records)} | {len(result.bad)} | {result.digest[:12]} |")
+        source = markdown_code(result.source)
+        lines.append(f"| {name} | {source} | {len(result.records)} | {len(result.bad)} | {result.digest[:12]} |")
     return "\n".join(lines) + "\n"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -11,6 +10,7 @@ from components.foundation.errors import SettingsError
 from components.foundation.logs import Place, configure_logging, set_place
 from components.foundation.run_context import create_run
 from components.foundation.settings import resolve_settings
+from components.foundation.untrusted import parse_json, shown
 from components.prepare_data.take_over import commits_to_take_over, take_over
 
 log = logging.getLogger("saferlhf")
@@ -49,7 +49,7 @@ def run_start_run(run_uri: str, run_id: str, profile: str, seed: int, overrides:
 def check_run_id(run_id: str) -> None:
     """Raises: SettingsError unless the id can name a run in the store, in MLflow and in a cluster."""
     if not _RUN_ID.fullmatch(run_id):
-        raise SettingsError(f"run_id={run_id!r} is refused: use up to 63 lower-case letters, digits and hyphens")
+        raise SettingsError(f"run_id={shown(run_id)} is refused: use up to 63 lower-case letters, digits and hyphens")
 
 
 def _store(run_uri: str) -> list[str]:
@@ -59,9 +59,9 @@ def _store(run_uri: str) -> list[str]:
 
 def _read_overrides(text: str) -> list[str]:
     try:
-        overrides = json.loads(text or "[]")
+        overrides = parse_json(text or "[]")
     except ValueError:
         overrides = None
     if not isinstance(overrides, list) or not all(isinstance(item, str) for item in overrides):
-        raise SettingsError(f'run_set={text!r} is refused: write a JSON list of settings, such as ["ppo.steps=20"]')
+        raise SettingsError(f'run_set={shown(text)} is refused: write a JSON list of settings, as ["ppo.steps=20"]')
     return overrides

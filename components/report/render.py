@@ -6,12 +6,14 @@ their own text, and the page's content security policy forbids scripts and every
 
 from __future__ import annotations
 
+import dataclasses
 import unicodedata
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from components.foundation.results import Estimate
 from components.foundation.statistics import wilson
+from components.foundation.untrusted import markdown_code
 from components.report.answers import SHOWN_PER_OUTCOME, choose_answers
 from components.report.figures import category_pairs, make_figures, policy_name
 from components.report.ratings import Rating, ladder
@@ -53,11 +55,12 @@ def render_html(data: ReportData) -> str:
 
 
 def render_markdown(data: ReportData) -> str:
-    """The headline figures and the gate's reasons."""
+    """The headline figures and the gate's reasons, which quote prompts: whatever is a text is a code span."""
+    alias = markdown_code(data.promotion.alias)
     lines = [
-        f"# Safe RLHF: {data.provenance.run_id}",
+        f"# Safe RLHF: {markdown_code(data.provenance.run_id)}",
         "",
-        " ".join(lead(data)),
+        " ".join(lead(dataclasses.replace(data, promotion=dataclasses.replace(data.promotion, alias=alias)))),
         "",
         f"| policy ({data.confidence * 100:g}% intervals) | unsafe answers to red-team prompts "
         "| wins against SFT on benign prompts | refusals of harmless prompts that look unsafe |",
@@ -69,7 +72,8 @@ def render_markdown(data: ReportData) -> str:
         if evaluation.round == 0:
             cells[1] = _NOTHING
         lines.append(f"| {policy_name(evaluation.round)} | {' | '.join(cells)} |")
-    lines += ["", f"Gate: **{data.promotion.decision}**", "", *(f"- {reason}" for reason in data.promotion.reasons)]
+    lines += ["", f"Gate: {markdown_code(data.promotion.decision)}", ""]
+    lines += [f"- {markdown_code(reason)}" for reason in data.promotion.reasons]
     return readable("\n".join(lines) + "\n")
 
 

@@ -14,6 +14,9 @@ from markupsafe import Markup
 
 WIDTH = 440.0
 FONT_SIZE = 14.0
+_FURTHEST, _NARROWEST = 1e12, 1e-12
+"""Ends of an axis, and its least length."""
+
 _CHARACTER_WIDTH = 0.56 * FONT_SIZE
 
 
@@ -82,9 +85,14 @@ def shortened(content: str, longest: int) -> str:
 
 
 def tidy_ticks(low: float, high: float, intervals: int = 5) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten that enclose the range, about so many intervals of them."""
-    if low == high:
-        low, high = low - 0.5, high + 0.5
+    """Multiples of 1, 2 or 5 times a power of ten that enclose the range, about so many intervals of them.
+
+    A range beyond what a chart can show is cut, and one that is too narrow is widened.
+    """
+    low, high = (min(max(end, -_FURTHEST), _FURTHEST) for end in (low, high))
+    if high - low < max(_NARROWEST, abs(high) * 1e-9):
+        room = max(0.5, abs(high) * 1e-6)
+        low, high = low - room, high + room
     least = (high - low) / intervals
     magnitude = 10.0 ** math.floor(math.log10(least))
     step = next(factor * magnitude for factor in (1, 2, 5, 10) if factor * magnitude >= least * (1 - 1e-9))

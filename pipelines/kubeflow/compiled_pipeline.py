@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from components.foundation.errors import SettingsError
 from components.foundation.settings import Settings, resolve_settings
+from components.foundation.untrusted import parse_yaml
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,8 @@ def read_compiled(file: Path) -> CompiledPipeline:
         SettingsError: the file cannot be read, or is something else.
     """
     try:
-        text = read_bytes(file).decode("utf-8")
-        first = next(iter(yaml.load_all(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))))
-    except (yaml.YAMLError, UnicodeDecodeError, StopIteration):
+        first = parse_yaml(read_bytes(file).decode("utf-8"), more_may_follow=True)
+    except ValueError:
         first = None
     return pipeline_of(first, str(file))
 
@@ -65,7 +63,7 @@ def pipeline_of(spec: Any, source: str) -> CompiledPipeline:
         settings = tuple(json.loads(parameters["run_set"]["defaultValue"]))
         for name in ("run_id", "run_profile", "run_seed"):
             parameters[name]["parameterType"]
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise SettingsError(f"{source} is no compiled pipeline of ours: make one with `saferlhf compile`") from None
     return CompiledPipeline(source, rounds, settings)
 

@@ -6,7 +6,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
-import yaml
 from pydantic import (
     AfterValidator,
     AwareDatetime,
@@ -20,6 +19,7 @@ from pydantic import (
 from components.foundation.errors import SettingsError
 from components.foundation.scheduling import explain
 from components.foundation.settings import resolve_settings
+from components.foundation.untrusted import read_yaml
 from pipelines.kubeflow.client import EXPERIMENT
 from pipelines.kubeflow.compiled_pipeline import RunChoice
 from pipelines.kubeflow.cron import check_cron
@@ -75,11 +75,11 @@ def read_schedules(file: Path) -> list[Schedule]:
         SettingsError: something in it is refused; the message names the schedule's place and the field.
     """
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        tree = read_yaml(file)
     except OSError as error:
         raise SettingsError(f"schedule file {file} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-        raise SettingsError(f"schedule file {file} is not YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise SettingsError(f"schedule file {file} is not YAML: {error}") from error
     try:
         schedules = _File.model_validate(tree).schedules
     except ValidationError as error:

@@ -187,7 +187,7 @@ def test_labels_come_in_parts_and_the_run_goes_on_when_all_are_there(run: Waitin
         assert answers[record.safer_response_id].startswith(DECLINE)
         assert answers[record.better_response_id].startswith(HELP)
     told = run.command("status").output
-    assert "| person-0 | 18 |" in told and "round 1 has taken these labels over" in told
+    assert "| `person-0` | 18 |" in told and "round 1 has taken these labels over" in told
     assert (store.fetch(commit) / "label_result.md").read_text() in told
     late = tmp_path / "late.jsonl"
     task = exported_tasks(folder)[0][0]
@@ -204,7 +204,7 @@ def test_agreement_and_gold_accuracy_are_told_and_kept(run: WaitingRun, tmp_path
     assert kept in told
     assert "26 labels of 18 items (6 of them gold)" in kept and "12 of 12 pairs have a majority" in kept
     assert "| more helpful |" in kept and "100.0%" in kept
-    assert "| person-0 | 18 | 0 | " in kept and " of 6 (" in kept
+    assert "| `person-0` | 18 | 0 | " in kept and " of 6 (" in kept
 
 
 @pytest.mark.fault

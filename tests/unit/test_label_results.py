@@ -165,8 +165,8 @@ def test_the_table_names_everything_that_the_figures_say() -> None:
     assert [q.units for q in result.agreement] == [0, 0, 0]  # with bob left out, nobody shares an item
     table = result_table(result)
     assert "14 labels of 12 items (10 of them gold)" in table and "2 of 2 pairs have a majority" in table
-    assert "| ann | 2 | 0 | saw none |  |" in table
-    assert "| bob | 12 | 0 | 20% of 10 (6% to 51%) | right on 20% of 10 gold items; excluded |" in table
+    assert "| `ann` | 2 | 0 | saw none |  |" in table
+    assert "| `bob` | 12 | 0 | 20% of 10 (6% to 51%) | right on 20% of 10 gold items; excluded |" in table
     kept = summarize("s3://batch", items, labels, exclude_careless=False)
     assert kept.usable == 0 and kept.agreement[0].raw == 0.0
     assert "| safe or unsafe | 4 | 0.0% | -0.750 |" in result_table(kept)

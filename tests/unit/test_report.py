@@ -292,8 +292,8 @@ def test_page_says_what_the_records_say(data: ReportData, page: str) -> None:
     assert "0.934" in text and "Promoted" in text and data.provenance.git_sha in text
     assert all(key in text for key in data.settings)
     markdown = render_markdown(data)
-    assert "**promote**" in markdown and percent(data.last.evaluation.unsafe_rate.value) in markdown
-    assert all(f"- {reason}" in markdown for reason in data.promotion.reasons)
+    assert "Gate: `promote`" in markdown and percent(data.last.evaluation.unsafe_rate.value) in markdown
+    assert all(f"- `{reason}`" in markdown for reason in data.promotion.reasons)
 
 
 def test_a_refused_policy_is_not_praised(data: ReportData) -> None:

@@ -140,7 +140,7 @@ def _nested(row: Mapping[str, Any]) -> dict[str, Any]:
     for key in row:
         if key.endswith(_FLAT_RESPONSES):
             columns = [row[key], row.get(f"{key}.users"), row.get(f"{key}.status")]
-            values, users, states = (_list(column or [], key) for column in columns)
+            values, users, states = (_list(column or [], _shown(key)) for column in columns)
             if not len(values) == len(users) == len(states):
                 raise _Unreadable(f"{_shown(key)} has {len(values)} values, {len(users)} users, {len(states)} states")
             entries = zip(values, users, states, strict=True)

@@ -11,6 +11,7 @@ from components.annotate.human.annotators import AnnotatorResult, examine_annota
 from components.annotate.human.batch import Item
 from components.annotate.human.label_parsing import Label, Verdict
 from components.annotate.human.majority import majority_verdicts
+from components.foundation.untrusted import markdown_code
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def result_table(result: LabelResult) -> str:
     for a in result.annotators:
         gold = f"{a.gold.value:.0%} of {a.gold.n} ({a.gold.low:.0%} to {a.gold.high:.0%})" if a.gold.n else "saw none"
         remarks = "; ".join([*a.flags, *(["excluded"] if a.excluded else [])])
-        lines.append(f"| {a.name} | {a.labels} | {a.skipped} | {gold} | {remarks} |")
+        lines.append(f"| {markdown_code(a.name)} | {a.labels} | {a.skipped} | {gold} | {remarks} |")
     lines += [
         "",
         "| question | units labelled by several | raw agreement | Krippendorff's alpha |",

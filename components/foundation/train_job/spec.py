@@ -20,6 +20,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from components.foundation.errors import ClusterError, SettingsError
 from components.foundation.scheduling import explain
 from components.foundation.train_job.kubernetes_api import Cluster, Json
+from components.foundation.untrusted import shown
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
 DIGEST_ANNOTATION = "saferlhf/spec-digest"
@@ -120,8 +121,8 @@ def read_spec(text: str, run_id: str, stage: str, round_number: int, command: Se
         return TypeAdapter(TrainJobSpec).validate_python({**json.loads(text), **ours})
     except ValidationError as error:
         raise SettingsError(explain(error, "SAFERLHF_TRAIN_JOB")) from None
-    except (ValueError, TypeError) as error:
-        raise SettingsError(f"SAFERLHF_TRAIN_JOB={text!r} is no JSON object of TrainJobSpec's fields") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise SettingsError(f"SAFERLHF_TRAIN_JOB={shown(text)} is no JSON object of TrainJobSpec's fields") from error
 
 
 def train_job_command(target: str, arguments: Sequence[str | int | float]) -> tuple[str, ...]:
