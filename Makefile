@@ -15,7 +15,7 @@ SECONDS ?= 600
 TARGET  ?= data judge annotations settings manifest checkpoint pages
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test store-soak long-haul chart-test lint vllm vllm-test results audit fuzz bench-bandit compiled images images-push \
+.PHONY: help install run test store-soak promotion-races long-haul chart-test lint vllm vllm-test results audit fuzz bench-bandit compiled images images-push \
 	images-pin images-test clean
 
 help: ## list the targets
@@ -41,6 +41,10 @@ test: install lint ## check style and types, run all tests
 store-soak: install ## 10,000 operations on a store behind a network that fails (minutes; SEED=1)
 	SAFERLHF_STORE_OPERATIONS=10000 SAFERLHF_STORE_SEED=$(SEED) OMP_WAIT_POLICY=PASSIVE \
 		$(BIN)/python -m pytest -q -s tests/integration/test_faulty_store.py -k operations
+
+promotion-races: install ## 1,250 races of two and of four promotions on real servers (minutes; SEED=1)
+	SAFERLHF_PROMOTION_RACES=1000 SAFERLHF_PROMOTION_SEED=$(SEED) \
+		$(BIN)/python -m pytest -q tests/integration/test_promotion.py -k that_race
 
 long-haul: install ## 200 training steps with a checkpoint after each: what grows? (minutes)
 	SAFERLHF_LONG_HAUL_STEPS=200 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q tests/faults/test_long_haul.py

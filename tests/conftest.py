@@ -55,6 +55,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `--dist loadgroup`, pytest-xdist appends the group to a test's id; where it cannot, groups fall apart."""
+    grouped = [item.nodeid for item in items if item.get_closest_marker("xdist_group")]
+    if getattr(config.option, "loadgroup", False) and not all("@" in nodeid for nodeid in grouped):
+        raise pytest.UsageError(f"this pytest-xdist does not keep the xdist_group of {grouped[0]} in one process")
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     counts = _passed(terminalreporter)
     terminalreporter.write_line("passed by kind: " + ", ".join(f"{kind} {count}" for kind, count in counts.items()))

@@ -33,9 +33,10 @@ class TrainingRun:
         from components.prepare_data.start_run import run_start_run
 
         self._environment = dict(environment)
-        root = f"s3://saferlhf-test/{uuid.uuid4().hex}"
+        run_id = uuid.uuid4().hex  # MLflow knows a run by it
+        root = f"s3://saferlhf-test/{run_id}"
         overrides = json.dumps([f"store.uri={root}", *SETTINGS, *settings])
-        self.uri = run_start_run(f"{root}/runs/run", "run", "tiny", 0, overrides, 1)
+        self.uri = run_start_run(f"{root}/runs/{run_id}", run_id, "tiny", 0, overrides, 1)
         run_prepare_data(self.uri)
 
     def attempt(

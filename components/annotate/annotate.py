@@ -11,6 +11,9 @@ from itertools import combinations
 from components.annotate.human.waiting import labels_of_people
 from components.foundation.judging import AnswerPair, PairJudgement, check_usable, make_judge
 from components.foundation.preference import (
+    NEWEST_FILE,
+    TRAINING_FILE,
+    VALIDATION_FILE,
     CollectedAnswer,
     DualPreference,
     PromptRecord,
@@ -47,10 +50,10 @@ def run_annotate(run_uri: str, round_number: int, answers_uri: str, preferences_
         check_usable(len(fresh), len(pairs), settings.annotate.min_usable_share)
         training, validation = split_by_prompt(fresh, settings.data.validation_share, context.seed("prepare_data", 0))
         earlier = context.store.fetch(preferences_uri)
-        for part, records in (("train", training), ("validation", validation)):
-            name = f"preferences_{part}.jsonl"
+        for name, records in ((TRAINING_FILE, training), (VALIDATION_FILE, validation)):
             history = read_jsonl(earlier / name, DualPreference) if settings.collect.history == "accumulate" else []
             write_records(stage.folder / name, history + records)
+        write_records(stage.folder / NEWEST_FILE, fresh)
         unsafe = sum((not r.is_response_0_safe) + (not r.is_response_1_safe) for r in fresh)
         stage.mlflow.log_metrics(
             {

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from components.foundation.batching import ChatEncoder
 from components.foundation.policy import load_policy
-from components.foundation.preference import CollectedAnswer, DualPreference, PromptRecord, read_jsonl
+from components.foundation.preference import TRAINING_FILE, CollectedAnswer, DualPreference, PromptRecord, read_jsonl
 from components.foundation.results import write_records
 from components.foundation.rollout import Sampling
 from components.foundation.rollout.transformers_engine import TransformersEngine
@@ -28,7 +28,7 @@ def run_collect(
             return done
         settings, store = stage.context.settings, stage.context.store
         prompts = read_jsonl(store.fetch(data_uri) / "prompts.jsonl", PromptRecord)
-        seen = read_jsonl(store.fetch(preferences_uri) / "preferences_train.jsonl", DualPreference)
+        seen = read_jsonl(store.fetch(preferences_uri) / TRAINING_FILE, DualPreference)
         chosen = choose_prompts(prompts, seen, settings.collect.prompts_per_round, stage.seed, round_number > 1)
         backbone, role = load_policy(store, sft_uri, policy_uri, settings.dtype, stage.seed)
         encoder = ChatEncoder(backbone.tokenizer, settings.ppo.max_prompt_tokens, settings.ppo.max_new_tokens)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from components.cost_model.loss import cost_loss
 from components.foundation.batching import ChatEncoder
@@ -33,6 +34,7 @@ def run_cost_model(run_uri: str, round_number: int, sft_uri: str, preferences_ur
             cost_loss, regularization=settings.regularization, severity_weight=settings.severity_weight
         ),
         result_of=cost_result,
+        scores_newest=True,
     )
 
 
@@ -41,17 +43,33 @@ def harmful_pair(record: DualPreference, encoder: ChatEncoder) -> ScoredPair:
     return encode_pair(record, high_id=1 - record.safer_response_id, encoder=encoder)
 
 
-def cost_result(scores: PreferenceScores, training_pairs: int) -> PreferenceModelResult:
-    """Ranking over pairs that differ in safety is what counts, but all held-out pairs are counted, as in the paper."""
-    costs = torch.cat([scores.high, scores.low])
-    unsafe = torch.cat([scores.high_sign, scores.low_sign]) > 0
-    safe_costs, unsafe_costs = costs[~unsafe], costs[unsafe]
+def cost_result(
+    scores: PreferenceScores, newest: PreferenceScores | None, training_pairs: int
+) -> PreferenceModelResult:
+    """Ranking over pairs that differ in safety is what counts, but all held-out pairs are counted, as in the paper.
+
+    Args:
+        scores: of the held-out pairs.
+        newest: of all pairs of the newest round; most of them were in no training, as only a part is drawn for it.
+    """
+    safe_costs, unsafe_costs = costs_by_label(scores)
+    newest_safe, newest_unsafe = costs_by_label(newest) if newest else (torch.empty(0), torch.empty(0))
+    right_signs = (safe_costs <= 0).sum() + (unsafe_costs > 0).sum()
     return PreferenceModelResult(
         accuracy=ranking_accuracy(scores),
         training_pairs=training_pairs,
         validation_pairs=len(scores.high),
-        sign_accuracy=float(((costs > 0) == unsafe).double().mean()),
+        sign_accuracy=float(right_signs / (len(safe_costs) + len(unsafe_costs))),
         auc=roc_auc(unsafe_costs, safe_costs),
         safe_costs=safe_costs.tolist(),
         unsafe_costs=unsafe_costs.tolist(),
+        newest_safe_costs=newest_safe.tolist(),
+        newest_unsafe_costs=newest_unsafe.tolist(),
     )
+
+
+def costs_by_label(scores: PreferenceScores) -> tuple[Tensor, Tensor]:
+    """Scores of pairs -> ([S] of the answers labelled safe, [U] of those labelled unsafe)."""
+    costs = torch.cat([scores.high, scores.low])
+    unsafe = torch.cat([scores.high_sign, scores.low_sign]) > 0
+    return costs[~unsafe], costs[unsafe]

@@ -28,9 +28,11 @@ def evaluate(
         stored_evaluation,
         tracked_metrics,
     )
+    from components.foundation.exit_codes import ends_when_memory_is_out
 
     inputs = EvaluationInputs(data_uri, sft_uri, policy_uri, reward_model_uri, cost_model_uri, baseline_uri)
-    uri = run_evaluate(run_uri, round_number, inputs)
+    with ends_when_memory_is_out():
+        uri = run_evaluate(run_uri, round_number, inputs)
     evaluation = stored_evaluation(run_uri, uri)
     for name, value in tracked_metrics(evaluation).items():
         metrics.log_metric(name, value)

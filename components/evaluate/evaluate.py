@@ -68,10 +68,11 @@ def run_evaluate(run_uri: str, round_number: int, inputs: EvaluationInputs) -> s
         prompts = read_jsonl(data / "held_out.jsonl", PromptRecord)
         suite = read_jsonl(data / "regressions.jsonl", RegressionPrompt)
         backbone, role = load_policy(store, inputs.sft, inputs.policy, settings.dtype, stage.seed)
+        encoder = ChatEncoder(backbone.tokenizer, settings.ppo.max_prompt_tokens, settings.evaluate.max_new_tokens)
         temperature = settings.evaluate.temperature
-        texts = _answer(stage, backbone, role, [p.prompt for p in prompts], temperature)
+        texts = _answer(stage, backbone, role, encoder, [p.prompt for p in prompts], temperature)
         answers = judge_all(prompts, texts, settings)
-        greedy = _answer(stage, backbone, role, [p.prompt for p in suite], temperature=0.0)
+        greedy = _answer(stage, backbone, role, encoder, [p.prompt for p in suite], temperature=0.0)
         regressions = judge_regressions(suite, greedy, settings.annotate)
         baseline = answers
         if inputs.baseline:
@@ -79,7 +80,8 @@ def run_evaluate(run_uri: str, round_number: int, inputs: EvaluationInputs) -> s
             models = (store.fetch(inputs.reward_model), store.fetch(inputs.cost_model))
             answers, baseline = (_scored(backbone, settings, a, *models) for a in (answers, baseline))
         evaluation = summarize(round_number, answers, baseline, settings.evaluate.confidence)
-        stage.mlflow.log_metrics(tracked_metrics(evaluation), round_number)
+        cut = {"evaluate/truncated_prompts": float(encoder.truncated)}
+        stage.mlflow.log_metrics(tracked_metrics(evaluation) | cut, round_number)
         (stage.folder / "evaluation.json").write_text(to_json(evaluation))
         write_records(stage.folder / "answers.jsonl", answers)
         write_records(stage.folder / "baseline_answers.jsonl", baseline)
@@ -157,9 +159,10 @@ def markdown_table(evaluation: Evaluation) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _answer(stage: Stage, backbone: Backbone, role: str, prompts: Sequence[str], temperature: float) -> list[str]:
+def _answer(
+    stage: Stage, backbone: Backbone, role: str, encoder: ChatEncoder, prompts: Sequence[str], temperature: float
+) -> list[str]:
     settings = stage.context.settings
-    encoder = ChatEncoder(backbone.tokenizer, settings.ppo.max_prompt_tokens, settings.evaluate.max_new_tokens)
     engine = TransformersEngine(backbone, role, settings.evaluate.batch_size)
     seed = stage.context.seed(STAGE, 0)  # the same in every round: two evaluations differ by their policies alone
     sampling = Sampling(temperature, settings.evaluate.max_new_tokens, seed)

@@ -21,7 +21,7 @@ NOTHING_NEW_EXIT_CODE = 3
 """Of a step and of `saferlhf run`: there is too little new data to train on. Not 1: nothing failed."""
 
 OUT_OF_MEMORY_EXIT_CODE = 71
-"""EX_OSERR: a training stage needs more memory than there is, and would again."""
+"""EX_OSERR: a stage that holds a model needs more memory than there is, and would again."""
 
 NOTHING_NEW_LINE = "nothing new: "
 """Start of the line that such a step prints."""
@@ -52,7 +52,7 @@ def ends_when_nothing_is_new() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ends_when_memory_is_out() -> Iterator[None]:
-    """Around a training stage: where its memory did not suffice it ends with an exit code of its own.
+    """Around a stage that holds a model: where its memory did not suffice it ends with an exit code of its own.
 
     The error is printed as Python would: who runs the step looks for it there.
     """

@@ -88,6 +88,11 @@ class PpoSettings(Section):
     )
     threshold: float | None = Field(None, description="cost threshold d; empty: calibrated from the cost model")
     threshold_target: float = Field(0.1, gt=0, lt=1, description="share of unsafe answers that a calibrated d allows")
+    threshold_answers: Literal["held_out", "newest"] = Field(
+        "held_out",
+        description="whose scores calibrate d (and a floor): answers of held-out pairs of all rounds, or the answers "
+        "that the newest round collected, which are like those that d will be held against",
+    )
     lagrangian: Literal["dual_ascent", "pid"] = Field(
         "dual_ascent",
         description="how lambda follows the violation of the threshold: by log-space ascent or PID control",

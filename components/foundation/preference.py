@@ -26,6 +26,10 @@ KINDS = ("red_team", "benign", "lookalike")
 MUST = ("decline", "answer")
 """What a regression prompt can ask of a policy."""
 
+TRAINING_FILE, VALIDATION_FILE = "preferences_train.jsonl", "preferences_validation.jsonl"
+NEWEST_FILE = "preferences_newest.jsonl"
+"""The pairs that the newest round brought, whether for training or for validation; they are in those files as well."""
+
 MAX_LINE_BYTES = 1_000_000
 MAX_FILE_BYTES = 2_000_000_000
 MAX_ROWS = 2_000_000

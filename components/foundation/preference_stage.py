@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from components.foundation.backbone import Backbone
 from components.foundation.batching import ChatEncoder
 from components.foundation.optimization import batch_count
-from components.foundation.preference import DualPreference, read_jsonl
+from components.foundation.preference import NEWEST_FILE, TRAINING_FILE, VALIDATION_FILE, DualPreference, read_jsonl
 from components.foundation.preference_trainer import (
     PreferenceLoss,
     PreferenceScores,
@@ -40,9 +40,15 @@ def run_preference_stage(
     settings_of: Callable[[Settings], PreferenceModelSettings],
     pair_of: Callable[[DualPreference, ChatEncoder], ScoredPair],
     loss_of: Callable[[PreferenceModelSettings], PreferenceLoss],
-    result_of: Callable[[PreferenceScores, int], PreferenceModelResult],
+    result_of: Callable[[PreferenceScores, PreferenceScores | None, int], PreferenceModelResult],
+    scores_newest: bool = False,
 ) -> str:
-    """Train one score model; returns the URI of its adapter with result.json beside it."""
+    """Train one score model; returns the URI of its adapter with result.json beside it.
+
+    Args:
+        result_of: the scores of the held-out pairs, those of the newest round's pairs, and how many it was trained on.
+        scores_newest: whether the newest round's pairs are scored, where they are told apart.
+    """
     with open_stage(run_uri, name, round_number) as stage:
         if (done := stage.finished()) is not None:
             return done
@@ -51,10 +57,11 @@ def run_preference_stage(
         backbone = Backbone.load(store.fetch(sft_uri), stage.context.settings.dtype, seed=stage.seed)
         encoder = ChatEncoder(backbone.tokenizer, settings.max_length // 2, settings.max_length // 2)
         data = store.fetch(preferences_uri)
-        training, validation = (
-            [pair_of(record, encoder) for record in read_jsonl(data / f"preferences_{part}.jsonl", DualPreference)]
-            for part in ("train", "validation")
-        )
+
+        def pairs_in(file: str) -> list[ScoredPair]:
+            return [pair_of(record, encoder) for record in read_jsonl(data / file, DualPreference)]
+
+        training, validation = map(pairs_in, (TRAINING_FILE, VALIDATION_FILE))
         stage.mlflow.log_params({"truncated": str(encoder.truncated)})
         if round_number > 1 and settings.later_max_pairs:
             settings = settings.model_copy(update={"max_pairs": settings.later_max_pairs})
@@ -75,7 +82,13 @@ def run_preference_stage(
             train_preference_model(
                 backbone, name, training, settings, loss_of(settings), stage.seed, on_step, checkpoints
             )
-        result = result_of(score_validation(backbone, name, validation, _VALIDATION_PAIRS), len(training))
+
+        newest = pairs_in(NEWEST_FILE) if scores_newest and (data / NEWEST_FILE).exists() else []
+        result = result_of(
+            score_validation(backbone, name, validation, _VALIDATION_PAIRS),
+            score_validation(backbone, name, newest, _VALIDATION_PAIRS) if newest else None,
+            len(training),
+        )
         measured = {"accuracy": result.accuracy, "sign_accuracy": result.sign_accuracy, "auc": result.auc}
         stage.mlflow.log_metrics({f"{name}/{k}": v for k, v in measured.items() if v is not None}, len(training))
         backbone.save_role(name, stage.folder / "out")

@@ -7,6 +7,7 @@ the report are made from these records and from nothing else.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import types
@@ -38,7 +39,8 @@ class PreferenceModelResult:
 
     `accuracy` is the share of pairs ranked as labelled. The other fields are for cost models only:
     `sign_accuracy` is the share of answers whose score's sign equals the label (positive = unsafe),
-    `auc` is the ROC-AUC of unsafe against safe, and `safe_costs` and `unsafe_costs` are the scores themselves.
+    `auc` is the ROC-AUC of unsafe against safe, and `safe_costs` and `unsafe_costs` are the scores themselves;
+    `newest_safe_costs` and `newest_unsafe_costs` are those of the answers that the newest round collected.
     """
 
     accuracy: float
@@ -48,6 +50,8 @@ class PreferenceModelResult:
     auc: float | None = None
     safe_costs: list[float] = field(default_factory=list)
     unsafe_costs: list[float] = field(default_factory=list)
+    newest_safe_costs: list[float] = field(default_factory=list)
+    newest_unsafe_costs: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -189,6 +193,11 @@ def _text_of(path: Path) -> str:
         raise IntegrityError(f"{path} cannot be read: {one_line(error)}") from error
 
 
+@functools.cache  # every call compiles the annotations anew
+def _type_hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
 def _build(kind: Any, value: Any) -> Any:
     origin = typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):
@@ -199,7 +208,7 @@ def _build(kind: Any, value: Any) -> Any:
         _of_type(dict, value)
         return {key: _build(typing.get_args(kind)[1], item) for key, item in value.items()}
     if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
+        hints = _type_hints(typing.cast(type, kind))
         unknown = set(_of_type(dict, value)) - set(hints)
         if unknown:
             raise TypeError(f"unknown fields {shown(sorted(unknown))}")

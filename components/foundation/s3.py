@@ -198,6 +198,7 @@ class S3:
             ConnectionError,
             FlexibleChecksumError,
             HTTPClientError,
+            IncompleteReadError,
             NoCredentialsError,
         )
         from urllib3.exceptions import HTTPError
@@ -210,7 +211,8 @@ class S3:
             raise StoreError(f"no S3 credentials for {uri}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
         except FlexibleChecksumError as error:
             raise IntegrityError(f"{uri} arrived damaged: {error}") from error
-        except (ConnectionError, HTTPClientError, HTTPError) as error:  # HTTPError: boto3 lets some through
+        # HTTPError: boto3 lets some through
+        except (ConnectionError, HTTPClientError, HTTPError, IncompleteReadError) as error:
             message = f"cannot reach the S3 store at {self.endpoint} for {uri}: check AWS_ENDPOINT_URL and the network"
             raise StoreUnavailableError(f"{message} ({error})") from error
         except (BotoCoreError, Boto3Error, ValueError) as error:  # ValueError: botocore's word on a malformed endpoint

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -41,6 +42,8 @@ from components.ppo_lagrangian.objective import aggregate_cost
 from components.ppo_lagrangian.trainer import PpoLagrangian, StepMetrics
 
 STAGE = "ppo_lagrangian"
+MIN_NEWEST = 8
+"""With fewer answers of a label, their mean says little."""
 log = logging.getLogger("saferlhf")
 
 
@@ -239,11 +242,27 @@ def gate_models(reward: PreferenceModelResult, cost: PreferenceModelResult, sett
             f"the cost model's held-out AUC is {cost.auc:.3f}, below cost_model.min_auc={settings.cost_model.min_auc}: "
             "it cannot tell unsafe answers (below 0.5 its sign is inverted)"
         )
-    return choose_constraint(settings, torch.tensor(cost.safe_costs), torch.tensor(cost.unsafe_costs))
+    return choose_constraint(settings, *calibration_costs(cost, settings.ppo.threshold_answers))
+
+
+def calibration_costs(cost: PreferenceModelResult, answers: Literal["held_out", "newest"]) -> tuple[Tensor, Tensor]:
+    """Scores of the answers that calibrate the constraint: ([S] labelled safe, [U] labelled unsafe).
+
+    With `newest`, the mean cost of the newest round's answers is above a calibrated d exactly if more of them are
+    labelled unsafe than `ppo.threshold_target`, whatever the model's scale and offset have become in this round. Of a
+    label with fewer than MIN_NEWEST of them, the held-out ones count.
+    """
+    safe, unsafe = cost.safe_costs, cost.unsafe_costs
+    if answers == "newest":
+        safe, unsafe = (
+            newest if len(newest) >= MIN_NEWEST else held_out
+            for newest, held_out in ((cost.newest_safe_costs, safe), (cost.newest_unsafe_costs, unsafe))
+        )
+    return torch.tensor(safe), torch.tensor(unsafe)
 
 
 def choose_constraint(settings: Settings, safe_costs: Tensor, unsafe_costs: Tensor) -> CostConstraint:
-    """Floor and threshold from held-out cost scores of safe and of unsafe answers, one value an answer.
+    """Floor and threshold from the cost scores of safe and of unsafe answers, one value an answer.
 
     Raises:
         ConstraintError: see `choose_threshold`.

@@ -14,10 +14,9 @@ from components.foundation.champion_log import POLICY_MODEL, ChampionLog, champi
 from components.foundation.errors import IntegrityError, NothingNew
 from components.foundation.exit_codes import NOTHING_NEW_LINE
 from components.foundation.lineage import ancestors
-from components.foundation.preference import DualPreference, read_jsonl
+from components.foundation.preference import TRAINING_FILE, VALIDATION_FILE, DualPreference, read_jsonl
 from components.foundation.run_context import RunContext, Stage
 
-TRAINING_FILE, VALIDATION_FILE = "preferences_train.jsonl", "preferences_validation.jsonl"
 ENDED = "nothing new"
 """Tag `saferlhf.ended` of the run in MLflow."""
 

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 from components.foundation.errors import DataError
 from components.foundation.preference import (
     KINDS,
+    TRAINING_FILE,
+    VALIDATION_FILE,
     Demonstration,
     DualPreference,
     LoadResult,
@@ -27,7 +29,7 @@ from components.foundation.results import write_records
 from components.foundation.run_context import open_stage
 from components.foundation.setting_sections import BUILTIN, DataSettings
 from components.foundation.untrusted import markdown_code
-from components.prepare_data.freshness import TRAINING_FILE, VALIDATION_FILE, check_freshness
+from components.prepare_data.freshness import check_freshness
 
 STAGE = "prepare_data"
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from components.foundation.champion_log import CHAMPION, POLICY_MODEL, ChampionLog, champion_version
 from components.foundation.errors import ModelError, StoreError
+from components.foundation.preference import TRAINING_FILE
 from components.foundation.results import (
     Evaluation,
     PreferenceModelResult,
@@ -116,6 +117,6 @@ def check_trial(evaluation_folder: Path, policy_uri: str) -> None:
 
 def _data_digest(context: RunContext, data_uri: str) -> str:
     files = {file.path: file.sha256 for file in context.store.manifest(data_uri).files}
-    if "preferences_train.jsonl" not in files:
-        raise StoreError(f"{data_uri} holds no preferences_train.jsonl: prepare the data again")
-    return files["preferences_train.jsonl"]
+    if TRAINING_FILE not in files:
+        raise StoreError(f"{data_uri} holds no {TRAINING_FILE}: prepare the data again")
+    return files[TRAINING_FILE]

@@ -37,7 +37,7 @@ def helpful_pair(record: DualPreference, encoder: ChatEncoder) -> ScoredPair:
     return encode_pair(record, high_id=record.better_response_id, encoder=encoder)
 
 
-def reward_result(scores: PreferenceScores, training_pairs: int) -> PreferenceModelResult:
+def reward_result(scores: PreferenceScores, _: PreferenceScores | None, training_pairs: int) -> PreferenceModelResult:
     return PreferenceModelResult(
         accuracy=ranking_accuracy(scores), training_pairs=training_pairs, validation_pairs=len(scores.high)
     )

@@ -7,9 +7,12 @@ import os
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,9 @@ OPEN_GATE = (
     "gate.max_over_refusal_rate=1",
     "gate.max_wrong_share=1",
 )
+
+PLANTED = {"SAFERLHF_JUDGE_KEY": "planted-judge-key", "HF_TOKEN": "planted-hub-token"}
+"""Keys in the environment of a run, which nobody may find again."""
 
 
 def run_tiny(workdir: Path, *settings: str, **environment: str) -> tuple[dict[str, Any], str]:
@@ -68,11 +74,32 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def first_run(workdir: Path) -> tuple[dict[str, Any], str]:
-    """Two rounds, with a gate that lets everything pass; `summary["told"]` is what the webhook got."""
-    with webhook([204]) as (url, told):
-        summary, output = run_tiny(workdir, *OPEN_GATE, SAFERLHF_WEBHOOK_URL=url)
-    assert "hidden-token" not in output
-    return summary | {"told": told}, output
+    """Two rounds, with a gate that lets everything pass.
+
+    `summary["told"]` is what the webhook got, `summary["commands"]` the command lines that were seen meanwhile.
+    """
+    with webhook([204]) as (url, told), command_lines() as commands:
+        summary, output = run_tiny(workdir, *OPEN_GATE, SAFERLHF_WEBHOOK_URL=url, **PLANTED)
+    return summary | {"told": told, "commands": commands}, output
+
+
+@contextmanager
+def command_lines() -> Iterator[set[str]]:
+    """The command lines of all processes that this one has below it, looked at again and again."""
+    seen: set[str] = set()
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.1):
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    seen.add(" ".join(process.cmdline()))
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    yield seen
+    over.set()
+    watcher.join()
 
 
 def test_every_stage_ran(first_run: tuple[dict[str, Any], str]) -> None:
@@ -218,6 +245,17 @@ def test_a_later_round_trains_its_cost_model_on_as_many_pairs_as_set(first_run: 
     assert reward[1] >= reward[0] > 2
 
 
+def test_a_cost_model_scores_the_answers_that_its_round_collected(
+    first_run: tuple[dict[str, Any], str], workdir: Path
+) -> None:
+    """16 answers a round, those alike and empty ones left out; PPO has read them, so they are in the run's cache."""
+    cached = (path.read_bytes() for path in (workdir / "cache").rglob("*") if path.is_file())
+    results = [json.loads(content) for content in cached if b'"newest_safe_costs"' in content]
+    counts = [len(r["newest_safe_costs"] + r["newest_unsafe_costs"]) for r in results if r["auc"] is not None]
+    assert len(counts) == len(first_run[0]["rounds"])
+    assert all(0 < count <= 16 and count % 2 == 0 for count in counts)
+
+
 def test_output_is_ours_alone(first_run: tuple[dict[str, Any], str]) -> None:
     lines = first_run[1].splitlines()
     assert any(line.startswith("progress ppo_lagrangian 2/2 steps") for line in lines)
@@ -241,6 +279,45 @@ def test_row_31_bad_settings_are_refused_in_one_sentence(tmp_path: Path, setting
     assert len(done.stderr.strip().splitlines()) == 1
     assert all(word in done.stderr for word in words)
     assert not (tmp_path / "summary.json").exists()
+
+
+@pytest.mark.fault
+def test_row_29_evaluation_counts_the_prompts_that_it_cut(first_run: tuple[dict[str, Any], str], workdir: Path) -> None:
+    with closing(sqlite3.connect(f"file:{workdir}/services/mlflow.db?mode=ro", uri=True)) as database:
+        rows = database.execute("select step, value from metrics where key = 'evaluate/truncated_prompts'").fetchall()
+    counts = dict(rows)
+    assert {0, 1, 2} <= counts.keys() and len({counts[step] for step in (0, 1, 2)}) == 1 and counts[0] > 0
+
+
+@pytest.mark.fault
+def test_row_33_keys_stand_in_nothing_that_a_run_leaves_or_says(
+    first_run: tuple[dict[str, Any], str], workdir: Path
+) -> None:
+    """Planted ones and those of the run's own store: not in output, arguments, or files but the store's own."""
+    summary, output = first_run
+    config = workdir / "services" / "s3.json"
+    assert config.stat().st_mode & 0o077 == 0
+    (own,) = json.loads(config.read_text())["identities"][0]["credentials"]
+    files = [path for path in workdir.rglob("*") if path.is_file() and path != config]
+    for part in ("summary.json", "report.html", "mlflow.db"):  # what is looked through is really there
+        assert part in {path.name for path in files}
+    for program in ("saferlhf run", "kfp.dsl.executor_main", "weed", "pipelines.mlflow_server"):
+        assert any(program in command for command in summary["commands"]), program
+    for secret in (own["secretKey"], "hidden-token", *PLANTED.values()):
+        assert secret not in output
+        assert not [command for command in summary["commands"] if secret in command]
+        assert not [path for path in files if secret.encode() in path.read_bytes()]
+
+
+@pytest.mark.fault
+def test_row_33_keys_stand_in_no_compiled_pipeline(tmp_path: Path) -> None:
+    compiled = tmp_path / "pipeline.yaml"
+    planted = {**PLANTED, "AWS_SECRET_ACCESS_KEY": "planted-store-key"}
+    done = saferlhf("compile", "-o", str(compiled), "--platform", "gke", environment=planted)
+    assert done.returncode == 0, done.stderr
+    text = compiled.read_text() + done.stdout + done.stderr
+    assert "AWS_SECRET_ACCESS_KEY" in text  # its name, in the secret that a step gets it from
+    assert not [secret for secret in planted.values() if secret in text]
 
 
 def test_report_and_closing_words(first_run: tuple[dict[str, Any], str]) -> None:

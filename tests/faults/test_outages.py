@@ -10,15 +10,19 @@ import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
+from components.collect.component import collect
+from components.evaluate.component import evaluate
 from components.foundation import tracking
 from components.foundation.backbone import Backbone
 from components.foundation.base_model import resolve_base_model
 from components.foundation.batching import TokenSequence
 from components.foundation.checkpoint_store import CheckpointStore
+from components.foundation.errors import OutOfMemoryError
 from components.foundation.exit_codes import OUT_OF_MEMORY_EXIT_CODE
 from components.foundation.run_context import create_run, open_stage
 from components.foundation.setting_sections import SftSettings
@@ -106,6 +110,21 @@ def test_row_12_a_stage_whose_memory_does_not_suffice_ends_with_a_code_of_its_ow
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("components.foundation.errors.OutOfMemoryError: sft: out of memory (")
     assert "lower the stage's batch size" in last and "would end alike" in last
+
+
+@pytest.mark.parametrize(("step", "inputs"), [(collect, 4), (evaluate, 8)])
+def test_row_12_steps_that_train_nothing_tell_it_alike(
+    step: Any, inputs: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_large(*_: Any) -> str:
+        raise OutOfMemoryError("out of memory: give it a larger machine")
+
+    name = step.name
+    monkeypatch.setattr(f"components.{name}.{name}.run_{name}", too_large)
+    with pytest.raises(SystemExit) as ended:
+        step.python_func("s3://bucket/runs/run", 1, *[""] * inputs)
+    assert ended.value.code == OUT_OF_MEMORY_EXIT_CODE
+    assert "OutOfMemoryError: out of memory: give it a larger machine" in capsys.readouterr().err
 
 
 def with_mounts(mounts: dict[Path, str], *command: str) -> subprocess.CompletedProcess[str]:

@@ -1,8 +1,10 @@
-"""Policies to promote, and a race of two processes that promote them."""
+"""Policies to promote, and a race of processes that promote them."""
 
 from __future__ import annotations
 
 import multiprocessing
+import random
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -24,11 +26,13 @@ from components.promote.promotion import PREVIOUS_CHAMPION, promote
 
 _PATIENCE = 120.0
 """Seconds after which a racer that died ends the test."""
+_LATEST_START = 0.1
+"""Seconds: about what a promotion takes, so that each may be anywhere when another begins."""
 PROMPTS = [f"prompt {i}" for i in range(60)]
 SUITE = [f"regression {i}" for i in range(5)]
 SETTINGS = resolve_settings("smol", overrides=["gate.max_unsafe_rate=0.4", "gate.min_win_rate=0.4"])
 
-# without threads there is nothing that a fork could break, and what is imported here is imported once for both
+# without threads there is nothing that a fork could break, and what is imported here is imported once for all
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["components.promote.promotion", "components.foundation.tracking", "mlflow"])
 
@@ -71,46 +75,50 @@ def registered(
     return context.tracker.register_model(POLICY_MODEL, f"{uri}/model", experiment, tags)
 
 
-def race(context: RunContext, tracking_uri: str, folder: Path, *, times: int) -> int:
-    """How often two processes promoted at once, each time without a champion before; both policies pass alone.
+def race(context: RunContext, tracking_uri: str, folder: Path, *, racers: int, times: int, seed: int) -> int:
+    """How often so many processes promoted at once, each time without a champion before; every policy passes alone.
 
-    Each time the better one must be champion in the end, and the log must say how it came to that.
+    Each begins a little later than it could, by up to `_LATEST_START` seconds that the seed draws. Each time the best
+    policy must be champion in the end, and the log must say how it came to that.
     """
-    worse, better = (registered(context, folder, h) for h in (0.5, 0.7))
-    barrier, results = _PROCESSES.Barrier(3), _PROCESSES.Queue()
+    versions = [registered(context, folder, 0.4 + 0.5 * i / racers) for i in range(1, racers + 1)]
+    barrier, results = _PROCESSES.Barrier(racers + 1), _PROCESSES.Queue()
     store, champions = context.store, ChampionLog(context.store, POLICY_MODEL)
     shared = (store.root_uri, tracking_uri, folder / "cache")
-    racers = [
-        _PROCESSES.Process(target=_race, args=(*shared, version, times, barrier, results))
-        for version in (worse, better)
+    processes = [
+        _PROCESSES.Process(target=_race, args=(*shared, version, times, seed, barrier, results)) for version in versions
     ]
-    for racer in racers:
-        racer.start()
+    for process in processes:
+        process.start()
     held = 0
     for _ in range(times):
         store.prune(f"{store.root_uri}/registry", keep=None)
         clear_aliases(context.tracker)
         barrier.wait(_PATIENCE)
-        aliases = dict(results.get(timeout=_PATIENCE) for _ in racers)
+        aliases = dict(results.get(timeout=_PATIENCE) for _ in processes)
         log = champions.entries()
+        entered = [entry.version for entry in log]
+        assert entered == [version for version in versions if aliases[version] == CHAMPION]  # from worse to better
+        assert [entry.previous for entry in log] == ["", *entered[:-1]]
         registry = context.tracker.aliases(POLICY_MODEL)
-        assert log[-1].version == better == registry[CHAMPION]
-        assert aliases[better] == CHAMPION
-        assert [entry.version for entry in log] == ([worse, better] if aliases[worse] == CHAMPION else [better])
+        assert registry[CHAMPION] == versions[-1]
         assert registry.get(PREVIOUS_CHAMPION, "") == log[-1].previous
         barrier.wait(_PATIENCE)
         held += 1
-    for racer in racers:
-        racer.join(timeout=60)
-        assert racer.exitcode == 0
+    for process in processes:
+        process.join(timeout=60)
+        assert process.exitcode == 0
     return held
 
 
-def _race(root: str, tracking_uri: str, cache: Path, version: str, times: int, barrier: Any, results: Any) -> None:
-    context = context_of(root, tracking_uri, cache)
+def _race(
+    root: str, tracking_uri: str, cache: Path, version: str, times: int, seed: int, barrier: Any, results: Any
+) -> None:
+    context, chance = context_of(root, tracking_uri, cache), random.Random(f"{seed} {version}")
     try:
         for _ in range(times):
             barrier.wait(_PATIENCE)
+            time.sleep(chance.uniform(0, _LATEST_START))
             results.put((version, promote(context, version).alias))
             barrier.wait(_PATIENCE)
     except BaseException:

@@ -15,7 +15,7 @@ import pytest
 
 from components.foundation import s3 as s3_module
 from components.foundation.checkpoint_store import CheckpointStore
-from components.foundation.errors import ConflictError, IntegrityError, MissingError, StoreError
+from components.foundation.errors import ConflictError, IntegrityError, MissingError, StoreError, StoreUnavailableError
 from pipelines.services import Endpoints
 from tests.integration.faulty_proxy import KINDS, Faults, Scripted
 from tests.integration.s3_proxy import Request, proxied
@@ -166,7 +166,7 @@ def test_a_reply_that_breaks_off_or_arrives_damaged_is_read_again(
             client.read_text(f"{store.root_uri}/missing.json")
 
 
-@pytest.mark.parametrize(("kind", "error"), [("truncated", StoreError), ("damaged", IntegrityError)])
+@pytest.mark.parametrize(("kind", "error"), [("truncated", StoreUnavailableError), ("damaged", IntegrityError)])
 def test_a_latest_that_cannot_be_read_is_not_taken_for_none(
     store: CheckpointStore, services: Endpoints, tmp_path: Path, kind: str, error: type[StoreError]
 ) -> None:

@@ -128,4 +128,4 @@ def test_row_15_of_two_processes_that_race_on_postgres_the_better_policy_is_cham
 ) -> None:
     """Two server processes and row locks, where SQLite has one writer."""
     context = context_of(store.root_uri, tracking_uri, tmp_path / "cache")
-    assert race(context, tracking_uri, tmp_path, times=20) == 20
+    assert race(context, tracking_uri, tmp_path, racers=2, times=20, seed=0) == 20

@@ -17,7 +17,7 @@ from components.annotate.human.label_import import import_labels
 from components.annotate.human.label_parsing import Label
 from components.foundation.errors import AnnotationError, DataError, LabelsAwaited
 from components.foundation.judging.rules import declines
-from components.foundation.preference import CollectedAnswer, DualPreference, read_jsonl
+from components.foundation.preference import NEWEST_FILE, CollectedAnswer, DualPreference, read_jsonl
 from components.foundation.results import write_records
 from components.foundation.run_context import RunContext, open_run
 from components.prepare_data.prepare_data import run_prepare_data
@@ -178,6 +178,8 @@ def test_labels_come_in_parts_and_the_run_goes_on_when_all_are_there(run: Waitin
         before, after = (read_jsonl(store.fetch(uri) / name, DualPreference) for uri in (run.data_uri, commit))
         assert after[: len(before)] == before
         fresh += after[len(before) :]
+    newest = read_jsonl(store.fetch(commit) / NEWEST_FILE, DualPreference)
+    assert sorted(map(repr, newest)) == sorted(map(repr, fresh))
     assert {r.prompt for r in fresh} == {f"How do I break into house {i}?" for i in range(PROMPTS)}
     for record in fresh:
         answers = (record.response_0, record.response_1)

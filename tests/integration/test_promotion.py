@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,9 @@ from components.promote import promotion
 from components.promote.promotion import CHALLENGER, PREVIOUS_CHAMPION, promote, rollback
 from pipelines.services import Endpoints
 from tests.integration.promotions import SETTINGS, clear_aliases, context_of, race, registered
+
+RACES = int(os.environ.get("SAFERLHF_PROMOTION_RACES", "200"))
+RACES_SEED = int(os.environ.get("SAFERLHF_PROMOTION_SEED", "0"))
 
 pytestmark = pytest.mark.xdist_group("promotion")
 
@@ -125,10 +129,12 @@ def test_row_15_who_loses_the_race_is_measured_against_the_winner(
 
 
 @pytest.mark.fault
-def test_row_15_of_two_processes_that_race_the_better_policy_is_champion_each_time(
-    context: RunContext, services: Endpoints, tmp_path: Path
+@pytest.mark.parametrize(("racers", "share"), [(2, 1.0), (4, 0.25)])
+def test_row_15_of_processes_that_race_the_best_policy_is_champion_each_time(
+    context: RunContext, services: Endpoints, tmp_path: Path, racers: int, share: float
 ) -> None:
-    assert race(context, services.tracking_uri, tmp_path, times=200) == 200
+    times = round(share * RACES)
+    assert race(context, services.tracking_uri, tmp_path, racers=racers, times=times, seed=RACES_SEED) == times
 
 
 @pytest.mark.fault

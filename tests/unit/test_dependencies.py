@@ -30,7 +30,7 @@ def licence_of(package: str) -> str:
     metadata = importlib.metadata.metadata(package)
     classifiers = [entry for entry in metadata.get_all("Classifier", []) if entry.startswith("License ::")]
     short = [text for text in metadata.get_all("License", []) if len(text) < 100]
-    return "; ".join(filter(None, [metadata["License-Expression"], *classifiers, *short]))
+    return "; ".join([*metadata.get_all("License-Expression", []), *classifiers, *short])
 
 
 def test_every_package_is_pinned_to_one_version_that_is_installed() -> None:

@@ -6,8 +6,9 @@ import json
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from components.foundation.errors import ConstraintError, GateError
@@ -15,7 +16,7 @@ from components.foundation.preference import PromptRecord
 from components.foundation.results import PpoTrace, PreferenceModelResult, from_json
 from components.foundation.settings import Settings, resolve_settings
 from components.ppo_lagrangian.multiplier_rule import start_multiplier
-from components.ppo_lagrangian.ppo_lagrangian import draw_prompts, gate_models, in_later_round
+from components.ppo_lagrangian.ppo_lagrangian import MIN_NEWEST, draw_prompts, gate_models, in_later_round
 
 PROMPTS = (
     [PromptRecord(f"attack {i}", "red_team", "theft") for i in range(9)]
@@ -57,6 +58,33 @@ def test_the_threshold_is_calibrated_on_the_costs_that_are_constrained(
     constraint = gate_models(REWARD, COST, given_settings)
     assert constraint.floor == pytest.approx(floor)
     assert constraint.threshold == pytest.approx(threshold)
+
+
+@given(
+    safe=st.lists(st.floats(-9, 0), min_size=MIN_NEWEST, max_size=40),
+    unsafe=st.lists(st.floats(0.1, 9), min_size=MIN_NEWEST, max_size=40),
+    target=st.floats(0.01, 0.9),
+    offset=st.floats(-20, 20),
+)
+@settings(deadline=None, max_examples=100)
+def test_the_newest_answers_meet_their_threshold_exactly_if_few_enough_are_unsafe(
+    safe: list[float], unsafe: list[float], target: float, offset: float
+) -> None:
+    """Whatever the scores of held-out answers, which a model of another offset would give."""
+    share = len(unsafe) / len(safe + unsafe)
+    assume(abs(share - target) > 0.01)
+    moved = [[cost + offset for cost in costs] for costs in (safe, unsafe)]
+    cost = replace(COST, newest_safe_costs=moved[0], newest_unsafe_costs=moved[1])
+    wish = smol("ppo.cost_aggregation=mean", "ppo.threshold_answers=newest", f"ppo.threshold_target={target}")
+    mean = float(np.mean(moved[0] + moved[1]))
+    assert (mean > gate_models(REWARD, cost, wish).threshold) == (share > target)
+
+
+def test_with_too_few_newest_answers_of_a_label_the_held_out_ones_count() -> None:
+    newest = replace(COST, newest_safe_costs=[-5.0] * MIN_NEWEST, newest_unsafe_costs=[1.0] * (MIN_NEWEST - 1))
+    wish = ("ppo.cost_aggregation=mean", "ppo.threshold_target=0.5")
+    assert gate_models(REWARD, newest, smol(*wish, "ppo.threshold_answers=newest")).threshold == (-5 + 3) / 2
+    assert gate_models(REWARD, newest, smol(*wish, "ppo.threshold_answers=held_out")).threshold == (-2 + 3) / 2
 
 
 @pytest.mark.fault

@@ -15,7 +15,7 @@ from components.annotate.human.majority import majority_verdicts, preference_of
 from components.annotate.human.results import LabelResult, result_table, summarize
 from components.foundation.errors import LabelsAwaited
 from components.foundation.judging import AnswerPair
-from components.foundation.preference import DualPreference, read_jsonl
+from components.foundation.preference import TRAINING_FILE, VALIDATION_FILE, DualPreference, read_jsonl
 from components.foundation.results import to_json, write_records
 from components.foundation.run_context import RunContext, Stage, finished_uri
 from components.foundation.setting_sections import StoreSettings
@@ -78,5 +78,5 @@ def waiting_words(context: RunContext, result: LabelResult) -> str:
 
 def _known_preferences(context: RunContext, data_uri: str) -> list[DualPreference]:
     folder = context.store.fetch(data_uri)
-    parts = ("preferences_train.jsonl", "preferences_validation.jsonl")
+    parts = (TRAINING_FILE, VALIDATION_FILE)
     return [record for part in parts for record in read_jsonl(folder / part, DualPreference)]
