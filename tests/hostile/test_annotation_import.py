@@ -41,9 +41,9 @@ def write(path: Path, block: bytes, times: int, start: bytes = b"", end: bytes =
 @pytest.mark.parametrize(
     ("block", "times", "reason"),
     [
-        (b"0,", 20_000_000, "the row is a int, not an object"),
-        (b"{},", 20_000_000, "it is no label"),
-        (b"[],", 20_000_000, "the row is a list"),
+        (b"0," * 1000, 20_000, "the row is a int, not an object"),
+        (b"{}," * 1000, 20_000, "it is no label"),
+        (b"[]," * 1000, 20_000, "the row is a list"),
         (b" " * MEGABYTE, 200, "item 1 is broken, or over 1000000 characters"),
         (b'{"a":"' + b"x" * MEGABYTE + b'"},', 40, "item 1 is over 1000000 characters"),
         (b"[" + b"[]," * 400_000, 40, "item 1 is broken, or over 1000000 characters"),
@@ -58,7 +58,7 @@ def test_an_array_of_any_size_takes_little_memory(block: bytes, times: int, reas
 
 
 def test_lines_of_any_number_take_little_memory(tmp_path: Path) -> None:
-    file = write(tmp_path / "labels.jsonl", b"0\n", 20_000_000)
+    file = write(tmp_path / "labels.jsonl", b"0\n" * 1000, 20_000)
     said = bounded(READ, COUNTS, file, more_bytes=100 * MEGABYTE)
     assert said == f"returned [0, {MAX_PROBLEMS}] the row is a int, not an object"
 
@@ -116,9 +116,11 @@ def test_a_column_with_control_characters_does_not_reach_the_terminal() -> None:
     assert isinstance(reason, str) and reason.isprintable() and "x1b" in reason
 
 
-KEYS = ["annotations", "data", "item_id", "annotator", "responses", "result", "from_name", "value", "choices",
-        "skipped", "user_id", "completed_by", "id", "status", "more_helpful", "email", "was_cancelled",
-        *ANSWERS]  # fmt: skip
+KEYS = [
+    *("annotations", "data", "item_id", "annotator", "responses", "result", "from_name", "value", "choices", "skipped"),
+    *("user_id", "completed_by", "id", "status", "more_helpful", "email", "was_cancelled"),
+    *ANSWERS,
+]
 NAMES = st.sampled_from(KEYS) | st.sampled_from([f"{key}.responses{end}" for key in ANSWERS for end in ("", ".users")])
 PLAIN = st.none() | st.booleans() | st.integers() | st.text(st.characters())
 COLUMNS = st.text(st.characters(), max_size=5).map(lambda text: f"{text}.responses")
@@ -130,7 +132,7 @@ JSON = st.recursive(
 
 
 @given(JSON)
-@settings(derandomize=True, deadline=None, max_examples=500)
+@settings(derandomize=True, deadline=None, max_examples=200)
 def test_whatever_a_row_is_its_reasons_are_short_and_harmless(row: Any) -> None:
     for found in parse_row(row, ITEMS):
         assert isinstance(found, Label) or (found.isprintable() and len(found) < 600)

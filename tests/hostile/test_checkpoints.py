@@ -85,7 +85,7 @@ def test_a_file_that_claims_a_terabyte_takes_little_memory(tmp_path: Path) -> No
 
 @given(changes=st.lists(st.tuples(st.integers(0, len(GOOD) - 1), st.integers(0, 255)), min_size=1, max_size=4))
 @settings(
-    derandomize=True, deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    derandomize=True, deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_whichever_bytes_change_the_file_is_read_or_refused(changes: list[tuple[int, int]], tmp_path: Path) -> None:
     content = bytearray(GOOD)

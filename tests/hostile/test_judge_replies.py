@@ -168,7 +168,7 @@ LIKE_A_REPLY = st.text(st.sampled_from("AB019 .*answerANSWER-+\n'\"(")) | st.tex
 
 
 @given(LIKE_A_REPLY)
-@settings(derandomize=True, deadline=None, max_examples=300)
+@settings(derandomize=True, deadline=None, max_examples=150)
 def test_of_any_text_a_reply_is_one_sign_in_dress_or_nothing(reply: str) -> None:
     digit, letter = as_digit(reply, highest=3), as_letter(reply)
     assert digit is None or re.sub(r"[^0-9A-Za-z+-]", "", reply) == str(digit)
@@ -182,7 +182,7 @@ LIKE_A_BODY = st.recursive(
 
 
 @given(st.binary() | LIKE_A_BODY)
-@settings(derandomize=True, deadline=None, max_examples=300)
+@settings(derandomize=True, deadline=None, max_examples=150)
 def test_whatever_bytes_come_they_say_a_short_text_or_nothing(body: bytes) -> None:
     assert len(reply_text(body)) <= 100
 

@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import functools
 import html
+import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -148,7 +149,7 @@ def test_a_text_is_a_code_span_in_markdown(page: Callable[[str], str], text: str
 @given(WORDS)
 @example("`|")
 @example("\\|`")
-@settings(derandomize=True, deadline=None, max_examples=300)
+@settings(derandomize=True, deadline=None, max_examples=150)
 def test_any_text_is_one_code_span_in_a_line_and_in_a_table(text: str) -> None:
     span = markdown_code(text)
     assert span.isprintable()
@@ -190,15 +191,14 @@ def test_nothing_writes_a_spreadsheet() -> None:
 EXTREMES = [0.0, 1e308, -1e308, 1e300, 1e17, 1e16, 1.0, 1e-17, 1e-308, 5e-324, -5e-324]
 
 
-@pytest.mark.parametrize("low", EXTREMES)
-@pytest.mark.parametrize("high", EXTREMES)
-def test_an_axis_is_drawn_for_any_two_numbers(low: float, high: float) -> None:
-    ticks = tidy_ticks(min(low, high), max(low, high))
-    assert 2 <= len(ticks) <= 12 and all(len(label) < 40 for label in tick_labels(ticks))
+def test_an_axis_is_drawn_for_any_two_numbers() -> None:
+    for low, high in itertools.product(EXTREMES, EXTREMES):
+        ticks = tidy_ticks(min(low, high), max(low, high))
+        assert 2 <= len(ticks) <= 12 and all(len(label) < 40 for label in tick_labels(ticks)), (low, high)
 
 
 @given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=2, max_size=2))
-@settings(derandomize=True, deadline=None, max_examples=300)
+@settings(derandomize=True, deadline=None, max_examples=150)
 def test_an_axis_is_drawn_for_whatever_numbers(ends: list[float]) -> None:
     ticks = tidy_ticks(min(ends), max(ends))
     assert 2 <= len(ticks) <= 12 and len(set(ticks)) == len(ticks) and tick_labels(ticks)

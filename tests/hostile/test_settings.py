@@ -30,7 +30,7 @@ BAD_YAML = [
     MERGES,
     "&a [*a]",
     "&a {x: *a}",
-    "[" * 900_000,
+    "[" * 400,
     "[" * 400 + "]" * 400,
     "{a: " * 400,
     "- " * 400,
@@ -113,7 +113,7 @@ VALUES = TREES.map(json.dumps) | st.text(SIGNS | st.characters(), max_size=12)
 
 
 @given(st.sampled_from(KEYS) | st.sampled_from(["ppo", "data", "lora", "store"]) | st.text(max_size=8), VALUES)
-@settings(derandomize=True, deadline=None, max_examples=400)
+@settings(derandomize=True, deadline=None, max_examples=200)
 def test_whatever_is_set_the_settings_can_be_stored_and_read_or_are_refused(key: str, value: str) -> None:
     try:
         resolved = resolve_settings("tiny", 0, [f"{key}={value}"])
@@ -148,7 +148,7 @@ READERS: list[Callable[[Path], Any]] = [lambda file: read_platform(str(file)), r
 @pytest.mark.parametrize("read", READERS, ids=["platform", "schedules", "compiled"])
 @pytest.mark.parametrize(
     "text",
-    [*BAD_YAML, "", "[]", "x" * 2 * MEGABYTE, "name: \x07", "schedules: " + LAUGHS, "pools: " + LAUGHS,
+    [*BAD_YAML, "[" * 900_000, "", "[]", "x" * 2 * MEGABYTE, "name: \x07", "schedules: " + LAUGHS, "pools: " + LAUGHS,
      "pools: {a: {b: !!int ''}}", "schedules: [" + "{}, " * 20_000 + "]"],
     ids=lambda text: ascii(text[:24]),
 )  # fmt: skip
