@@ -11,6 +11,8 @@ import dataclasses
 import gzip
 import hashlib
 import json
+import subprocess
+import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -320,7 +322,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, bytes, Any]]:
     try:
         metadata = pyarrow.parquet.read_metadata(path)
         columns = [metadata.schema.column(index) for index in range(len(metadata.schema))]
-        _check_values(path, metadata)
+        _check_values(path)
         # a text that is stored once and stands in every row is not written out before its row is looked at
         texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
         for batch in pyarrow.parquet.ParquetFile(path, read_dictionary=texts).iter_batches():
@@ -336,16 +338,18 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, bytes, Any]]:
         raise DataError(f"cannot read {path}: {one_line(error)}") from error
 
 
-def _check_values(path: Path, metadata: Any) -> None:
+def _check_values(path: Path) -> None:
     """A list of a thousand million zeros is packed into a few bytes, in one row."""
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        for column in map(group.column, range(group.num_columns)):
-            if column.num_values > MAX_VALUES:
-                name = shown(column.path_in_schema)
-                raise DataError(
-                    f"{path}: column {name} has {column.num_values} values in a row group, more than {MAX_VALUES}: "
-                    "write smaller row groups"
-                )
+    program = Path(__file__).with_name("parquet_values.py")
+    done = subprocess.run([sys.executable, "-I", program, path.absolute()], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise DataError(f"cannot read {path}: the description of its columns is damaged")
+    values, column = json.loads(done.stdout)
+    if values > MAX_VALUES:
+        raise DataError(
+            f"{path}: column {shown(column)} has {values} values in a row group, more than {MAX_VALUES}: "
+            "write smaller row groups"
+        )
 
 
 def _parquet_row(number: int, row: Any) -> tuple[bytes, Any]:

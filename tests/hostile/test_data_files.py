@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -191,20 +193,64 @@ def valid(suffix: str, folder: Path) -> bytes:
     return path.read_bytes()
 
 
-@pytest.mark.parametrize("suffix", [".jsonl.gz", ".parquet"])
-@given(changes=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=4))
+CHANGES = st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=4)
+
+
+def read_changed(suffix: str, changes: list[tuple[int, int]], folder: Path) -> None:
+    content = bytearray(valid(suffix, folder))
+    for place, value in changes:
+        content[place % len(content)] = value
+    path = folder / f"rows{suffix}"
+    path.write_bytes(content)
+    read(path)
+
+
+@given(changes=CHANGES)
 @settings(
     derandomize=True, deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_whichever_bytes_of_a_good_file_change_it_is_read_or_refused(
-    suffix: str, changes: list[tuple[int, int]], tmp_path: Path
+def test_whichever_bytes_of_a_packed_file_change_it_is_read_or_refused(
+    changes: list[tuple[int, int]], tmp_path: Path
 ) -> None:
-    content = bytearray(valid(suffix, tmp_path))
-    for place, value in changes:
-        content[place % len(content)] = value
-    path = tmp_path / f"rows{suffix}"
-    path.write_bytes(content)
-    read(path)
+    read_changed(".jsonl.gz", changes, tmp_path)
+
+
+@given(changes=CHANGES)
+@settings(derandomize=True, deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whichever_bytes_of_a_parquet_file_change_it_is_read_or_refused(
+    changes: list[tuple[int, int]], tmp_path: Path
+) -> None:
+    """Fewer examples: a process of its own looks at each file first."""
+    read_changed(".parquet", changes, tmp_path)
+
+
+DEADLY_PLACE = """
+import os, sys
+from pathlib import Path
+from components.foundation.parquet_values import most_values
+path = Path(sys.argv[1])
+content = path.read_bytes()
+os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+for place in range(len(content) // 2, len(content)):
+    path.write_bytes(content[:place] + bytes([0x15]) + content[place + 1 :])
+    if not (child := os.fork()):
+        try:
+            most_values(str(path))
+        finally:
+            os._exit(0)
+    if os.WIFSIGNALED(os.waitpid(child, 0)[1]):
+        sys.exit(0)
+sys.exit("pyarrow survives them all")
+"""
+"""Leaves a file with the first byte of its second half that ends a process which looks at its columns."""
+
+
+def test_a_parquet_file_of_which_pyarrow_dies_is_refused(tmp_path: Path) -> None:
+    valid(".parquet", tmp_path)
+    path = tmp_path / "valid.parquet"
+    subprocess.run([sys.executable, "-c", DEADLY_PLACE, str(path)], check=True)
+    with pytest.raises(DataError, match="the description of its columns is damaged"):
+        load_records(str(path), DualPreference)
 
 
 @given(text=st.text(st.characters()), level=st.integers(0, 10**30) | st.floats(allow_nan=True))
