@@ -18,6 +18,7 @@ from components.foundation.settings import Settings, resolve_settings
 
 CHOICES = {
     "ppo.lambda_start": "init",
+    "ppo.threshold_answers": "newest",
     "serving.memory": "8Gi",
     "dtype": "float32",
     "collect.history": "replace",
