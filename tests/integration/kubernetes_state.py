@@ -124,6 +124,7 @@ class ClusterState:
         controller: what happens once a TrainJob is created.
         schema: fields of a TrainJob's spec that this cluster knows.
         lingering: how many reads see a deleted TrainJob before it is gone.
+        lagging: paths whose watches say nothing more until they are listed again.
         requests: "METHOD path?query" of all requests so far.
     """
 
@@ -131,6 +132,7 @@ class ClusterState:
         self.controller: Callable[[Any, Json], None] = lambda cluster, job: None
         self.schema: Json = TRAIN_JOB_SPEC
         self.lingering = 0
+        self.lagging: set[str] = set()
         self.requests: list[str] = []
         self.tokens: list[str] = []
         self.created: list[Json] = []
@@ -323,9 +325,13 @@ class ClusterState:
 
     def list(self, path: str, query: Mapping[str, str]) -> Json:
         items = [item for item in self._objects[path].values() if _selected(item, query)]
+        self.lagging.discard(path)
+        self.changed.notify_all()
         return {"apiVersion": "v1", "kind": "List", "metadata": {"resourceVersion": str(self._version)}, "items": items}
 
     def events_after(self, path: str, query: Mapping[str, str], version: int) -> list[tuple[int, Json]]:
+        if path in self.lagging:
+            return []
         if version < self._oldest:
             status = {"kind": "Status", "code": 410, "reason": "Expired", "message": "too old resource version"}
             return [(-1, {"type": "ERROR", "object": status})]

@@ -15,7 +15,7 @@ from components.foundation.errors import ClusterError, JobConflictError, JobDele
 from components.foundation.exit_codes import PREEMPTED_EXIT_CODE
 from components.foundation.train_job import Toleration
 from tests.integration.kubernetes_server import KubernetesServer
-from tests.integration.kubernetes_state import TRAIN_JOB_SPEC, Fault, prune
+from tests.integration.kubernetes_state import PODS, TRAIN_JOB_SPEC, Fault, prune
 from tests.integration.train_jobs import (
     FOLLOW_LOG,
     JOB,
@@ -142,6 +142,7 @@ def test_pods_that_are_gone_when_the_job_fails_still_tell_why(server: Kubernetes
         pod = server.set_pod(JOB, 0, running())
         server.write_log(pod, "2026-11-24T10:00:01Z before the end")
         server.wait_for_request(FOLLOW_LOG)
+        server.lagging.add(PODS)  # their watch tells of the end only after the job's has
         server.set_pod(JOB, 0, ended(1))
         server.set_pod(JOB, 1, ended(139))
         server.remove_pods()

@@ -32,6 +32,7 @@ from components.foundation.train_job.submission import Submission
 __all__ = ["EnvReference", "Toleration", "TrainJobSpec", "read_spec", "run_train_job", "train_job_command"]
 
 _JOIN_SECONDS = 30
+_CATCH_UP_SECONDS = 10
 
 log = logging.getLogger("saferlhf")
 
@@ -152,7 +153,10 @@ def _watch_pods(api: KubernetesApi, job: str, board: PodBoard) -> None:
 
 
 def _look_at_pods(api: KubernetesApi, job: str, board: PodBoard) -> None:
-    """Bring the board up to date now: the watch may lag behind the job's condition."""
+    """Bring the board up to date now: the watch may lag behind the job's condition.
+
+    Only the watch knows how a pod ended that is gone already, so it is given time to get there.
+    """
     list_pods = CoreV1Api(api.client).list_namespaced_pod
     try:
         pods = api.call(f"pods of {job}", list_pods, api.namespace, label_selector=pod_selector(job))
@@ -160,6 +164,7 @@ def _look_at_pods(api: KubernetesApi, job: str, board: PodBoard) -> None:
         log.warning("%s", error)
         return
     board.update(pods["items"])
+    board.wait_for_ends_except({pod["metadata"]["uid"] for pod in pods["items"]}, _CATCH_UP_SECONDS)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from components.foundation.exit_codes import PREEMPTED_EXIT_CODE
@@ -146,6 +146,15 @@ class PodBoard:
         """The nodes' pods, by node."""
         with self._changed:
             return [self._pods[node] for node in sorted(self._pods)]
+
+    def wait_for_ends_except(self, present: Collection[str], seconds: float) -> None:
+        """Wait until it is known how every pod ended whose uid is not among those present, but not for longer."""
+
+        def known() -> bool:
+            return all(pod.exit_code is not None for pod in self._pods.values() if pod.uid not in present)
+
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or known(), seconds)
 
     def wait_for_container(self, read: str) -> PodState | None:
         """Node 0's pod, once it has a container other than `read`; None where the board is closed before."""
