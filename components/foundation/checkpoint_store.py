@@ -305,7 +305,7 @@ class CheckpointStore:
             partial.unlink(missing_ok=True)
 
     def _download_checked(self, uri: str, file: ManifestFile, path: Path) -> None:
-        self._s3.download(uri, path)
+        self._s3.download(uri, path, file.size)
         size, digest = path.stat().st_size, _sha256(path)
         if (size, digest) != (file.size, file.sha256):
             raise IntegrityError(

@@ -10,6 +10,7 @@ import functools
 import os
 import random
 import re
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -141,11 +142,24 @@ class S3:
         with self.errors(uri):
             self.client.upload_file(str(path), bucket, key, Config=config)
 
-    def download(self, uri: str, path: Path) -> None:
-        """Object -> file."""
+    def download(self, uri: str, path: Path, size: int) -> None:
+        """Object -> file.
+
+        Raises:
+            IntegrityError: the object has more than `size` bytes; the rest was not asked for.
+        """
         bucket, key = split_uri(uri)
+        received, lock = 0, threading.Lock()
+
+        def count(more: int) -> None:  # in boto3's threads; what is fetched again is first taken back
+            nonlocal received
+            with lock:
+                received += more
+                if received > size:
+                    raise IntegrityError(f"{uri} is damaged: it has more than the {size} bytes of its manifest")
+
         with self.errors(uri):
-            self.client.download_file(bucket, key, str(path))
+            self.client.download_file(bucket, key, str(path), Callback=count)
 
     def list(self, prefix_uri: str) -> list[str]:
         """URIs of all objects whose URI starts so."""

@@ -1,4 +1,4 @@
-"""Runs a few lines in a process that may take only so much memory beyond what its imports took."""
+"""Runs a few lines in a process that may take only so much memory beyond what its imports took, and so much disk."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from components.foundation.errors import SaferlhfError
 {imports}
 taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (taken + {more_bytes}, taken + {more_bytes}))
+resource.setrlimit(resource.RLIMIT_FSIZE, ({file_bytes}, {file_bytes}))
 try:
     print("returned", {expression})
 except SaferlhfError as error:
@@ -21,12 +22,14 @@ except SaferlhfError as error:
 """
 
 
-def bounded(imports: str, expression: str, *arguments: str | Path, more_bytes: int) -> str:
+def bounded(
+    imports: str, expression: str, *arguments: str | Path, more_bytes: int, file_bytes: int = 1_000_000_000
+) -> str:
     """What an expression over sys.argv returned, or the error of ours that it raised; any other error fails.
 
-    The address space is limited, so a process that needs more dies of it instead of being slow.
+    The address space is limited, so a process that needs more dies of it instead of being slow; so is every file.
     """
-    program = _LIMITED.format(imports=imports, expression=expression, more_bytes=more_bytes)
+    program = _LIMITED.format(imports=imports, expression=expression, more_bytes=more_bytes, file_bytes=file_bytes)
     command = [sys.executable, "-c", program, *map(str, arguments)]
     one_heap = os.environ | {"MALLOC_ARENA_MAX": "1"}  # else each thread reserves addresses that it never uses
     done = subprocess.run(command, cwd=_ROOT, env=one_heap, capture_output=True, text=True, check=False)

@@ -188,6 +188,22 @@ def test_an_object_of_a_gigabyte_is_no_record(store: CheckpointStore, s3: Any) -
     assert said == f"IntegrityError {uri}/LATEST has 101000000 bytes, and is no record of ours"
 
 
+def test_an_object_that_is_larger_than_its_manifest_says_does_not_fill_the_disk(
+    store: CheckpointStore, s3: Any, tmp_path: Path
+) -> None:
+    uri, folder = f"{store.root_uri}/step-1", tmp_path / "folder"
+    folder.mkdir()
+    (folder / "model").write_bytes(b"weights")
+    store.commit(uri, folder)
+    put(s3, f"{uri}/model", bytes(7 * MEGABYTE))
+    imports = "from pathlib import Path; from components.foundation.checkpoint_store import CheckpointStore"
+    fetch, cache = "CheckpointStore(sys.argv[1], cache_dir=Path(sys.argv[2])).fetch(sys.argv[3])", tmp_path / "small"
+    limits = {"more_bytes": 300 * MEGABYTE, "file_bytes": 2 * MEGABYTE}
+    said = bounded(imports, fetch, store.root_uri, cache, uri, **limits)
+    assert said == f"IntegrityError {uri}/model is damaged: it has more than the 7 bytes of its manifest"
+    assert not [path for path in cache.rglob("*") if path.is_file()]
+
+
 @pytest.mark.parametrize("name", ["../../other", "/etc", "step-1\nstep-2", "\x1b[2J", "", "a" * 5000, "s3://other/x"])
 def test_a_pointer_that_leads_elsewhere_is_refused(store: CheckpointStore, name: str) -> None:
     store.write_text(f"{store.root_uri}/sft/LATEST", name + "\n")

@@ -167,8 +167,8 @@ def test_row_19_damage_on_the_way_is_cured_by_a_second_try(
     store.commit(uri, folder)
     real_download, damages = S3.download, [b"damage"]
 
-    def download(self: S3, uri: str, path: Path) -> None:
-        real_download(self, uri, path)
+    def download(self: S3, uri: str, path: Path, size: int) -> None:
+        real_download(self, uri, path, size)
         if damages:
             path.write_bytes(damages.pop())
 
