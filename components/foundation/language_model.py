@@ -96,8 +96,10 @@ def load_causal_lm(folder: Path, dtype: torch.dtype) -> Any:
         ModelError: files or weights are missing or damaged, or the weights are pickled.
     """
     check_model_folder(folder)
+    transformers = import_transformers()
     try:
-        model, loading = import_transformers().AutoModelForCausalLM.from_pretrained(
+        _check_described_size(folder, transformers)
+        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             use_safetensors=True,
@@ -105,6 +107,8 @@ def load_causal_lm(folder: Path, dtype: torch.dtype) -> Any:
             attn_implementation="sdpa",
             output_loading_info=True,
         )
+    except ModelError:
+        raise
     except Exception as error:  # as above
         raise ModelError(f"{folder} is not a model that transformers can load: {one_line(error)}") from error
     missing = sorted(loading["missing_keys"])  # tied weights do not count; all others would be left random
@@ -114,6 +118,26 @@ def load_causal_lm(folder: Path, dtype: torch.dtype) -> Any:
             "the files are not complete, or config.json is another model's"
         )
     return model.to(distributed.loading_device()).eval()
+
+
+def _check_described_size(folder: Path, transformers: Any) -> None:
+    """Weights that config.json describes and no file holds would be made, and could fill the memory."""
+    from safetensors import safe_open
+
+    files = list(folder.glob("*.safetensors"))
+    tensors = 0
+    for path in files:
+        with safe_open(path, framework="pt") as weights:
+            tensors += len(weights.keys())
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    layers = getattr(config, "num_hidden_layers", 0)
+    if layers > tensors:
+        raise ModelError(f"{folder}/config.json describes {layers} layers, but its weights have {tensors} tensors")
+    with torch.device("meta"):  # shapes alone
+        described = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    parameters, size = sum(p.numel() for p in described.parameters()), sum(path.stat().st_size for path in files)
+    if parameters > size:  # in any of the formats that are read, a parameter has at least a byte
+        raise ModelError(f"{folder}/config.json describes {parameters} parameters, but its weights have {size} bytes")
 
 
 def choose_dtype(name: str) -> torch.dtype:

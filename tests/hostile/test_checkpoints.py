@@ -209,6 +209,27 @@ def test_a_description_that_is_none_is_refused_by_name(name: str, text: str, mod
         Backbone.load(model, "float32", seed=0)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "described"),
+    [
+        ({"num_hidden_layers": 10**9}, "1000000000 layers"),
+        ({"vocab_size": 10**12}, "parameters"),
+        ({"hidden_size": 10**6, "intermediate_size": 10**6}, "parameters"),
+        ({"intermediate_size": 10**15}, ""),
+    ],
+)
+def test_a_description_of_a_model_far_larger_than_its_weights_takes_little_memory(
+    sizes: dict[str, int], described: str, model: Path
+) -> None:
+    change(model / "config.json", **sizes)
+    imports = """from pathlib import Path
+from components.foundation.backbone import Backbone
+from components.foundation.language_model import import_transformers
+import_transformers().AutoModelForCausalLM"""
+    said = bounded(imports, "Backbone.load(Path(sys.argv[1]), 'float32', seed=0)", model, more_bytes=1 << 30)
+    assert said.startswith(f"ModelError {model}") and described in said
+
+
 @pytest.mark.parametrize("index", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": []}}', "[" * 100_000])
 def test_an_index_of_weights_that_is_none_is_refused(index: str, model: Path) -> None:
     (model / "model.safetensors.index.json").write_text(index)
