@@ -1,4 +1,4 @@
-"""Attempts at a training stage, each in a process of its own that may be killed."""
+"""Attempts at a stage, each in a process of its own that may be killed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,25 @@ from collections.abc import Callable, Mapping
 from components.foundation.run_context import finished_uri, open_run
 
 STAGES = ("sft", "reward_model", "cost_model", "ppo_lagrangian")
+"""Those that train, each in need of those before it."""
+NEEDS: dict[str, tuple[str, ...]] = {
+    "prepare_data": (),
+    "collect": ("sft",),
+    "annotate": ("sft", "collect"),
+    "evaluate": ("sft",),
+}
+"""The others, and what each needs beside the data."""
 SETTINGS = ("ppo.steps=4", "ppo.critics=head", "ppo.ptx_coefficient=0.5", "checkpoint.every_steps=1")
 
 # Without threads there is nothing that a fork could break; the modules are imported once, for all attempts.
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(
-    [*(f"components.{stage}.{stage}" for stage in STAGES), "components.foundation.tracking", "mlflow", "peft"]
+    [
+        *(f"components.{stage}.{stage}" for stage in (*STAGES, *NEEDS)),
+        "components.foundation.tracking",
+        "mlflow",
+        "peft",
+    ]
 )
 
 
@@ -63,7 +76,7 @@ class TrainingRun:
 
     def bring_to(self, stage: str) -> None:
         """Let what comes before a stage finish in peace."""
-        for earlier in STAGES[: STAGES.index(stage)]:
+        for earlier in NEEDS[stage] if stage in NEEDS else STAGES[: STAGES.index(stage)]:
             if self.committed(earlier) is None:
                 assert self.attempt(earlier) == 0
 
@@ -91,7 +104,7 @@ class TrainingRun:
 
 
 def round_of(stage: str) -> int:
-    return 0 if stage == "sft" else 1
+    return 0 if stage in {"prepare_data", "sft", "evaluate"} else 1
 
 
 def _attempt(run_uri: str, stage: str, environment: Mapping[str, str], round_number: int) -> None:
@@ -100,12 +113,19 @@ def _attempt(run_uri: str, stage: str, environment: Mapping[str, str], round_num
     import torch
 
     torch.set_num_threads(1)
+    from components.annotate.annotate import run_annotate
+    from components.collect.collect import run_collect
     from components.cost_model.cost_model import run_cost_model
+    from components.evaluate.evaluate import EvaluationInputs, run_evaluate
     from components.ppo_lagrangian.ppo_lagrangian import PpoInputs, run_ppo_lagrangian
+    from components.prepare_data.prepare_data import run_prepare_data
     from components.reward_model.reward_model import run_reward_model
     from components.sft.sft import run_sft
 
     context = open_run(run_uri)
+    if stage == "prepare_data":
+        run_prepare_data(run_uri)
+        return
     data = finished_uri(context, "prepare_data", 0)
     if stage == "sft":
         run_sft(run_uri, data)
@@ -115,6 +135,12 @@ def _attempt(run_uri: str, stage: str, environment: Mapping[str, str], round_num
         run_reward_model(run_uri, round_number, sft, data)
     elif stage == "cost_model":
         run_cost_model(run_uri, round_number, sft, data)
+    elif stage == "collect":
+        run_collect(run_uri, 1, data, sft, sft, data)
+    elif stage == "annotate":
+        run_annotate(run_uri, 1, finished_uri(context, "collect", 1), data)
+    elif stage == "evaluate":
+        run_evaluate(run_uri, 0, EvaluationInputs(data, sft, sft))
     else:
         models = (finished_uri(context, name, 1) for name in ("reward_model", "cost_model"))
         run_ppo_lagrangian(run_uri, 1, PpoInputs(data, sft, sft, *models))

@@ -1,4 +1,4 @@
-"""Every training stage, killed at every point of a checkpoint, goes on and ends with the bits of one that never was.
+"""Every stage, killed at every point of what it saves, goes on and ends with the bits of one that never was.
 
 The processes are real, and so is SIGKILL: a proxy in front of S3 sends it when it sees the given request.
 """
@@ -21,7 +21,7 @@ from components.foundation.s3 import split_uri
 from components.foundation.tracking import STAGE_TAG
 from pipelines.services import Endpoints
 from tests.faults.killing_proxy import KillingProxy, Trap, killing_proxy
-from tests.stage_attempts import STAGES, TrainingRun
+from tests.stage_attempts import NEEDS, STAGES, TrainingRun
 
 pytestmark = [pytest.mark.fault, pytest.mark.xdist_group("resume")]
 
@@ -42,6 +42,9 @@ POINTS = {
     ),
 }
 """Where the second checkpoint is cut off, and what of it is in the store then."""
+COMMIT_POINTS = ("before the commit", "in the middle of an object", "before the manifest", "before the pointer")
+"""Where a stage's result is cut off. A training stage has all but the last in its checkpoints already."""
+COMMITS = [(stage, point) for stage in NEEDS for point in COMMIT_POINTS] + [(s, COMMIT_POINTS[-1]) for s in STAGES]
 PLANTED = "sk-planted-for-a-judge"
 FIRST = ["LATEST", "step-1/MANIFEST.json", "step-1/state.json", "step-1/state.safetensors"]
 
@@ -55,6 +58,7 @@ class Victim:
         self._s3_url = endpoints.s3_url
         self._folder = folder
         self._in_peace: dict[str, dict[str, str]] = {}
+        self._commits: dict[str, str] = {}
         self._caches = 0
 
     def in_peace(self, stage: str) -> dict[str, str]:
@@ -63,8 +67,19 @@ class Victim:
         if stage not in self._in_peace:
             assert self.run.attempt(stage) == 0
             self._in_peace[stage] = self.run.digests(stage)
+            self._commits[stage] = str(self.run.committed(stage))
         self.run.forget(stage)
         return self._in_peace[stage]
+
+    def commit_trap(self, stage: str, point: str) -> Trap:
+        """At a point of the commit of a stage whose digests are known."""
+        commit = split_uri(self._commits[stage])[1]
+        return {
+            "before the commit": Trap("HEAD", f"{commit}/MANIFEST.json"),
+            "in the middle of an object": Trap("PUT", f"{commit}/{min(self._in_peace[stage])}", in_the_middle=True),
+            "before the manifest": Trap("PUT", f"{commit}/MANIFEST.json"),
+            "before the pointer": Trap("PUT", f"{commit.rpartition('/')[0]}/LATEST"),
+        }[point]
 
     def finish(self) -> None:
         """Let all stages finish that have not."""
@@ -105,6 +120,20 @@ def test_row_01_a_stage_killed_at_a_point_of_its_checkpoint_ends_bit_for_bit_the
     assert sorted(deleted[: len(remains)]) == remains
     assert victim.run.digests(stage) == expected
     assert any(name.endswith(".safetensors") for name in expected)
+    assert victim.run.checkpoints(stage) == []
+
+
+@pytest.mark.parametrize(("stage", "point"), COMMITS)
+def test_row_01_a_stage_killed_at_a_point_of_its_commit_makes_the_same_one_again(
+    victim: Victim, stage: str, point: str
+) -> None:
+    """Without a pointer nobody takes what was cut off for a result; a manifest that stands is found to be its own."""
+    expected = victim.in_peace(stage)
+    code, _ = victim.attempt(stage, victim.commit_trap(stage, point))
+    assert code == -signal.SIGKILL
+    assert victim.run.committed(stage) is None
+    assert victim.attempt(stage)[0] == 0
+    assert victim.run.digests(stage) == expected
     assert victim.run.checkpoints(stage) == []
 
 
