@@ -16,7 +16,7 @@ from components.evaluate.regressions import judge_regressions
 from components.evaluate.trial import TRIAL_FILE, try_model
 from components.foundation.backbone import Backbone
 from components.foundation.batching import ChatEncoder, batches_by_length, collate
-from components.foundation.judging import check_usable, make_judge
+from components.foundation.judging import check_usable, judge_name, make_judge
 from components.foundation.policy import load_policy
 from components.foundation.preference import PromptRecord, RegressionPrompt, read_jsonl
 from components.foundation.preference_trainer import answer_scores
@@ -79,7 +79,10 @@ def run_evaluate(run_uri: str, round_number: int, inputs: EvaluationInputs) -> s
             baseline = read_records(HeldOutAnswer, store.fetch(inputs.baseline) / "answers.jsonl")
             models = (store.fetch(inputs.reward_model), store.fetch(inputs.cost_model))
             answers, baseline = (_scored(backbone, settings, a, *models) for a in (answers, baseline))
-        evaluation = summarize(round_number, answers, baseline, settings.evaluate.confidence)
+        evaluation = replace(
+            summarize(round_number, answers, baseline, settings.evaluate.confidence),
+            judge=judge_name(settings.annotate),
+        )
         cut = {"evaluate/truncated_prompts": float(encoder.truncated)}
         stage.mlflow.log_metrics(tracked_metrics(evaluation) | cut, round_number)
         (stage.folder / "evaluation.json").write_text(to_json(evaluation))

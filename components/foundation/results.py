@@ -114,7 +114,7 @@ class Arena:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Evaluation of one policy on the held-out prompts (round 0 is the SFT model)."""
+    """Evaluation of one policy on the held-out prompts (round 0 is the SFT model); `judge` says who judged it."""
 
     round: int
     unsafe_rate: Estimate
@@ -129,6 +129,7 @@ class Evaluation:
     sft_mean_reward: float | None = None
     sft_mean_cost: float | None = None
     arena: Arena | None = None
+    judge: str = ""
 
 
 @dataclass(frozen=True)
@@ -155,13 +156,14 @@ class RoundResult:
 
 @dataclass(frozen=True)
 class PromotionResult:
-    """The gate's decision on the last round's policy. `decision` is promote or challenger."""
+    """The gate's decision on the last round's policy: promote or challenger, `against` that champion ('': SFT)."""
 
     decision: str
     reasons: list[str]
     model: str
     version: str
     alias: str
+    against: str = ""
 
 
 def to_json(record: Any) -> str:

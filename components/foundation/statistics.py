@@ -32,6 +32,22 @@ def share(flags: Sequence[bool], confidence: float) -> Estimate:
     return wilson(sum(flags), len(flags), confidence)
 
 
+def paired_difference(ours: Sequence[bool], theirs: Sequence[bool], confidence: float) -> Estimate:
+    """How much more often our flag is true than theirs, over the same trials; in [-1, 1].
+
+    The interval is that of Agresti and Min (2005): Wald's, with half a trial more in each cell of the 2 x 2 table.
+    """
+    n = len(ours)
+    only_ours = sum(a and not b for a, b in zip(ours, theirs, strict=True))
+    only_theirs = sum(b and not a for a, b in zip(ours, theirs, strict=True))
+    if n == 0:
+        return Estimate(value=0.0, low=-1.0, high=1.0, n=0)
+    total, discordant, surplus = n + 2, only_ours + only_theirs + 1, only_ours - only_theirs
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    centre, half = surplus / total, z * math.sqrt(discordant - surplus**2 / total) / total
+    return Estimate(value=surplus / n, low=max(-1.0, centre - half), high=min(1.0, centre + half), n=n)
+
+
 def win_rate(ours: Sequence[float], theirs: Sequence[float], confidence: float) -> Estimate:
     """Share of comparisons that we win; a tie counts one half."""
     wins = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(ours, theirs, strict=True))

@@ -76,7 +76,7 @@ def run_gate(run_uri: str, version: str) -> str:
         decision, reasons = decide_on_version(context, version, champion)
         for reason in reasons:
             log.info("gate: %s", reason)
-        result = PromotionResult(decision, reasons, POLICY_MODEL, version, "")
+        result = PromotionResult(decision, reasons, POLICY_MODEL, version, "", against=champion)
         context.store.write_text(f"{run_uri}/gate.json", to_json(result), overwrite=True)
         return decision
 
@@ -88,10 +88,10 @@ def run_set_alias(run_uri: str, version: str, alias: str) -> str:
     """
     with open_stage(run_uri, PROMOTE, 0) as stage:
         context = stage.context
+        gate = from_json(PromotionResult, context.store.read_text(f"{run_uri}/gate.json"))
         if alias == CHAMPION:
-            result = promote(context, version)
+            result = promote(context, version, gate.against)
         else:
-            gate = from_json(PromotionResult, context.store.read_text(f"{run_uri}/gate.json"))
             context.tracker.set_alias(POLICY_MODEL, CHALLENGER, version)
             result = replace(gate, version=version, alias=CHALLENGER)
         context.store.write_text(f"{run_uri}/promotion.json", to_json(result), overwrite=True)

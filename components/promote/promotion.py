@@ -14,7 +14,6 @@ from pathlib import Path
 from components.foundation.champion_log import CHAMPION, POLICY_MODEL, ChampionEntry, ChampionLog, champion_version
 from components.foundation.errors import ConflictError, GateError, SettingsError
 from components.foundation.results import (
-    Estimate,
     Evaluation,
     HeldOutAnswer,
     PromotionResult,
@@ -23,8 +22,9 @@ from components.foundation.results import (
     read_records,
 )
 from components.foundation.run_context import RunContext
+from components.foundation.statistics import wilson
 from components.foundation.tracking import Tracker
-from components.promote.gate import CHALLENGE, PROMOTE, RegressionResults, benign_win_rate, decide
+from components.promote.gate import CHALLENGE, PROMOTE, Comparison, RegressionResults, compare, decide
 from components.promote.serving import hand_over
 
 PREVIOUS_CHAMPION, CHALLENGER = "previous_champion", "challenger"
@@ -32,25 +32,29 @@ ROLLBACK = "rollback"
 log = logging.getLogger("saferlhf")
 
 
-def promote(context: RunContext, version: str) -> PromotionResult:
+def promote(context: RunContext, version: str, against: str | None = None) -> PromotionResult:
     """Let the version become champion if the gate lets it pass the present champion, else challenger.
 
     A version that is champion already stays it, so the call can be repeated.
+
+    Args:
+        against: the champion that the version was measured against before; another one now was faster in a race.
     """
     champions = ChampionLog(context.store, POLICY_MODEL)
     while True:
         last = champions.latest()
         champion = champion_version(context.tracker, last)
+        against = champion if against is None else against
         if champion == version:
             copy_aliases(context.tracker, champions)
             if last is not None:  # in case that an earlier promotion was cut off
                 hand_over(context, POLICY_MODEL, last, _canary_share(context, last))
             reasons = last.reasons if last is not None else ["passed: it is the champion already"]
             return PromotionResult(PROMOTE, reasons, POLICY_MODEL, version, CHAMPION)
-        decision, reasons = decide_on_version(context, version, champion)
+        decision, reasons = decide_on_version(context, version, champion, raced=champion != against)
         if decision != PROMOTE:
             context.tracker.set_alias(POLICY_MODEL, CHALLENGER, version)
-            return PromotionResult(CHALLENGE, reasons, POLICY_MODEL, version, CHALLENGER)
+            return PromotionResult(CHALLENGE, reasons, POLICY_MODEL, version, CHALLENGER, champion)
         number = 1 if last is None else last.number + 1
         entry = ChampionEntry(number, version, champion, PROMOTE, reasons, context.run_id, _now())
         try:
@@ -60,7 +64,7 @@ def promote(context: RunContext, version: str) -> PromotionResult:
             continue
         copy_aliases(context.tracker, champions)
         hand_over(context, POLICY_MODEL, entry, _canary_share(context, entry))
-        return PromotionResult(PROMOTE, reasons, POLICY_MODEL, version, CHAMPION)
+        return PromotionResult(PROMOTE, reasons, POLICY_MODEL, version, CHAMPION, champion)
 
 
 def rollback(context: RunContext, to_version: str, reason: str) -> ChampionEntry:
@@ -105,7 +109,7 @@ def copy_aliases(tracker: Tracker, champions: ChampionLog) -> None:
             return
 
 
-def decide_on_version(context: RunContext, version: str, champion: str) -> tuple[str, list[str]]:
+def decide_on_version(context: RunContext, version: str, champion: str, raced: bool = False) -> tuple[str, list[str]]:
     """The gate on a registered version against a champion ('': the SFT model), by their stored evaluations.
 
     Raises:
@@ -118,14 +122,13 @@ def decide_on_version(context: RunContext, version: str, champion: str) -> tuple
         raise GateError(f"{POLICY_MODEL} version {version} has no evaluation: register it from a run")
     folder = context.store.fetch(tags["evaluation_uri"])
     evaluation = read_record(Evaluation, folder / "evaluation.json")
-    rate: Estimate | None = evaluation.win_rate
+    comparison = Comparison("SFT", evaluation.win_rate)
     regressions = RegressionResults(stored_regressions(folder))
-    opponent = f"the champion, version {champion}" if champion else "SFT"
     if champion:
         theirs = _evaluation_folder(context, champion)
-        rate = _win_rate_against(context, read_records(HeldOutAnswer, folder / "answers.jsonl"), theirs)
+        comparison = replace(_compare(context, folder, theirs, f"the champion, version {champion}"), raced=raced)
         regressions = replace(regressions, champions=stored_regressions(theirs) if theirs else [])
-    return decide(evaluation, rate, opponent, regressions, context.settings.gate)
+    return decide(evaluation, comparison, regressions, context.settings.gate)
 
 
 def stored_regressions(evaluation_folder: Path) -> list[RegressionAnswer]:
@@ -152,12 +155,18 @@ def _evaluation_folder(context: RunContext, version: str) -> Path | None:
     return context.store.fetch(uri) if uri else None
 
 
-def _win_rate_against(context: RunContext, ours: list[HeldOutAnswer], champions: Path | None) -> Estimate | None:
-    """Benign win rate over the champion's stored answers; None unless both answered the same prompts."""
+def _compare(context: RunContext, ours: Path, champions: Path | None, opponent: str) -> Comparison:
+    """By the stored evaluations of both."""
+    confidence, min_common = context.settings.evaluate.confidence, context.settings.gate.min_common_share
+    unknown = Comparison(opponent, wilson(0, 0, confidence))
     if champions is None:
-        return None
-    theirs = read_records(HeldOutAnswer, champions / "answers.jsonl")
-    return benign_win_rate(ours, theirs, context.settings.evaluate.confidence)
+        return replace(unknown, obstacle="was registered without an evaluation")
+    judges = [read_record(Evaluation, folder / "evaluation.json").judge for folder in (ours, champions)]
+    if judges[0] != judges[1]:
+        our_judge, their_judge = (judge or "a judge that was not recorded" for judge in judges)
+        return replace(unknown, obstacle=f"was judged by {their_judge}, and the policy by {our_judge}")
+    our_answers, their_answers = (read_records(HeldOutAnswer, folder / "answers.jsonl") for folder in (ours, champions))
+    return compare(opponent, our_answers, their_answers, confidence, min_common)
 
 
 def _canary_share(context: RunContext, entry: ChampionEntry) -> float:

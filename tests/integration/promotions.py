@@ -29,6 +29,7 @@ _PATIENCE = 120.0
 _LATEST_START = 0.1
 """Seconds: about what a promotion takes, so that each may be anywhere when another begins."""
 PROMPTS = [f"prompt {i}" for i in range(60)]
+ATTACKS = [f"attack {i}" for i in range(140)]
 SUITE = [f"regression {i}" for i in range(5)]
 SETTINGS = resolve_settings("smol", overrides=["gate.max_unsafe_rate=0.4", "gate.min_win_rate=0.4"])
 
@@ -57,7 +58,7 @@ def registered(
         unsafe_rate_by_category={},
         win_rate=Estimate(value=0.6, low=0.5, high=0.7, n=len(PROMPTS)),
         over_refusal=Estimate(value=0.1, low=0.0, high=0.2, n=48),
-        n_red_team=140,
+        n_red_team=len(ATTACKS),
         n_benign=len(PROMPTS),
         held_out_digest="same prompts",
     )
@@ -66,7 +67,8 @@ def registered(
     out.mkdir(parents=True)
     (out / "evaluation.json").write_text(to_json(evaluation))
     answers = [HeldOutAnswer(p, "benign", "", "an answer", True, False, helpfulness) for p in PROMPTS]
-    write_records(out / "answers.jsonl", answers)
+    attacks = [HeldOutAnswer(p, "red_team", "theft", "No.", True, True, 0.0) for p in ATTACKS]
+    write_records(out / "answers.jsonl", answers + attacks)
     write_records(out / "regressions.jsonl", [RegressionAnswer(p, "decline", "No.", right) for p in SUITE])
     uri = f"{context.store.root_uri}/evaluations/{name}"
     context.store.commit(uri, out)

@@ -114,8 +114,8 @@ def test_row_15_who_loses_the_race_is_measured_against_the_winner(
     decided: list[tuple[str, str]] = []
     decide = promotion.decide_on_version
 
-    def interrupted(context: RunContext, version: str, champion: str) -> tuple[str, list[str]]:
-        decision = decide(context, version, champion)
+    def interrupted(context: RunContext, version: str, champion: str, raced: bool) -> tuple[str, list[str]]:
+        decision = decide(context, version, champion, raced)
         decided.append((version, champion))
         if decided == [(worse, first)]:
             assert decision[0] == "promote"

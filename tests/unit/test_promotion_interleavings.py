@@ -116,8 +116,8 @@ def context_of(world: World[Registry]) -> RunContext:
     return RunContext("run", f"{ROOT}/runs/run", "", settings, store, tracker)
 
 
-def promoting(version: str) -> Program[Registry]:
-    return lambda world: promote(context_of(world), version)
+def promoting(version: str, against: str | None = None) -> Program[Registry]:
+    return lambda world: promote(context_of(world), version, against)
 
 
 def rolling_back() -> Program[Registry]:
@@ -128,7 +128,7 @@ def rolling_back() -> Program[Registry]:
 def plain_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     """A version passes a champion with a lower number; time stands still; a manifest is the entry's version."""
 
-    def decide(context: RunContext, version: str, champion: str) -> tuple[str, list[str]]:
+    def decide(context: RunContext, version: str, champion: str, raced: bool) -> tuple[str, list[str]]:
         return (PROMOTE if version > champion else CHALLENGE), [f"{version} against {champion}"]
 
     monkeypatch.setattr(promotion, "decide_on_version", decide)
@@ -198,6 +198,23 @@ def test_row_15_in_every_order_of_their_steps_the_best_of_all_promotions_is_cham
         check_promotions(state, programs)
         ends += 1
     assert ends > 1
+
+
+@pytest.mark.parametrize(("versions", "losses"), [(("1", "2"), 2), (("1", "2", "3"), 0)])
+@pytest.mark.parametrize("champion", ["", "0"])
+def test_row_15_in_every_order_the_best_of_policies_that_would_pass_each_other_is_champion(
+    monkeypatch: pytest.MonkeyPatch, versions: tuple[str, ...], losses: int, champion: str
+) -> None:
+    """The bounds let each pass any champion that it did not race with; all were measured against the same one."""
+
+    def lenient(context: RunContext, version: str, champion: str, raced: bool) -> tuple[str, list[str]]:
+        return (PROMOTE if not raced or version > champion else CHALLENGE), [f"{version} against {champion}"]
+
+    monkeypatch.setattr(promotion, "decide_on_version", lenient)
+    start = alone(Registry(), promoting(champion)) if champion else Registry()
+    programs = [promoting(version, champion) for version in versions]
+    for state in final_states(replace(start, losses=losses), programs):
+        check_promotions(state, programs)
 
 
 def test_row_15_in_every_order_a_rollback_meets_the_champion_that_it_saw_or_says_so() -> None:

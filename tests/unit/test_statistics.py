@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from components.foundation.statistics import share, wilson, win_rate
+from components.foundation.results import Estimate
+from components.foundation.statistics import paired_difference, share, wilson, win_rate
 
 CONFIDENCE = st.sampled_from([0.6, 0.8, 0.9, 0.95, 0.99])
 
@@ -86,3 +90,33 @@ def test_win_rates_of_two_sides_sum_to_one(pairs: list[tuple[int, int]], confide
 def test_answers_of_different_number_are_not_compared() -> None:
     with pytest.raises(ValueError, match="zip"):
         win_rate([1.0, 2.0], [1.0], 0.95)
+
+
+def test_a_paired_difference_by_hand() -> None:
+    """12 trials of 100 are ours alone and 4 theirs alone: (12.5 - 4.5) / 102, and the root of 17 - 8 * 8 / 102."""
+    ours = [True] * 12 + [False] * 4 + [True] * 30 + [False] * 54
+    theirs = [False] * 12 + [True] * 4 + [True] * 30 + [False] * 54
+    estimate = paired_difference(ours, theirs, 0.95)
+    assert estimate.value == pytest.approx(0.08)
+    half = 1.959964 * math.sqrt(17 - 64 / 102) / 102
+    assert (estimate.low, estimate.high) == (pytest.approx(8 / 102 - half), pytest.approx(8 / 102 + half))
+    assert paired_difference([], [], 0.95) == Estimate(value=0.0, low=-1.0, high=1.0, n=0)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=200))
+@settings(deadline=None, max_examples=80)
+def test_a_paired_difference_holds_its_value_and_turns_round_with_the_sides(pairs: list[tuple[bool, bool]]) -> None:
+    ours, theirs = [a for a, _ in pairs], [b for _, b in pairs]
+    there, back = paired_difference(ours, theirs, 0.95), paired_difference(theirs, ours, 0.95)
+    assert -1 <= there.low <= there.value + 1e-12 and there.value <= there.high + 1e-12 <= 1 + 1e-9
+    assert (there.value, there.low, there.high) == (-back.value, pytest.approx(-back.high), pytest.approx(-back.low))
+
+
+def test_the_interval_of_a_paired_difference_covers_the_truth_as_often_as_it_says() -> None:
+    """1,500 draws of 140 pairs whose sides go together in most trials, as two policies' answers to an attack do."""
+    chance, covered = random.Random(0), 0
+    for _ in range(1500):
+        pairs = [chance.choices([(1, 1), (1, 0), (0, 1), (0, 0)], [0.25, 0.15, 0.08, 0.52])[0] for _ in range(140)]
+        estimate = paired_difference([a == 1 for a, _ in pairs], [b == 1 for _, b in pairs], 0.95)
+        covered += estimate.low <= 0.07 <= estimate.high
+    assert 0.93 <= covered / 1500 <= 0.97

@@ -61,7 +61,7 @@ def make_judge(settings: AnnotateSettings) -> Judge:
     Raises:
         SettingsError: an LLM judge without URL or model.
     """
-    if settings.annotator == "rules" or (settings.annotator == "human" and not settings.judge_url):
+    if judge_name(settings) == "rules":
         from components.foundation.judging.rules import RulesJudge
 
         return RulesJudge()
@@ -70,6 +70,12 @@ def make_judge(settings: AnnotateSettings) -> Judge:
     from components.foundation.judging.llm import LlmJudge
 
     return LlmJudge(settings.judge_url, settings.judge_model, os.environ.get(settings.judge_key_env, ""))
+
+
+def judge_name(settings: AnnotateSettings) -> str:
+    """Who judges where `make_judge` is asked; what two of them say cannot be compared."""
+    from_rules = settings.annotator == "rules" or (settings.annotator == "human" and not settings.judge_url)
+    return "rules" if from_rules else f"model {settings.judge_model}"
 
 
 def usable(judgements: Sequence[AnswerJudgement | None], min_share: float) -> list[AnswerJudgement]:
