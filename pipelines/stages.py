@@ -33,7 +33,7 @@ STAGES = {
     "annotate": Stage("annotate", "service", judges=True),
     "reward_model": Stage("reward model", "trainer", trains=True),
     "cost_model": Stage("cost model", "trainer", trains=True),
-    "ppo_lagrangian": Stage("PPO-Lagrangian", "trainer", trains=True),
+    "ppo_lagrangian": Stage("PPO-Lagrangian", "trainer", trains=True, judges=True),
     "evaluate": Stage("evaluate", "trainer", judges=True),
     "register": Stage("register models", "service"),
     "gate": Stage("gate", "service"),

@@ -14,6 +14,8 @@ import pytest
 import yaml
 
 from components.foundation.setting_sections import ServingSettings
+from pipelines.cluster_rights import RIGHTS as STEP_RIGHTS
+from pipelines.cluster_rights import Right
 from pipelines.kubeflow.schedule_file import read_schedules
 from tests.unit.helm_chart import (
     CHART,
@@ -34,9 +36,9 @@ EXECUTOR_RIGHTS = {("argoproj.io", "workflowtaskresults"): "create patch", ("", 
 RIGHTS = {
     "saferlhf": {
         ("trainer.kubeflow.org", "trainjobs"): "create get list watch patch delete",
-        ("", "pods"): "get list watch",
-        ("", "pods/log"): "get list watch",
-        ("", "events"): "get list watch",
+        ("", "pods"): "list watch",
+        ("", "pods/log"): "get",
+        ("", "events"): "list",
     },
     "saferlhf-steps": {**EXECUTOR_RIGHTS, ("", "secrets"): "get"},
     "saferlhf-upload": {
@@ -139,6 +141,19 @@ def test_the_rights_are_exactly_these(platform: str) -> None:
         steps = "default-editor" if platform == "on-prem" else "saferlhf"
         assert subject["name"] == ("saferlhf-upload" if name == "saferlhf-upload" else steps)
         assert subject["namespace"] == NAMESPACE
+
+
+@each_platform
+def test_the_chart_grants_what_doctor_asks_for_and_no_more(platform: str) -> None:
+    rules = find(rendered(platform), "Role", "saferlhf")["rules"]
+    granted = {
+        Right(verb, resource, group)
+        for rule in rules
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    assert granted == set(STEP_RIGHTS)
 
 
 @each_platform

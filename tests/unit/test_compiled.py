@@ -118,7 +118,7 @@ def test_addresses_come_from_the_config_map_and_keys_from_secrets(steps: dict[st
         ]
         assert (required.optional, optional.optional) == (False, True)
         secrets = {secret.secret_name: secret for secret in step.pod.secret_as_env}
-        judge = {"saferlhf-judge"} if step.stage in ("annotate", "evaluate") else set()
+        judge = {"saferlhf-judge"} if step.stage in ("annotate", "evaluate", "ppo_lagrangian") else set()
         assert set(secrets) == {"saferlhf-s3", "saferlhf-mlflow"} | judge
         for secret_name, secret in secrets.items():
             assert secret.optional, "with workload identity there are no keys"

@@ -215,6 +215,7 @@ def test_a_stage_over_several_nodes_is_followed_from_a_small_pod(tree: Tree, com
         ("AWS_SECRET_ACCESS_KEY", "secret", "saferlhf-s3"),
         ("MLFLOW_TRACKING_USERNAME", "secret", "saferlhf-mlflow"),
         ("MLFLOW_TRACKING_PASSWORD", "secret", "saferlhf-mlflow"),
+        ("SAFERLHF_JUDGE_KEY", "secret", "saferlhf-judge"),  # a preference oracle asks a judge at every step
     ]
     assert told == {
         "image": tree["images"]["trainer"],

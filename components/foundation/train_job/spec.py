@@ -231,7 +231,13 @@ def _pod_patch(spec: TrainJobSpec) -> Json:
         "securityContext": {
             "runAsNonRoot": True,
             **dict.fromkeys(("runAsUser", "runAsGroup", "fsGroup"), spec.user_id),
+            "seccompProfile": {"type": "RuntimeDefault"},
         },
+    }
+    # with the pod's, what a namespace with Pod Security level "restricted" asks for
+    container: Json = {
+        "name": NODE,
+        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
     }
     if spec.node_selector:
         pod["nodeSelector"] = dict(spec.node_selector)
@@ -240,9 +246,8 @@ def _pod_patch(spec: TrainJobSpec) -> Json:
     if spec.shared_memory:
         memory = {"medium": "Memory", "sizeLimit": spec.shared_memory}
         pod["volumes"] = [{"name": "shared-memory", "emptyDir": memory}]
-        mount = {"name": "shared-memory", "mountPath": "/dev/shm"}
-        pod["containers"] = [{"name": NODE, "volumeMounts": [mount]}]
-    return pod
+        container["volumeMounts"] = [{"name": "shared-memory", "mountPath": "/dev/shm"}]
+    return pod | {"containers": [container]}
 
 
 def _toleration(toleration: Toleration) -> Json:
