@@ -210,7 +210,7 @@ class Platform(_Part):
     @property
     def has_placeholder_images(self) -> bool:
         """Whether an image is still an example of the shipped files."""
-        return any(image.startswith("registry.example.com/") for image in self.images.model_dump().values())
+        return any(is_example_image(image) for image in self.images.model_dump().values())
 
     def _spot(self, pool: Pool) -> NodeMarks:
         return (self.spot if pool.capacity == "spot" else None) or NodeMarks()
@@ -252,6 +252,11 @@ class Platform(_Part):
                     f"pool {name!r} is spot capacity, and nothing says how spot nodes are marked: add spot"
                 )
         return self
+
+
+def is_example_image(image: str) -> bool:
+    """Whether it is one of the shipped platform files', which nobody can pull."""
+    return image.startswith("registry.example.com/")
 
 
 def read_platform(source: str, images: Mapping[str, str] | None = None) -> Platform:

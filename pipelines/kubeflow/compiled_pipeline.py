@@ -10,6 +10,7 @@ from typing import Any
 from components.foundation.errors import SettingsError
 from components.foundation.settings import Settings, resolve_settings
 from components.foundation.untrusted import parse_yaml
+from pipelines.platform_file import is_example_image
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,13 @@ class CompiledPipeline:
         source: the file, or the version on the server; for messages.
         rounds: that a run of it has.
         settings: `key=value`, of the platform that it was compiled for.
+        images: that its steps run in.
     """
 
     source: str
     rounds: int
     settings: tuple[str, ...]
+    images: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -63,17 +66,26 @@ def pipeline_of(spec: Any, source: str) -> CompiledPipeline:
         settings = tuple(json.loads(parameters["run_set"]["defaultValue"]))
         for name in ("run_id", "run_profile", "run_seed"):
             parameters[name]["parameterType"]
+        executors = spec["deploymentSpec"]["executors"].values()
+        images = tuple(sorted({str(executor["container"]["image"]) for executor in executors}))
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise SettingsError(f"{source} is no compiled pipeline of ours: make one with `saferlhf compile`") from None
-    return CompiledPipeline(source, rounds, settings)
+    return CompiledPipeline(source, rounds, settings, images)
 
 
 def run_parameters(pipeline: CompiledPipeline, choice: RunChoice) -> tuple[Settings, dict[str, str | int]]:
     """(the settings as the run will resolve them, values of the pipeline's parameters).
 
     Raises:
-        SettingsError: a setting is refused, or asks for another number of rounds than the pipeline has.
+        SettingsError: a setting is refused, or asks for another number of rounds than the pipeline has; or its images
+            are the examples of the shipped platform files.
     """
+    for image in pipeline.images:
+        if is_example_image(image):
+            raise SettingsError(
+                f"{pipeline.source} was compiled with the example image {image}: compile it with yours, with "
+                "--image-trainer, --image-rollout and --image-service"
+            )
     overrides = [*pipeline.settings, *choice.overrides]
     settings = resolve_settings(choice.profile, choice.seed, [f"rounds={pipeline.rounds}", *overrides])
     if settings.rounds != pipeline.rounds:

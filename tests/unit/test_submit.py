@@ -275,8 +275,21 @@ def test_a_file_that_is_no_pipeline_of_ours_is_refused(kfp: KfpServer, tmp_path:
     assert f"{file} is no compiled pipeline of ours" in saferlhf("submit", str(file))[1]
 
 
-def test_a_shipped_golden_can_be_submitted_with_its_platforms_settings(kfp: KfpServer) -> None:
+def test_what_was_compiled_with_example_images_is_not_submitted(kfp: KfpServer) -> None:
     status, said = saferlhf("submit", "pipelines/compiled/local.yaml")
+    assert status == 1
+    assert "local.yaml was compiled with the example image registry.example.com/" in said and "--image-trainer" in said
+    assert not kfp.runs
+
+
+def test_a_shipped_platform_with_images_of_ones_own_can_be_submitted_with_its_settings(
+    kfp: KfpServer, tmp_path: Path
+) -> None:
+    file, digest = tmp_path / "own.yaml", f"sha256:{'1' * 64}"
+    images = [f"--image-{name}=ours.example.org/{name}@{digest}" for name in ("trainer", "rollout", "service")]
+    status, said = saferlhf("compile", "--platform", "local", "-o", str(file), *images)
+    assert status == 0, said
+    status, said = saferlhf("submit", str(file))
     assert status == 0, said
     assert kfp.runs[0]["display_name"].startswith("smol-3-rounds-")
     assert kfp.runs[0]["runtime_config"]["parameters"]["run_set"] == '["dtype=float32"]'
