@@ -15,7 +15,7 @@ SECONDS ?= 600
 TARGET  ?= data judge annotations settings manifest checkpoint pages
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test store-soak promotion-races long-haul chart-test lint vllm vllm-test results audit fuzz bench-bandit compiled images images-push \
+.PHONY: help install run test store-soak promotion-races long-haul outage chart-test lint vllm vllm-test results audit fuzz bench-bandit compiled images images-push \
 	images-pin images-test clean
 
 help: ## list the targets
@@ -48,6 +48,9 @@ promotion-races: install ## 1,250 races of two and of four promotions on real se
 
 long-haul: install ## 200 training steps with a checkpoint after each: what grows? (minutes)
 	SAFERLHF_LONG_HAUL_STEPS=200 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q tests/faults/test_long_haul.py
+
+outage: install ## S3, MLflow and both away for a minute each in mid-training (15 minutes)
+	SAFERLHF_OUTAGE_SECONDS=60 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q tests/faults/test_server_away.py
 
 chart-test: install ## render the Helm chart with each of its values files, and check what comes out
 	$(BIN)/python -m pytest -q tests/unit/test_chart*.py
