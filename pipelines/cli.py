@@ -114,7 +114,8 @@ def compile_(
 @app.command()
 def doctor(
     checks: Annotated[
-        list[str] | None, typer.Argument(help="s3, mlflow, kfp, cluster, shm, disk, gpus; none: what is set up here")
+        list[str] | None,
+        typer.Argument(help="s3, mlflow, kfp, cluster, shm, disk, cache, gpus; none: what is set up here"),
     ] = None,
     workdir: WorkDir = Path("runs"),
     store: Annotated[str, typer.Option(help="s3://bucket/prefix: examine this store alone, and all it must do")] = "",

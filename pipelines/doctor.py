@@ -18,7 +18,7 @@ from pipelines.cluster_rights import check_rights
 from pipelines.findings import Finding
 from pipelines.kubeflow.client import EXPERIMENT, PIPELINE, access_from, connect
 from pipelines.kubeflow.versions import count_versions
-from pipelines.machine import check_disk, check_gpus, check_shm
+from pipelines.machine import check_cache, check_disk, check_gpus, check_shm
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,7 @@ CHECKS: dict[str, Callable[[Patient], Finding]] = {
     "cluster": lambda patient: check_rights(patient.environment),
     "shm": lambda _: check_shm(),
     "disk": lambda patient: check_disk(patient.work_dir),
+    "cache": lambda patient: check_cache(patient.environment.get("SAFERLHF_CACHE", "")),
     "gpus": lambda _: check_gpus(),
 }
 """What can be examined, each by a function that says in a few words what it found."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import subprocess
+import tempfile
 from pathlib import Path
 
 import psutil
@@ -46,6 +47,24 @@ def check_disk(work_dir: Path) -> Finding:
         found,
         f"make room, or take another with --workdir: a run of profile smol wants {_in_gib(DISK_BYTES)}",
     )
+
+
+def check_cache(folder: str) -> Finding:
+    """Can what is fetched from the store be kept in $SAFERLHF_CACHE?"""
+    if not folder:
+        return Finding("ok", "in the work folder, as SAFERLHF_CACHE is not set")
+    place = Path(folder).resolve()
+    while not place.exists():
+        place = place.parent
+    elsewhere = f"let SAFERLHF_CACHE name a folder that can be written and has {_in_gib(DISK_BYTES_AT_LEAST)} free"
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        return Finding("failed", f"{folder} cannot be written ({error.strerror})", elsewhere)
+    free = psutil.disk_usage(str(place)).free
+    found = f"{_in_gib(free)} free for {folder}"
+    return Finding("ok", found) if free >= DISK_BYTES_AT_LEAST else Finding("warning", found, elsewhere)
 
 
 def check_gpus(smi: str = "nvidia-smi") -> Finding:

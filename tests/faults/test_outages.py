@@ -174,3 +174,19 @@ def test_row_30_the_doctor_names_64_mib_of_shared_memory_and_a_small_disk(tmp_pa
     assert shm["found"] == "/dev/shm has 0.1 GiB: too little for several GPUs"
     assert disk["found"] == f"1.0 GiB free for the work folder {tmp_path}"
     assert "--shm-size" in shm["to_do"] and "--workdir" in disk["to_do"]
+
+
+@pytest.mark.parametrize(
+    ("options", "result", "found"),
+    [("size=8g", "ok", "8.0 GiB free"), ("size=1g", "warning", "1.0 GiB free"), ("ro", "failed", "cannot be written")],
+)
+def test_row_30_the_doctor_names_a_cache_that_is_small_or_read_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str, result: str, found: str
+) -> None:
+    monkeypatch.setenv("SAFERLHF_CACHE", str(tmp_path / "not" / "yet"))
+    doctor = ("doctor", "cache", "--json")
+    done = with_mounts({tmp_path: options}, sys.executable, "-c", "from pipelines.cli import main; main()", *doctor)
+    (cache,) = json.loads(done.stdout)
+    assert (cache["result"], done.returncode) == (result, int(result == "failed"))
+    assert found in cache["found"] and str(tmp_path) in cache["found"]
+    assert ("SAFERLHF_CACHE" in cache["to_do"]) == (result != "ok")
