@@ -74,6 +74,7 @@ def test_the_rollout_image_has_the_projects_own_packages_in_their_locked_version
     assert len(names) > 15
     assert {name: rollout[name] for name in names} == {name: project[name] for name in names}
     assert rollout["vllm"] == "0.32.0"
+    assert "SAFERLHF_VLLM_PYTHON=/opt/saferlhf/bin/python" in (IMAGES / "rollout" / "Dockerfile").read_text()
 
 
 def test_every_pin_of_the_rollout_image_has_a_hash() -> None:

@@ -47,7 +47,8 @@ def find_vllm_python(setting: str) -> Path:
     if not name:
         raise SettingsError(
             "ppo.engine=vllm needs vLLM in an environment of its own: `make vllm` makes one, and then set "
-            f"ppo.vllm_python (or the environment variable {PYTHON_VARIABLE}) to .venv-vllm/bin/python"
+            f"ppo.vllm_python (or the environment variable {PYTHON_VARIABLE}) to .venv-vllm/bin/python; "
+            "on a cluster, the platform file gives the stage `image: rollout`"
         )
     path = Path(name).absolute()
     if not os.access(path, os.X_OK) or path.is_dir():
