@@ -118,7 +118,10 @@ def standing(context: RunContext, batch: BatchStore, result: LabelResult) -> str
     elif result.labels_missing:
         last = waiting_words(context, result)
     else:
-        last = f"all labels are there: go on with --resume {context.run_id}, or with Retry on a cluster"
+        last = (
+            f"all labels are there: go on with --resume {context.run_id}, or on a cluster with Retry or the schedule's "
+            "next run"
+        )
     return f"{result_table(result)}\n{last}"
 
 

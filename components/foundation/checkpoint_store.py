@@ -227,6 +227,18 @@ class CheckpointStore:
         """
         self._s3.put(uri, text, {} if overwrite else ABSENT)
 
+    def replace_text(self, uri: str, before: str, text: str) -> None:
+        """Let a small text object that holds `before` hold `text`.
+
+        Raises:
+            ConflictError: it holds something else by now.
+            MissingError: there is no such object.
+        """
+        found, etag = self._s3.get(uri)
+        if found != before:
+            raise ConflictError(f"{uri} was already written by somebody else")
+        self._s3.put(uri, text, {"IfMatch": etag})
+
     def read_text(self, uri: str) -> str:
         """Text of a small object.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,9 @@ from components.foundation.tracking import SilentRun, StageRun, Tracker
 
 ROUND_STAGES = ("collect", "annotate", "reward_model", "cost_model", "ppo_lagrangian", "evaluate")
 """Stages of every round, in their order; round 0 holds what happens once."""
+
+RUN_ID = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+"""What can name a run in the store, in MLflow and in a cluster."""
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
@@ -122,6 +126,11 @@ class Stage:
     def _discard_checkpoints(self) -> None:
         if distributed.world().is_main:
             self.context.store.prune(self.checkpoints_uri, keep=None)
+
+
+def usual_uri(settings: Settings, run_id: str) -> str:
+    """Where a run lies that was given no place of its own."""
+    return f"{settings.store.uri.rstrip('/')}/runs/{run_id}"
 
 
 def create_run(run_uri: str, run_id: str, settings: Settings) -> RunContext:

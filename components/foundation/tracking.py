@@ -81,9 +81,7 @@ class Tracker:
             found = [run for run in found if _PARENT_TAG not in run.data.tags]
             if found:
                 parent_id = str(found[0].info.run_id)
-                self._client.update_run(parent_id, status="RUNNING")
-                if _ENDED_TAG in found[0].data.tags:
-                    self._client.delete_tag(parent_id, _ENDED_TAG)
+                self._reopen(found[0])
                 for key, value in _masked(tags or {}).items():
                     self._client.set_tag(parent_id, key, value)
             else:
@@ -110,6 +108,12 @@ class Tracker:
             if ended:
                 self._client.set_tag(parent_id, _ENDED_TAG, ended)
             self._client.set_terminated(parent_id, status)
+
+    def end_of_pipeline_run(self, parent_id: str) -> tuple[str, str]:
+        """(MLflow's status of the parent run, why it ended early: empty where it did not)."""
+        with self._errors(f"read run {parent_id}"):
+            run = self._client.get_run(parent_id)
+            return str(run.info.status), run.data.tags.get(_ENDED_TAG, "")
 
     @contextmanager
     def stage(self, parent_id: str, stage: str, round: int) -> Iterator[StageRun]:
@@ -223,9 +227,19 @@ class Tracker:
         condition = " and ".join(f"tags.`{key}` = {_quoted(value)}" for key, value in tags.items())
         return list(self._client.search_runs([self._find_experiment()], condition, order_by=[order]))
 
+    def _reopen(self, parent: Run) -> None:
+        """Let a pipeline run that waited or had ended go on."""
+        parent_id = str(parent.info.run_id)
+        self._client.update_run(parent_id, status="RUNNING")
+        if _ENDED_TAG in parent.data.tags:
+            self._client.delete_tag(parent_id, _ENDED_TAG)
+
     def _open_stage(self, parent_id: str, stage: str, round: int) -> tuple[str, bool]:
         """(MLflow's run id, whether the run existed before)."""
-        run_id = self._client.get_run(parent_id).data.tags.get(RUN_ID_TAG, "")
+        parent = self._client.get_run(parent_id)
+        if parent.info.status == "SCHEDULED" or _ENDED_TAG in parent.data.tags:
+            self._reopen(parent)  # a cluster's Retry begins here, and not with start_pipeline_run
+        run_id = parent.data.tags.get(RUN_ID_TAG, "")
         tags = {_PARENT_TAG: parent_id, RUN_ID_TAG: run_id, STAGE_TAG: stage, ROUND_TAG: str(round)}
         for run in self._search(tags, "attributes.start_time DESC"):
             if run.info.status != "FINISHED":

@@ -1,6 +1,6 @@
 """Tells a webhook how a run ended: one JSON object by POST.
 
-Run: 1 gather what the store has of the run, 2 post it, again after a growing pause where that fails.
+Run: 1 gather what the store and MLflow have of the run, 2 post it, again after a growing pause where that fails.
 A notification that fails is a warning: it never changes how the run ended.
 """
 
@@ -10,13 +10,14 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import httpx
 
 from components.foundation.errors import SaferlhfError
 from components.foundation.results import Evaluation, PromotionResult, from_json, read_record
 from components.foundation.run_context import RunContext, finished_uri, open_run
+from components.foundation.waiting_runs import gone_on_with
 
 URL_VARIABLE = "SAFERLHF_WEBHOOK_URL"
 """Holds the webhook's URL, which is a secret: whoever knows it may post there. It is in no parameter and no log."""
@@ -30,7 +31,8 @@ class Notification:
     """What is posted. What is not known, because the run did not get there, is None.
 
     Attributes:
-        status: succeeded, failed, cancelled, or waiting (for people to label).
+        run_id: of the run that was gone on with, where that is another one.
+        status: succeeded, failed, cancelled, waiting (for people to label), or nothing new (to train on).
         decision: of the gate: promote or challenger.
         unsafe_rate, win_rate: of the last round that was evaluated, in [0, 1]; the latter on benign prompts.
         links: name -> address: of the run's folder in the store, its report, and its page in MLflow.
@@ -69,27 +71,32 @@ def uri_of_run(run_uri: str, run_id: str, environment: Mapping[str, str] = os.en
 
 
 def gather(run_uri: str, run_id: str, status: str) -> Notification:
-    """What is known of a run, however far it got."""
+    """What is known of a run, however far it got; of one that went on with another, what is known of that."""
+    told = Notification(run_id, status, links={"store": run_uri})
     try:
-        context = open_run(run_uri)
-    except SaferlhfError as error:
-        log.warning("the notification has no figures: %s", error)
-        return Notification(run_id, status, links={"store": run_uri})
-    links = {"store": run_uri, **_links(context)}
-    try:
+        context = open_run(gone_on_with(run_uri))
+        told = replace(told, run_id=context.run_id, links={"store": context.run_uri})
         number, evaluation = _last_evaluation(context)
-        return Notification(
-            run_id,
-            status,
+        told = replace(
+            told,
             decision=_decision(context),
             round=number,
             unsafe_rate=evaluation.unsafe_rate.value if evaluation else None,
             win_rate=evaluation.win_rate.value if evaluation and number else None,
-            links=links,
         )
+        told = replace(told, links=told.links | _report_link(context))
+        told = replace(told, status=_status(context, status), links=told.links | _mlflow_link(context))
     except SaferlhfError as error:
-        log.warning("the notification has no figures: %s", error)
-        return Notification(run_id, status, links=links)
+        log.warning("the notification does not tell all: %s", error)
+    return told
+
+
+def _status(context: RunContext, told: str) -> str:
+    """Kubeflow tells a run that waits, or has nothing to do, as failed: it has no other state for it. MLflow has."""
+    status, ended = context.tracker.end_of_pipeline_run(context.mlflow_run_id)
+    if ended:
+        return ended
+    return "waiting" if told == "failed" and status == "SCHEDULED" else told
 
 
 def _decision(context: RunContext) -> str | None:
@@ -107,13 +114,14 @@ def _last_evaluation(context: RunContext) -> tuple[int | None, Evaluation | None
     return None, None
 
 
-def _links(context: RunContext) -> dict[str, str]:
-    links = {}
-    if context.store.latest(context.stage_uri("report", 0)) is not None:
-        links["report"] = f"{finished_uri(context, 'report', 0)}/report.html"
-    if context.mlflow_run_id:
-        links["mlflow"] = context.tracker.run_address(context.mlflow_run_id)
-    return links
+def _report_link(context: RunContext) -> dict[str, str]:
+    if context.store.latest(context.stage_uri("report", 0)) is None:
+        return {}
+    return {"report": f"{finished_uri(context, 'report', 0)}/report.html"}
+
+
+def _mlflow_link(context: RunContext) -> dict[str, str]:
+    return {"mlflow": context.tracker.run_address(context.mlflow_run_id)}
 
 
 def _post(url: str, notification: Notification, sleep: Callable[[float], None]) -> bool:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 
 from components.foundation.errors import SettingsError
 from components.foundation.logs import Place, configure_logging, set_place
-from components.foundation.run_context import create_run
-from components.foundation.settings import resolve_settings
+from components.foundation.run_context import RUN_ID, create_run, usual_uri
+from components.foundation.settings import Settings, resolve_settings
 from components.foundation.untrusted import parse_json, shown
+from components.foundation.waiting_runs import note_going_on, run_to_go_on_with
 from components.prepare_data.take_over import commits_to_take_over, take_over
 
 log = logging.getLogger("saferlhf")
 
-_RUN_ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-
 
 def run_start_run(run_uri: str, run_id: str, profile: str, seed: int, overrides: str, rounds: int) -> str:
     """Stage: settings -> the run's URI; the run's description is stored there.
+
+    A run that finds its own place, as a schedule's do, goes on with the one of the very same settings that waits for
+    people's labels, if there is one: then that one's URI is returned, and no new run is made.
 
     Args:
         run_uri: empty: `runs/<run_id>` under the setting `store.uri`, whose default is then $SAFERLHF_STORE_URI.
@@ -35,20 +36,29 @@ def run_start_run(run_uri: str, run_id: str, profile: str, seed: int, overrides:
     set_place(Place(run_id, stage="start_run"))
     check_run_id(run_id)
     settings = resolve_settings(profile, seed, [*_store(run_uri), f"rounds={rounds}", *_read_overrides(overrides)])
-    run_uri = run_uri or f"{settings.store.uri.rstrip('/')}/runs/{run_id}"
     if settings.rounds != rounds:
         raise SettingsError(
             f"rounds={settings.rounds} is asked of a pipeline that was compiled with {rounds}: compile it anew"
         )
+    own_uri = run_uri or usual_uri(settings, run_id)
+    waiting = None if run_uri else run_to_go_on_with(settings, own_uri)
+    if waiting is not None:
+        _open(waiting.run_uri, waiting.run_id, settings)
+        note_going_on(own_uri, waiting)
+        return waiting.run_uri
+    _open(own_uri, run_id, settings)
+    return own_uri
+
+
+def _open(run_uri: str, run_id: str, settings: Settings) -> None:
     commits = commits_to_take_over(run_uri, settings)
     take_over(create_run(run_uri, run_id, settings), commits)
     log.info("run %s, settings %s", run_id, settings.digest()[:12])
-    return run_uri
 
 
 def check_run_id(run_id: str) -> None:
     """Raises: SettingsError unless the id can name a run in the store, in MLflow and in a cluster."""
-    if not _RUN_ID.fullmatch(run_id):
+    if not RUN_ID.fullmatch(run_id):
         raise SettingsError(f"run_id={shown(run_id)} is refused: use up to 63 lower-case letters, digits and hyphens")
 
 

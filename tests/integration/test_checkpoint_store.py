@@ -332,6 +332,20 @@ def test_texts(store: CheckpointStore) -> None:
     assert store.read_text(uri) == "résumé\n"
     store.write_text(uri, "other", overwrite=True)
     assert store.read_text(uri) == "other"
+    store.replace_text(uri, "other", "third")
+    with pytest.raises(ConflictError, match=r"result\.json"):
+        store.replace_text(uri, "other", "fourth")
+    assert store.read_text(uri) == "third"
+
+
+@pytest.mark.fault
+def test_of_two_that_replace_a_text_the_slower_is_told(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = f"{store.root_uri}/name"
+    store.write_text(uri, "old")
+    run_before_put(monkeypatch, "name", lambda: store.replace_text(uri, "old", "theirs"))
+    with pytest.raises(ConflictError, match="name"):
+        store.replace_text(uri, "old", "mine")
+    assert store.read_text(uri) == "theirs"
 
 
 def test_probe_makes_the_bucket_and_leaves_nothing(s3: Any) -> None:

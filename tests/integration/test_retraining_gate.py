@@ -14,6 +14,7 @@ from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import IntegrityError, NothingNew, StoreError
 from components.foundation.exit_codes import NOTHING_NEW_EXIT_CODE
 from components.foundation.run_context import finished_uri, open_run
+from components.notify.notify import gather
 from components.prepare_data.component import prepare_data
 from components.prepare_data.prepare_data import BUILTIN_FOLDER, run_prepare_data
 from components.prepare_data.start_run import run_start_run
@@ -114,6 +115,7 @@ def test_row_32_a_run_with_too_few_ends_there_and_says_so(
     )
     assert stage.info.status == "FINISHED"
     assert stage.data.metrics["data/new_pairs"] == float(words.split()[0])
+    assert {gather(run, context.run_id, kubeflows).status for kubeflows in ("failed", "succeeded")} == {"nothing new"}
 
 
 @pytest.mark.usefixtures("champion")

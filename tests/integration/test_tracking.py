@@ -105,6 +105,21 @@ def test_row_13_an_unfinished_stage_is_gone_on_with(
         assert third.run_id != first.run_id  # a finished run stays as it is
 
 
+def test_a_stage_lets_a_run_that_waited_or_had_ended_early_go_on(
+    tracker: Tracker, client: MlflowClient, parent_id: str
+) -> None:
+    """So it is where a run goes on at that stage, without being started anew. A run that had finished stays so."""
+    for status, ended, then in (
+        ("SCHEDULED", "", ("RUNNING", "")),
+        ("FINISHED", "nothing new", ("RUNNING", "")),
+        ("FINISHED", "", ("FINISHED", "")),
+    ):
+        tracker.finish_pipeline_run(parent_id, status, ended)
+        assert tracker.end_of_pipeline_run(parent_id) == (status, ended)
+        with tracker.stage(parent_id, "ppo", 1):
+            assert tracker.end_of_pipeline_run(parent_id) == then
+
+
 def test_stages_rounds_and_pipeline_runs_are_kept_apart(tracker: Tracker, parent_id: str) -> None:
     other_parent = tracker.start_pipeline_run("run-2", "another", {})
     ids = set()

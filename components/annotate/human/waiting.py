@@ -19,6 +19,7 @@ from components.foundation.preference import TRAINING_FILE, VALIDATION_FILE, Dua
 from components.foundation.results import to_json, write_records
 from components.foundation.run_context import RunContext, Stage, finished_uri
 from components.foundation.setting_sections import StoreSettings
+from components.foundation.waiting_runs import remember_waiting
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def labels_of_people(stage: Stage, pairs: Sequence[AnswerPair], answers_uri: str
     """Preferences by majority. The stage's folder gets the labels, the figures and their table.
 
     Raises:
-        LabelsAwaited: labels are missing.
+        LabelsAwaited: labels are missing. The run waits in MLflow, and for the next run of the same settings.
     """
     context, settings = stage.context, stage.context.settings.annotate
     batch = BatchStore(context, stage.round)
@@ -55,6 +56,8 @@ def labels_of_people(stage: Stage, pairs: Sequence[AnswerPair], answers_uri: str
     items, labels = batch.items(), batch.labels()
     result = summarize(batch_uri, items, labels, settings.exclude_careless)
     if result.labels_missing:
+        remember_waiting(context, stage.name, stage.round)
+        context.tracker.finish_pipeline_run(context.mlflow_run_id, "SCHEDULED")
         raise LabelsAwaited(waiting_words(context, result))
     excluded = {a.name for a in result.annotators if a.excluded}
     verdicts = majority_verdicts(items, labels, excluded)
@@ -72,7 +75,8 @@ def waiting_words(context: RunContext, result: LabelResult) -> str:
     return (
         f"waiting for labels: {result.items} items at {result.batch_uri} lack {result.labels_missing} labels; export "
         f"them with `saferlhf annotations export {run} -o FOLDER`, bring labels back with `saferlhf annotations import "
-        f"{run} FILE`, and go on with --resume {context.run_id}, or with Retry on a cluster"
+        f"{run} FILE`, and go on with --resume {context.run_id}, or on a cluster "
+        "with Retry or the schedule's next run"
     )
 
 
