@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from components.foundation.base_model import SMOL, TINY_ARCHITECTURES
+from components.foundation.base_model import TINY_ARCHITECTURES
+from components.foundation.default_model import SMOL
 from components.foundation.results import PpoTrace, PreferenceModelResult
 from components.foundation.setting_sections import BUILTIN
 from components.foundation.settings import Settings
