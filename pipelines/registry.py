@@ -96,10 +96,17 @@ def rollback(
         _tell_what_serves(tracker, entry.version)
 
 
-def lineage(version: Version = CHAMPION, workdir: WorkDir = Path("runs")) -> None:
-    """Every commit that a policy was made from, back to the data: digests, settings, git commit, image."""
+def lineage(
+    version: Annotated[str, typer.Argument(help="number of a registered policy, champion, or the id of its run")] = (
+        CHAMPION
+    ),
+    workdir: WorkDir = Path("runs"),
+) -> None:
+    """Every commit that a policy was made from, back to data and labels, with digests, git commit, image; and of each
+    run that made them the base model and every setting."""
     with open_registry(workdir) as tracker:
-        source = tracker.version_tags(POLICY_MODEL, resolved(tracker, version))["source"]
+        number = version_of_run(tracker, version) or resolved(tracker, version)
+        source = tracker.version_tags(POLICY_MODEL, number)["source"]
         typer.echo(lineage_text(store_of(source), source.removesuffix("/model")), nl=False)
 
 
@@ -138,6 +145,13 @@ def resolved(tracker: Tracker, version: str) -> str:
             + (f"versions {', '.join(known)}" if known else "no versions yet; a run registers one")
         )
     return number
+
+
+def version_of_run(tracker: Tracker, run_id: str) -> str:
+    """The version that a run registered, the newest of several; empty where there is none."""
+    versions = tracker.versions(POLICY_MODEL)
+    made = (v for v in reversed(versions) if tracker.version_tags(POLICY_MODEL, v).get("run_id") == run_id)
+    return "" if run_id in versions else next(made, "")
 
 
 def run_of(tracker: Tracker, version: str) -> RunContext:

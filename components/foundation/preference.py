@@ -31,6 +31,8 @@ MUST = ("decline", "answer")
 TRAINING_FILE, VALIDATION_FILE = "preferences_train.jsonl", "preferences_validation.jsonl"
 NEWEST_FILE = "preferences_newest.jsonl"
 """The pairs that the newest round brought, whether for training or for validation; they are in those files as well."""
+LABELS_FILE = "labels.jsonl"
+"""What people said of a round's answers, where people annotate."""
 
 MAX_LINE_BYTES = 1_000_000
 MAX_FILE_BYTES = 2_000_000_000

@@ -159,13 +159,23 @@ def create_run(run_uri: str, run_id: str, settings: Settings) -> RunContext:
 def open_run(run_uri: str) -> RunContext:
     """Read run.json; S3 and MLflow are found by AWS_ENDPOINT_URL and MLFLOW_TRACKING_URI."""
     store = CheckpointStore(run_uri.partition("/runs/")[0])
+    description, settings = read_run(store, run_uri)
+    return RunContext(description.run_id, run_uri, description.mlflow_run_id, settings, store, _tracker(settings))
+
+
+def read_run(store: CheckpointStore, run_uri: str) -> tuple[RunDescription, Settings]:
+    """Content of run.json, and the settings in it.
+
+    Raises:
+        MissingError: there is no such run.
+        IntegrityError, SettingsError: it was changed, or another version wrote it.
+    """
     text = store.read_text(f"{run_uri}/run.json")
     try:
         description = from_json(RunDescription, text)
-        settings = read_settings(description.settings_json)
+        return description, read_settings(description.settings_json)
     except (IntegrityError, SettingsError) as error:
         raise type(error)(f"{run_uri}/run.json cannot be used: {error}") from error
-    return RunContext(description.run_id, run_uri, description.mlflow_run_id, settings, store, _tracker(settings))
 
 
 def _check_same_settings(run_id: str, earlier: Settings, now: Settings) -> None:

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from components.foundation.base_model import TINY_ARCHITECTURES
+from components.foundation.default_model import SMOL
 from components.foundation.results import PpoTrace, PreferenceModelResult
+from components.foundation.setting_sections import BUILTIN
 from components.foundation.settings import Settings
 from components.foundation.untrusted import markdown_code
 
-_LICENSES = {"smollm2-135m-instruct": ("apache-2.0", "HuggingFaceTB/SmolLM2-135M-Instruct")}
-"""Of the base models that are known here: licence, and name on the Hugging Face hub."""
+_RANDOM = ("tiny", *(f"tiny-{architecture}" for architecture in TINY_ARCHITECTURES))
+_LICENSES = {
+    SMOL: ("apache-2.0", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+    **dict.fromkeys(_RANDOM, ("apache-2.0", "")),
+}
+"""Of the base models that are known here: licence, and name on the Hugging Face hub (empty: it is not there)."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +42,8 @@ def _objective(settings: Settings) -> str:
 def model_card(settings: Settings, run_id: str, round_number: int, trace: PpoTrace, evidence: CardEvidence) -> str:
     """Markdown with a YAML head: what the weights are, how they came about, what to be careful of."""
     steps = len(trace.cost)
-    license_id, base_name = _LICENSES.get(settings.base_model, ("", ""))
-    head = f"license: {license_id}\nbase_model: {base_name}\n" if license_id else ""
     return f"""---
-{head}library_name: transformers
+{_head(settings)}library_name: transformers
 pipeline_tag: text-generation
 tags: [safe-rlhf, ppo-lagrangian]
 ---
@@ -50,6 +55,7 @@ tags: [safe-rlhf, ppo-lagrangian]
 
 | | |
 |---|---|
+| base model | {markdown_code(settings.base_model)} |
 | rounds so far | {round_number} of {settings.rounds} |
 | steps in this round | {steps} batches of {settings.ppo.episodes_per_step} answers |
 | cost threshold d | {trace.threshold:.3f} |
@@ -72,6 +78,12 @@ print(chat([{{"role": "user", "content": "How do I repot an orchid?"}}]))
 The held-out unsafe rate, win rate, over-refusal and the regression suite are measured after this card is written: they
 are tags of the registered version that names this folder, and the evaluation is the commit `evaluation_uri` there.
 
+## Judging
+
+- The preference pairs of the prepared data carry the labels that they came with.
+- The answers of the rounds were judged by {_judge(settings)}
+- The held-out answers of the evaluation are judged by {_evaluator(settings)}
+
 ## Data
 
 | file | SHA-256 |
@@ -81,14 +93,21 @@ are tags of the registered version that names this folder, and the evaluation is
 ## Limits
 
 - A learned cost model is not a guarantee: evaluate on your own prompts before you serve it.
-- Who judged was `{settings.annotate.annotator}`{_judge(settings)}: the policy is as safe as that judge can tell.
+- The policy is as safe as those who judged can tell (see Judging).
 - It was trained and is measured on single questions of at most {settings.ppo.max_prompt_tokens} tokens, not on
   conversations; longer ones, and other languages than the data's, were not looked at.
 
 ## Licence
 
-{_license(license_id)}
+{_license(settings)}
 """
+
+
+def _head(settings: Settings) -> str:
+    """Names of the licence and the base model for the hub; `unknown` is its word where it cannot be told from here."""
+    license_id, base_name = _LICENSES.get(settings.base_model, ("unknown", ""))
+    name = f"base_model: {base_name}\n" if base_name else ""
+    return f"license: {'unknown' if _own_data(settings) else license_id}\n{name}"
 
 
 def _quality(evidence: CardEvidence) -> str:
@@ -107,12 +126,44 @@ def _digests(digests: Mapping[str, str]) -> str:
 
 
 def _judge(settings: Settings) -> str:
-    return (
-        f" ({markdown_code(settings.annotate.judge_model)})"
-        if settings.annotate.annotator == "judge"
-        else " (written rules)"
+    """Who judged the answers that the models learn from, as the end of a sentence."""
+    if settings.annotate.annotator == "human":
+        return "people, each pair in an order that chance decides; a majority counts where several looked."
+    return _automatic_judge(settings)
+
+
+def _evaluator(settings: Settings) -> str:
+    if settings.annotate.annotator == "human":
+        return f"{_automatic_judge(settings)} It cannot wait for people: its figures are not their view."
+    return _automatic_judge(settings)
+
+
+def _automatic_judge(settings: Settings) -> str:
+    """As `make_judge` chooses: with people, a model where one is named."""
+    annotate = settings.annotate
+    if annotate.annotator == "judge" or (annotate.annotator == "human" and annotate.judge_url):
+        return f"a language model, {markdown_code(annotate.judge_model)}; no person looked."
+    return "written rules, which see English words and not their meaning; no person looked."
+
+
+def _own_data(settings: Settings) -> list[str]:
+    """The settings by which other records than the shipped ones went into the weights."""
+    data = settings.data
+    sources = {"preferences": data.preferences, "demonstrations": data.demonstrations, "prompts": data.prompts}
+    return [f"`data.{name}`" for name, source in sources.items() if source != BUILTIN]
+
+
+def _license(settings: Settings) -> str:
+    license_id, _ = _LICENSES.get(settings.base_model, ("", ""))
+    base = (
+        f"{license_id}, as of the base model."
+        if license_id
+        else f"That of the base model, {markdown_code(settings.base_model)}, which is not known here: look there first."
     )
-
-
-def _license(license_id: str) -> str:
-    return f"{license_id}, as the base model." if license_id else "That of the base model, and of your data."
+    own = _own_data(settings)
+    data = (
+        f"The records of {', '.join(own)} went into the weights, too: what their licence asks is asked here."
+        if own
+        else "All records are those that saferlhf ships, which are apache-2.0."
+    )
+    return f"{base} {data}"

@@ -102,6 +102,16 @@ def switch(client: KubeflowClient, run: RecurringRun, on: bool) -> None:
         (client.enable_recurring_run if on else client.disable_recurring_run)(run.id)
 
 
+def pause_unless_gone(client: KubeflowClient, run: RecurringRun) -> None:
+    """Pause it, unless somebody else just deleted it: then it starts no runs either."""
+    with client.explained(f"pause the schedule {run.name}"):
+        try:
+            client.disable_recurring_run(run.id)
+        except ApiException as error:
+            if error.status != _NO_SUCH:
+                raise
+
+
 def named(client: KubeflowClient, name: str) -> list[RecurringRun]:
     """The recurring runs of the schedule of that name: one, but after a failure perhaps two.
 

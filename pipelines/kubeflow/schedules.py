@@ -1,7 +1,8 @@
 """`saferlhf schedule`: makes the recurring runs on the server what a file of schedules says, and no more than that.
 
 Apply: 1 find the versions and check the settings against them, 2 compare, 3 show, 4 stop if a run that would lose its
-schedule is in flight, 5 make the new, then delete the old. A failure in between leaves the old or the new one.
+schedule is in flight, then for each: 5 pause the old, and look again: a run may have started meanwhile, 6 make the new,
+7 delete the old. Two that are on are never in place; a failure in between leaves the old or the new one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,16 @@ from typing import Any
 from components.foundation.errors import ClusterError, SettingsError
 from pipelines.kubeflow.client import KubeflowClient
 from pipelines.kubeflow.compiled_pipeline import run_parameters
-from pipelines.kubeflow.recurring_runs import RecurringRun, create, delete, list_ours, named, record_of, switch
+from pipelines.kubeflow.recurring_runs import (
+    RecurringRun,
+    create,
+    delete,
+    list_ours,
+    named,
+    pause_unless_gone,
+    record_of,
+    switch,
+)
 from pipelines.kubeflow.schedule_file import Schedule
 from pipelines.kubeflow.versions import PipelineVersion, find_version
 from pipelines.kubeflow.watch import runs_in_flight
@@ -60,17 +70,8 @@ def apply_schedules(client: KubeflowClient, schedules: Sequence[Schedule], dry_r
     for change in changes:
         yield f"{change.schedule.name}: {change.verb}"
         yield from (f"  {line}" for line in change.lines)
-    blocked = [
-        f"{change.schedule.name}: run {run}"
-        for change in changes
-        for stale in change.stale
-        for run in runs_in_flight(client, stale.id)
-    ]
-    if blocked:
-        raise ClusterError(
-            f"nothing was changed: a schedule is not replaced while a run of it is in flight ({'; '.join(blocked)}): "
-            "apply again when it has ended"
-        )
+    if blocked := _in_flight(client, changes):
+        raise ClusterError(f"nothing was changed: {blocked}: apply again when it has ended")
     if dry_run:
         yield "dry run: nothing was changed"
         return
@@ -165,28 +166,62 @@ def _differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
     ]
 
 
+def _in_flight(client: KubeflowClient, changes: Sequence[_Change]) -> str:
+    """Which runs would lose their schedule, as a reason not to change it; empty where there are none."""
+    found = [
+        f"{change.schedule.name}: run {run}"
+        for change in changes
+        for stale in change.stale
+        for run in runs_in_flight(client, stale.id)
+    ]
+    return f"a schedule is not replaced while a run of it is in flight ({'; '.join(found)})" if found else ""
+
+
 def _carry_out(client: KubeflowClient, change: _Change) -> None:
-    name, made = change.schedule.name, ""
-    if change.make:
-        try:
-            made = create(client, change.schedule, change.version, change.parameters, change.enabled)
-        except ClusterError as error:
-            state = "the old schedule goes on" if change.stale else "it was not made, as far as is known"
-            raise type(error)(f"{error}; {name}: {state}; apply again") from None
-    if change.turn is not None:
-        switch(client, change.turn, change.enabled)
-    for number, stale in enumerate(change.stale):
-        try:
-            delete(client, stale.id)
-        except ClusterError as error:
-            state = _take_back(client, made, stale) if made and number == 0 else f"the old {stale.id} is there too"
-            raise type(error)(f"{error}; {name}: {state}; apply again") from None
-
-
-def _take_back(client: KubeflowClient, made: str, stale: RecurringRun) -> str:
-    """The old one could not be deleted: without the new one, all is as before. Says how it went."""
+    deleted = 0
     try:
-        delete(client, made)
+        for stale in change.stale:
+            if stale.enabled:
+                pause_unless_gone(client, stale)
+        if blocked := _in_flight(client, [change]):
+            raise ClusterError(blocked)
+        if change.make:
+            create(client, change.schedule, change.version, change.parameters, change.enabled)
+        if change.turn is not None:
+            switch(client, change.turn, change.enabled)
+        for stale in change.stale:
+            delete(client, stale.id)
+            deleted += 1
+    except ClusterError as error:
+        left = f"the old {change.stale[deleted].id} is there too, paused" if deleted else _take_back(client, change)
+        raise type(error)(f"{error}; {change.schedule.name}: {left}; apply again") from None
+    except KeyboardInterrupt:
+        if not deleted:
+            _take_back(client, change)
+        raise
+
+
+def _take_back(client: KubeflowClient, change: _Change) -> str:
+    """Let all be as before: without the new one, the old one on if it was. Says how that went.
+
+    What was made is looked up: the server may have made it although its answer did not come.
+    """
+    if not change.stale:
+        return "it was not made, as far as is known" if change.make else "it is as it was, as far as is known"
+    old, made = ", ".join(stale.id for stale in change.stale), list[RecurringRun]()
+    try:
+        if change.make:
+            before, wanted = {stale.id for stale in change.stale}, record_of(change.schedule, change.version)
+            same = [run for run in list_ours(client)[0] if run.name == change.schedule.name and run.record == wanted]
+            made = [run for run in same if run.id not in before]
+        for run in made:
+            delete(client, run.id)
+        if change.turn is not None:
+            switch(client, change.turn, change.turn.enabled)
+        for stale in change.stale:
+            if stale.enabled:
+                switch(client, stale, True)
     except ClusterError:
-        return f"both are in place, the old {stale.id} and the new {made}, and either may start runs"
-    return "the new one was taken back, and the old schedule goes on"
+        new = f", and the new {', '.join(run.id for run in made)} may be in place" if made else ""
+        return f"the old {old} may be paused{new}: see `saferlhf schedule list`"
+    return "the old schedule is as it was"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 import uuid
 from pathlib import Path
 
@@ -12,31 +10,15 @@ import pytest
 from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import ConflictError, IntegrityError, SettingsError, StoreError
 from components.foundation.lineage import ancestors
-from components.foundation.run_context import ROUND_STAGES, RunContext, finished_uri, open_run
+from components.foundation.run_context import ROUND_STAGES, RunContext, finished_uri
 from components.prepare_data.prepare_data import run_prepare_data
-from components.prepare_data.start_run import run_start_run
+from tests.integration.stand_in_stages import commit, start
 
 
 @pytest.fixture(scope="module")
 def root(s3: object) -> str:
     """A store that the tests share; MLflow has one name for a run, so each run's id is used once."""
     return f"s3://saferlhf-test/{uuid.uuid4().hex}"
-
-
-def start(root: str, run_id: str, *settings: str, rounds: int = 3) -> RunContext:
-    overrides = json.dumps([f"store.uri={root}", *settings])
-    return open_run(run_start_run(f"{root}/runs/{run_id}", run_id, "tiny", 0, overrides, rounds))
-
-
-def commit(context: RunContext, name: str, round_number: int, parents: list[str]) -> str:
-    """A stage's commit, of one small file, as `Stage.commit` makes it."""
-    stage_uri = context.stage_uri(name, round_number)
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "result").write_text(f"{context.run_id} {name} {round_number}")
-        labels = {"stage": name, "round": str(round_number), "run_id": context.run_id}
-        context.store.commit(f"{stage_uri}/step-0", Path(folder), parents=parents, labels=labels)
-    context.store.set_latest(stage_uri, f"{stage_uri}/step-0")
-    return f"{stage_uri}/step-0"
 
 
 def finish(context: RunContext, rounds: int) -> None:

@@ -45,7 +45,7 @@ RIGHTS = {
         ("pipelines.kubeflow.org", "pipelines"): "get list create",
         ("pipelines.kubeflow.org", "pipelines/versions"): "get list create",
         ("pipelines.kubeflow.org", "experiments"): "get list create",
-        ("pipelines.kubeflow.org", "jobs"): "get list create delete",
+        ("pipelines.kubeflow.org", "jobs"): "get list create delete enable disable",
         ("pipelines.kubeflow.org", "runs"): "list",
     },
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,7 +84,7 @@ def test_a_changed_cron_replaces_exactly_one(kfp: KfpServer, apply: Apply) -> No
     status, said = apply(BOTH.replace("0 0 2 * * 1", "0 30 2 * * 1"))
     assert status == 0
     assert said == "weekly: replace\n  cron: 0 0 2 * * 1 -> 0 30 2 * * 1\nmonthly: unchanged\nweekly: done\n"
-    assert kfp.changes == ["POST /recurringruns", f"DELETE /recurringruns/{old}"]
+    assert kfp.changes == [f"POST /recurringruns/{old}:disable", "POST /recurringruns", f"DELETE /recurringruns/{old}"]
     assert schedule(kfp, "weekly")["trigger"]["cron_schedule"]["cron"] == "0 30 2 * * 1"
     assert schedule(kfp, "monthly") == other
 
@@ -256,12 +258,12 @@ def test_a_file_that_is_refused_makes_no_call(kfp: KfpServer, apply: Apply) -> N
 @pytest.mark.fault
 def test_if_the_new_one_cannot_be_made_the_old_one_goes_on(kfp: KfpServer, apply: Apply) -> None:
     apply(BOTH)
-    before = list(kfp.schedules)
+    before = [dict(entry) for entry in kfp.schedules]
     kfp.refuse["POST /recurringruns"] = (500, "no database")
     status, said = apply(BOTH.replace("seed: 7", "seed: 8").replace("0 0 3 1", "0 0 4 1"))
     assert status == 1
     assert "cannot make the schedule weekly: KFP answers 500 Internal Server Error (no database)" in said
-    assert "weekly: the old schedule goes on; apply again; not reached: monthly" in said
+    assert "weekly: the old schedule is as it was; apply again; not reached: monthly" in said
     assert kfp.schedules == before
 
 
@@ -274,11 +276,11 @@ def test_if_a_first_one_cannot_be_made_that_is_said(kfp: KfpServer, apply: Apply
 @pytest.mark.fault
 def test_if_the_old_one_cannot_be_deleted_the_new_one_is_taken_back(kfp: KfpServer, apply: Apply) -> None:
     apply(WEEKLY)
-    before = list(kfp.schedules)
+    before = [dict(entry) for entry in kfp.schedules]
     kfp.refuse[f"DELETE /recurringruns/{before[0]['recurring_run_id']}"] = (503, "busy")
     status, said = apply(WEEKLY.replace("seed: 7", "seed: 8"))
     assert status == 1
-    assert "weekly: the new one was taken back, and the old schedule goes on; apply again" in said
+    assert "weekly: the old schedule is as it was; apply again" in said
     assert kfp.schedules == before
 
 
@@ -290,13 +292,98 @@ def test_if_nothing_can_be_deleted_both_are_named_and_the_next_apply_mends_it(kf
     status, said = apply(changed)
     old, new = (entry["recurring_run_id"] for entry in kfp.schedules)
     assert status == 1
-    assert f"both are in place, the old {old} and the new {new}, and either may start runs; apply again" in said
+    assert f"the old {old} may be paused, and the new {new} may be in place: see `saferlhf schedule list`" in said
+    assert [entry["mode"] for entry in kfp.schedules] == ["DISABLE", "ENABLE"]
     kfp.refuse.clear()
     assert apply(changed) == (0, "weekly: remove the duplicate\nweekly: done\n")
     assert schedule(kfp, "weekly")["recurring_run_id"] == new
 
 
-def test_one_that_somebody_deleted_meanwhile_is_no_failure(kfp: KfpServer, apply: Apply) -> None:
+@pytest.mark.parametrize("call", ["POST /recurringruns/*:disable", "DELETE /recurringruns/*"])
+def test_one_that_somebody_deleted_meanwhile_is_no_failure(kfp: KfpServer, apply: Apply, call: str) -> None:
     apply(WEEKLY)
-    kfp.refuse["DELETE /recurringruns/*"] = (404, "not found")
+    kfp.refuse[call] = (404, "not found")
     assert apply(WEEKLY.replace("seed: 7", "seed: 8"))[0] == 0
+
+
+def watch_how_many_are_on(kfp: KfpServer) -> list[int]:
+    """How many recurring runs are on whenever a call arrives."""
+    on: list[int] = []
+    kfp.on_call = lambda call: on.append(sum(entry["mode"] == "ENABLE" for entry in kfp.schedules))
+    return on
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("paused", [False, True])
+@pytest.mark.parametrize("refused", ["", "*:disable", "GET /runs", "POST /recurringruns", "DELETE *", "*:enable"])
+def test_two_that_are_on_are_never_in_place(kfp: KfpServer, apply: Apply, refused: str, paused: bool) -> None:
+    apply(WEEKLY)
+    if paused:
+        saferlhf("schedule", "pause", "weekly")
+    before = [dict(entry) for entry in kfp.schedules]
+    on = watch_how_many_are_on(kfp)
+    kfp.refuse.update({refused: (503, "busy")} if refused else {})
+    status, _ = apply(WEEKLY.replace("seed: 7", "seed: 8"))
+    assert max(on) == (0 if paused else 1)
+    if status:
+        kept = [entry for entry in kfp.schedules if entry["recurring_run_id"] == before[0]["recurring_run_id"]]
+        assert kept == before or refused == "DELETE *"  # then the new one cannot be taken back either
+    kfp.refuse.clear()
+    assert apply(WEEKLY.replace("seed: 7", "seed: 8"))[0] == 0
+    assert schedule(kfp, "weekly")["mode"] == ("DISABLE" if paused else "ENABLE")
+    assert schedule(kfp, "weekly")["runtime_config"]["parameters"]["run_seed"] == 8
+
+
+@pytest.mark.fault
+def test_a_run_that_starts_after_the_look_keeps_its_schedule(kfp: KfpServer, apply: Apply) -> None:
+    apply(BOTH)
+    before = [dict(entry) for entry in kfp.schedules]
+    mine, runs = schedule(kfp, "weekly")["recurring_run_id"], list[str]()
+
+    def start_it(call: str) -> None:
+        if call.endswith(":disable") and not runs:
+            runs.append(kfp.start_scheduled_run(mine, "RUNNING"))
+
+    kfp.on_call = start_it
+    kfp.calls.clear()
+    status, said = apply(BOTH.replace("seed: 7", "seed: 8").replace("0 0 3 1", "0 0 4 1"))
+    assert status == 1
+    assert f"a schedule is not replaced while a run of it is in flight (weekly: run {runs[0]} (RUNNING))" in said
+    assert "weekly: the old schedule is as it was; apply again; not reached: monthly" in said
+    assert kfp.changes == [f"POST /recurringruns/{mine}:disable", f"POST /recurringruns/{mine}:enable"]
+    assert kfp.schedules == before
+
+
+@pytest.mark.fault
+def test_one_that_was_made_without_an_answer_is_taken_back(kfp: KfpServer, apply: Apply) -> None:
+    apply(WEEKLY)
+    before = [dict(entry) for entry in kfp.schedules]
+
+    def make_it_all_the_same(call: str) -> None:
+        if call == "POST /recurringruns":
+            description = before[0]["description"].replace('"seed": "7"', '"seed": "8"')
+            kfp.schedules.append({**before[0], "recurring_run_id": "unheard", "description": description})
+
+    kfp.on_call = make_it_all_the_same
+    kfp.refuse["POST /recurringruns"] = (503, "the answer is lost")
+    status, said = apply(WEEKLY.replace("seed: 7", "seed: 8"))
+    assert (status, "weekly: the old schedule is as it was; apply again" in said) == (1, True)
+    assert kfp.schedules == before
+
+
+@pytest.mark.fault
+def test_an_interrupted_apply_leaves_the_old_one_on(kfp: KfpServer, apply: Apply) -> None:
+    apply(WEEKLY)
+    before = [dict(entry) for entry in kfp.schedules]
+    looks = list[str]()
+
+    def interrupt_the_second_look(call: str) -> None:
+        if call == "GET /runs":
+            looks.append(call)
+            if len(looks) == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    kfp.on_call = interrupt_the_second_look
+    assert apply(WEEKLY.replace("seed: 7", "seed: 8"))[0] != 0
+    assert len(looks) == 2
+    assert kfp.schedules == before

@@ -15,7 +15,7 @@ from components.annotate.human.majority import majority_verdicts, preference_of
 from components.annotate.human.results import LabelResult, result_table, summarize
 from components.foundation.errors import LabelsAwaited
 from components.foundation.judging import AnswerPair
-from components.foundation.preference import TRAINING_FILE, VALIDATION_FILE, DualPreference, read_jsonl
+from components.foundation.preference import LABELS_FILE, TRAINING_FILE, VALIDATION_FILE, DualPreference, read_jsonl
 from components.foundation.results import to_json, write_records
 from components.foundation.run_context import RunContext, Stage, finished_uri
 from components.foundation.setting_sections import StoreSettings
@@ -61,7 +61,7 @@ def labels_of_people(stage: Stage, pairs: Sequence[AnswerPair], answers_uri: str
         raise LabelsAwaited(waiting_words(context, result))
     excluded = {a.name for a in result.annotators if a.excluded}
     verdicts = majority_verdicts(items, labels, excluded)
-    write_records(stage.folder / "labels.jsonl", labels)
+    write_records(stage.folder / LABELS_FILE, labels)
     (stage.folder / "label_result.json").write_text(to_json(result), encoding="utf-8")
     (stage.folder / "label_result.md").write_text(result_table(result), encoding="utf-8")
     preferences = [preference_of(item, verdicts[item.item_id]) for item in items if item.item_id in verdicts]
