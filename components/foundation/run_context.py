@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from components.foundation import distributed, logs
-from components.foundation.checkpoint_store import CheckpointStore
+from components.foundation.checkpoint_store import CheckpointStore, git_sha
 from components.foundation.errors import IntegrityError, OutOfMemoryError, SettingsError, StoreError
 from components.foundation.metrics import Gauges, served_gauges
 from components.foundation.results import from_json, to_json
@@ -149,7 +149,7 @@ def create_run(run_uri: str, run_id: str, settings: Settings) -> RunContext:
     spread = {key: value for key, value in settings.flat().items() if key.startswith("distributed.")}
     parameters = {key: value for key, value in settings.flat().items() if key not in spread}
     # tags, unlike parameters, may change when a run goes on
-    tags = {"profile": settings.profile, "settings_digest": settings.digest()} | spread
+    tags = {"profile": settings.profile, "settings_digest": settings.digest(), "git_sha": git_sha(os.environ)} | spread
     mlflow_run_id = tracker.start_pipeline_run(run_id, run_id, parameters, tags)
     description = RunDescription(run_id, mlflow_run_id, settings.model_dump_json())
     store.write_text(f"{run_uri}/run.json", to_json(description), overwrite=True)

@@ -109,6 +109,12 @@ class Tracker:
                 self._client.set_tag(parent_id, _ENDED_TAG, ended)
             self._client.set_terminated(parent_id, status)
 
+    def tag_pipeline_run(self, parent_id: str, tags: Mapping[str, str]) -> None:
+        """Add tags to the parent run."""
+        with self._errors(f"tag run {parent_id}"):
+            for key, value in _masked(tags).items():
+                self._client.set_tag(parent_id, key, value)
+
     def end_of_pipeline_run(self, parent_id: str) -> tuple[str, str]:
         """(MLflow's status of the parent run, why it ended early: empty where it did not)."""
         with self._errors(f"read run {parent_id}"):
@@ -120,7 +126,8 @@ class Tracker:
         """A nested run for one stage of one round; an unfinished one of an earlier attempt is gone on with.
 
         The run ends as FINISHED, FAILED (the block raised), KILLED (it was interrupted), or SCHEDULED (it waits for
-        people, and will go on).
+        people, and will go on). A pipeline run whose stage failed or was killed has ended so, too, until a stage is
+        started again: on a cluster nobody else is there to say it.
         """
         with self._errors(f"start stage {stage} of round {round}"):
             mlflow_id, resumed = self._open_stage(parent_id, stage, round)
@@ -140,6 +147,8 @@ class Tracker:
             if monitor is not None:
                 monitor.finish()
             self._close_stage(run, status)
+            if status in {"FAILED", "KILLED"}:
+                self._end_with_stage(parent_id, status)
 
     def register_model(self, name: str, source_uri: str, run_id: str, tags: Mapping[str, str]) -> str:
         """Register the weights at a store URI as a version of a model; the same URI always gives the same version.
@@ -237,7 +246,7 @@ class Tracker:
     def _open_stage(self, parent_id: str, stage: str, round: int) -> tuple[str, bool]:
         """(MLflow's run id, whether the run existed before)."""
         parent = self._client.get_run(parent_id)
-        if parent.info.status == "SCHEDULED" or _ENDED_TAG in parent.data.tags:
+        if parent.info.status in {"SCHEDULED", "FAILED", "KILLED"} or _ENDED_TAG in parent.data.tags:
             self._reopen(parent)  # a cluster's Retry begins here, and not with start_pipeline_run
         run_id = parent.data.tags.get(RUN_ID_TAG, "")
         tags = {_PARENT_TAG: parent_id, RUN_ID_TAG: run_id, STAGE_TAG: stage, ROUND_TAG: str(round)}
@@ -258,6 +267,12 @@ class Tracker:
             if status == "FINISHED":
                 raise
             _log.warning("%s", error)  # the failure that ends the stage matters more than this one
+
+    def _end_with_stage(self, parent_id: str, status: RunStatus) -> None:
+        try:
+            self.finish_pipeline_run(parent_id, status)
+        except TrackingError as error:
+            _log.warning("%s", error)  # as above
 
     def _start_monitor(self, mlflow_id: str, resumed: bool) -> Any:
         """CPU, memory, disk, network and GPU of this machine; a stage does not fail for the lack of them."""

@@ -6,6 +6,7 @@ new, 7 commit.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,8 @@ def run_prepare_data(run_uri: str) -> str:
         check_freshness(stage)
         for name, result in data.named().items():
             stage.mlflow.log_dataset(name, result.digest[:36], result.source, len(result.records))
+        digest = hashlib.sha256((stage.folder / TRAINING_FILE).read_bytes()).hexdigest()
+        stage.context.tracker.tag_pipeline_run(stage.context.mlflow_run_id, {"data_digest": digest})
         return stage.commit(stage.folder, step=0, parents=[])
 
 

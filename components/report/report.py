@@ -1,6 +1,7 @@
 """Makes the report of a finished run: one HTML page, and a short Markdown summary.
 
-Run: 1 gather the records, 2 render both, 3 commit report.html and report.md, and show the page in MLflow.
+Run: 1 gather the records, 2 render both, 3 commit report.html and report.md, and show the page in MLflow, 4 end the
+pipeline's run there.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def run_report(run_uri: str) -> ReportOutput:
         stage.mlflow.log_text(html, "report.html")
         parents = [*data.provenance.evaluation_uris, data.provenance.policy_uri]
         uri = stage.commit(stage.folder, step=_content_number(html + markdown), parents=parents)
+        stage.context.tracker.finish_pipeline_run(stage.context.mlflow_run_id, "FINISHED")  # it is the last step
         return ReportOutput(uri, html, markdown)
 
 

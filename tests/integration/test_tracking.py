@@ -96,7 +96,7 @@ def test_row_13_an_unfinished_stage_is_gone_on_with(
     with pytest.raises(error), tracker.stage(parent_id, "ppo", 1) as first:
         first.log_metrics({"loss": 2.0}, step=1)
         raise error
-    assert client.get_run(first.run_id).info.status == status
+    assert client.get_run(first.run_id).info.status == client.get_run(parent_id).info.status == status
     with tracker.stage(parent_id, "ppo", 1) as second:
         second.log_metrics({"loss": 1.0}, step=2)
     assert second.run_id == first.run_id
@@ -112,6 +112,8 @@ def test_a_stage_lets_a_run_that_waited_or_had_ended_early_go_on(
     for status, ended, then in (
         ("SCHEDULED", "", ("RUNNING", "")),
         ("FINISHED", "nothing new", ("RUNNING", "")),
+        ("FAILED", "", ("RUNNING", "")),
+        ("KILLED", "", ("RUNNING", "")),
         ("FINISHED", "", ("FINISHED", "")),
     ):
         tracker.finish_pipeline_run(parent_id, status, ended)

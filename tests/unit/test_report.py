@@ -442,8 +442,9 @@ def stored(data: ReportData) -> tuple[RunContext, StoredRecords]:
         store.add(result.policy_uri, **{"trace.json": to_json(result.ppo)})
     store.texts[f"{run}/promotion.json"] = to_json(data.promotion)
     settings = resolve_settings("smol", overrides=[f"rounds={len(data.rounds)}"])
-    context = RunContext("example", run, "0123456789abcdef", settings, cast(Any, store), cast(Any, SimpleNamespace()))
-    return context, store
+    ended: dict[str, str] = {}
+    tracker = cast(Any, SimpleNamespace(finish_pipeline_run=ended.__setitem__, ended=ended))
+    return RunContext("example", run, "0123456789abcdef", settings, cast(Any, store), tracker), store
 
 
 def test_gather_reads_the_records_back(data: ReportData) -> None:
@@ -482,6 +483,7 @@ def test_stage_commits_both_texts_under_a_number_of_their_content(
     assert commits[0][1] == [*data.provenance.evaluation_uris, data.provenance.policy_uri]
     assert commits[0][2] == {"report.html": first.html, "report.md": first.markdown}
     assert logged == {"report.html": other.html}
+    assert cast(Any, context.tracker).ended == {context.mlflow_run_id: "FINISHED"}
 
 
 if __name__ == "__main__":
