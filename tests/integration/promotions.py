@@ -68,7 +68,7 @@ def registered(
     answers = [HeldOutAnswer(p, "benign", "", "an answer", True, False, helpfulness) for p in PROMPTS]
     write_records(out / "answers.jsonl", answers)
     write_records(out / "regressions.jsonl", [RegressionAnswer(p, "decline", "No.", right) for p in SUITE])
-    uri = f"{context.store.root_uri}/evaluations/{name}"
+    uri = f"{context.store.root_uri}/runs/{name}/round-3/evaluate/step-3"
     context.store.commit(uri, out)
     experiment = context.tracker.start_pipeline_run(name, name, {})
     tags = {"run_id": name, "evaluation_uri": uri, "held_out_digest": evaluation.held_out_digest}
