@@ -11,8 +11,9 @@ import typer
 
 from components.foundation.champion_log import CHAMPION, POLICY_MODEL, ChampionLog
 from components.foundation.checkpoint_store import CheckpointStore
-from components.foundation.errors import SettingsError
+from components.foundation.errors import SettingsError, StoreError
 from components.foundation.lineage import lineage_text
+from components.foundation.results import Evaluation, read_record
 from components.foundation.run_context import RunContext, open_run
 from components.foundation.settings import Settings
 from components.foundation.tracking import Tracker
@@ -50,6 +51,7 @@ def show(version: Version, workdir: WorkDir = Path("runs")) -> None:
         tags = tracker.version_tags(POLICY_MODEL, number)
         for key, value in sorted(tags.items()):
             typer.echo(f"{key:<18} {value}")
+        typer.echo(f"\n{figures(tracker, number)}")
         for entry in ChampionLog(store_of(tags["source"]), POLICY_MODEL).entries():
             if entry.version == number:
                 before = f"after version {entry.previous}" if entry.previous else "as the first"
@@ -70,6 +72,25 @@ def _regression_lines(tags: Mapping[str, str]) -> list[str]:
     return [head, *(f"  must {answer.must}: {answer.prompt} -> {answer.answer!r}" for answer in wrong)]
 
 
+def figures(tracker: Tracker, version: str) -> str:
+    """What the evaluation of a policy measured, with bounds; says so where that cannot be had."""
+    tags = tracker.version_tags(POLICY_MODEL, version)
+    if "evaluation_uri" not in tags:
+        return f"version {version}: registered without an evaluation"
+    try:
+        folder = store_of(tags["source"]).fetch(tags["evaluation_uri"])
+        measured = read_record(Evaluation, folder / "evaluation.json")
+    except StoreError as error:  # what is shown beside a decision does not undo it
+        return f"version {version}: its evaluation cannot be read ({error})"
+    rates = {
+        "unsafe rate": measured.unsafe_rate,
+        "benign win rate over SFT": measured.win_rate,
+        "over-refusal": measured.over_refusal,
+    }
+    told = (f"{name} {rate.value:.3f} ({rate.low:.3f} to {rate.high:.3f})" for name, rate in rates.items())
+    return f"version {version}: {', '.join(told)}"
+
+
 def promote(version: Version, workdir: WorkDir = Path("runs")) -> None:
     """Let a policy become champion, if the gate lets it pass the present one. Exit status 1 if not."""
     with open_registry(workdir) as tracker:
@@ -80,6 +101,10 @@ def promote(version: Version, workdir: WorkDir = Path("runs")) -> None:
         typer.echo(f"{POLICY_MODEL} version {number} is {result.alias}")
         if result.alias == CHAMPION:
             _tell_what_serves(tracker, number)
+        else:
+            champion = tracker.aliases(POLICY_MODEL).get(CHAMPION, "")
+            typer.echo(figures(tracker, number))
+            typer.echo(f"champion {figures(tracker, champion)}" if champion else "there is no champion yet")
     if result.alias != CHAMPION:
         raise typer.Exit(1)
 
@@ -93,6 +118,7 @@ def rollback(
     with open_registry(workdir) as tracker:
         entry = rollback_to(run_of(tracker, resolved(tracker, CHAMPION)), to, reason)
         typer.echo(f"{POLICY_MODEL} version {entry.version} is champion again, in place of version {entry.previous}")
+        typer.echo(f"{figures(tracker, entry.version)}\n{figures(tracker, entry.previous)}")
         _tell_what_serves(tracker, entry.version)
 
 

@@ -70,7 +70,7 @@ def registered(
     attacks = [HeldOutAnswer(p, "red_team", "theft", "No.", True, True, 0.0) for p in ATTACKS]
     write_records(out / "answers.jsonl", answers + attacks)
     write_records(out / "regressions.jsonl", [RegressionAnswer(p, "decline", "No.", right) for p in SUITE])
-    uri = f"{context.store.root_uri}/evaluations/{name}"
+    uri = f"{context.store.root_uri}/runs/{name}/round-3/evaluate/step-3"
     context.store.commit(uri, out)
     experiment = context.tracker.start_pipeline_run(name, name, {})
     tags = {"run_id": name, "evaluation_uri": uri, "held_out_digest": evaluation.held_out_digest}

@@ -12,15 +12,18 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from components.foundation.champion_log import CHAMPION, POLICY_MODEL, ChampionEntry, ChampionLog
 from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import ConflictError, GateError, IntegrityError, TrackingError
-from components.foundation.run_context import RunContext
+from components.foundation.results import to_json
+from components.foundation.run_context import RunContext, RunDescription
 from components.foundation.setting_sections import ServingSettings
 from components.foundation.tracking import Tracker
 from components.promote import promotion
 from components.promote.promotion import CHALLENGER, PREVIOUS_CHAMPION, promote, rollback
+from pipelines.cli import app
 from pipelines.services import Endpoints
 from tests.integration.promotions import SETTINGS, clear_aliases, context_of, race, registered
 
@@ -37,6 +40,67 @@ def context(services: Endpoints, store: CheckpointStore, tmp_path: Path) -> Iter
     clear_aliases(found.tracker)
     yield found
     clear_aliases(found.tracker)
+
+
+def command(*arguments: str) -> tuple[int, str]:
+    """A command of `saferlhf`: its exit status, and what it said."""
+    result = CliRunner().invoke(app, list(arguments))
+    return result.exit_code, result.output + (str(result.exception) if result.exception else "")
+
+
+def of_a_run(context: RunContext, version: str) -> str:
+    """The version, whose run has a record as commands look for it."""
+    run_id = context.tracker.version_tags(POLICY_MODEL, version)["run_id"]
+    description = RunDescription(run_id, "", SETTINGS.model_dump_json())
+    context.store.write_text(f"{context.store.root_uri}/runs/{run_id}/run.json", to_json(description))
+    return version
+
+
+def figures_of(version: str, unsafe: str = "0.100 (0.000 to 0.200)") -> str:
+    """Of a version that `registered` made."""
+    rates = "benign win rate over SFT 0.600 (0.500 to 0.700), over-refusal 0.100 (0.000 to 0.200)"
+    return f"version {version}: unsafe rate {unsafe}, {rates}\n"
+
+
+def test_a_refused_promotion_shows_the_figures_of_both(context: RunContext, tmp_path: Path) -> None:
+    unsafe = of_a_run(context, registered(context, tmp_path, 0.9, unsafe_high=0.5))
+    status, said = command("promote", unsafe)
+    assert status == 1
+    assert f"{figures_of(unsafe, '0.250 (0.000 to 0.500)')}there is no champion yet\n" in said, said
+    good, worse = (of_a_run(context, registered(context, tmp_path, h)) for h in (0.5, 0.3))
+    status, said = command("promote", good)
+    assert (status, "unsafe rate 0.1" in said) == (0, False)
+    status, said = command("promote", worse)
+    assert status == 1
+    assert f"version {worse} is challenger\n{figures_of(worse)}champion {figures_of(good)}" in said
+    assert f"\n{figures_of(good)}" in command("registry", "show", good)[1]
+
+
+def test_a_rollback_shows_the_figures_of_both(context: RunContext, tmp_path: Path) -> None:
+    good, better = (of_a_run(context, registered(context, tmp_path, h)) for h in (0.5, 0.7))
+    promote(context, good)
+    promote(context, better)
+    status, said = command("rollback", "--reason", "complaints")
+    assert status == 0, said
+    again = f"{POLICY_MODEL} version {good} is champion again, in place of version {better}\n"
+    assert said.startswith(f"{again}{figures_of(good)}{figures_of(better)}to serve it: ")
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("evaluation", ["gone", None])
+def test_a_rollback_needs_no_figures(context: RunContext, tmp_path: Path, evaluation: str | None) -> None:
+    """The policy that has to go may be one whose evaluation was lost, or that never had one."""
+    good, better = (of_a_run(context, registered(context, tmp_path, h)) for h in (0.5, 0.7))
+    promote(context, good)
+    promote(context, better)
+    if evaluation is None:
+        context.tracker._client.delete_model_version_tag(POLICY_MODEL, better, "evaluation_uri")
+    else:
+        uri = f"{context.store.root_uri}/{evaluation}"
+        context.tracker._client.set_model_version_tag(POLICY_MODEL, better, "evaluation_uri", uri)
+    status, said = command("rollback", "--reason", "complaints")
+    words = "registered without an evaluation" if evaluation is None else "its evaluation cannot be read ("
+    assert (status, f"\nversion {better}: {words}" in said, "\nto serve it: " in said) == (0, True, True)
 
 
 def test_the_first_policy_that_passes_becomes_champion(context: RunContext, tmp_path: Path) -> None:
