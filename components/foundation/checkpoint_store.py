@@ -214,9 +214,21 @@ class CheckpointStore:
         """Delete every step below a stage except `keep`, committed or not; without `keep`, LATEST too."""
         stage_uri = stage_uri.rstrip("/")
         kept = (f"{keep.rstrip('/')}/", f"{stage_uri}/{LATEST_NAME}") if keep else ()
-        doomed = [uri for uri in self._s3.list(f"{stage_uri}/") if not uri.startswith(kept)]
-        # pointer and manifests first: what is deleted in part is then no commit any more
-        for uri in sorted(doomed, key=lambda uri: not uri.endswith((f"/{LATEST_NAME}", f"/{MANIFEST_NAME}"))):
+        self._delete([uri for uri in self._s3.list(f"{stage_uri}/") if not uri.startswith(kept)])
+
+    def discard_latest(self, stage_uri: str) -> None:
+        """Delete the step that LATEST names, and LATEST; what else lies below the stage stays, as people's labels do.
+
+        A step of another stage, which was adopted, stays too.
+        """
+        stage_uri = stage_uri.rstrip("/")
+        latest = self.latest(stage_uri)
+        own = latest is not None and latest.startswith(f"{stage_uri}/")
+        self._delete([f"{stage_uri}/{LATEST_NAME}", *(self._s3.list(f"{latest}/") if own else ())])
+
+    def _delete(self, uris: Sequence[str]) -> None:
+        """Pointers and manifests first: what is deleted in part is then no commit any more."""
+        for uri in sorted(uris, key=lambda uri: not uri.endswith((f"/{LATEST_NAME}", f"/{MANIFEST_NAME}"))):
             self._s3.delete(uri)
 
     def write_text(self, uri: str, text: str, *, overwrite: bool = False) -> None:

@@ -253,7 +253,7 @@ def standing_commit(context: RunContext, name: str, round_number: int) -> str | 
     if latest is None or context.store.is_whole(latest):
         return latest
     log.warning("%s: objects of %s are gone: the stage runs again", name, latest)
-    context.store.prune(stage_uri, keep=None)
+    context.store.discard_latest(stage_uri)
     return None
 
 

@@ -6,6 +6,7 @@ import json
 import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -20,6 +21,7 @@ from components.foundation.judging.rules import declines
 from components.foundation.preference import NEWEST_FILE, CollectedAnswer, DualPreference, read_jsonl
 from components.foundation.results import write_records
 from components.foundation.run_context import RunContext, open_run
+from components.foundation.s3 import split_uri
 from components.prepare_data.prepare_data import run_prepare_data
 from components.prepare_data.start_run import run_start_run
 from pipelines.cli import app
@@ -195,6 +197,24 @@ def test_labels_come_in_parts_and_the_run_goes_on_when_all_are_there(run: Waitin
     with pytest.raises(DataError, match="round 1 has gone on"):
         import_labels(run.batch, [late])
     assert import_labels(run.batch, [whole]).known == 26
+
+
+@pytest.mark.fault
+def test_row_20_labels_of_people_outlive_a_commit_that_lost_an_object(
+    run: WaitingRun, tmp_path: Path, s3: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = tmp_path / "whole.jsonl"
+    label_file(exported(run, tmp_path), whole)
+    assert run.imported(whole).exit_code == 0
+    commit = run.annotate()
+    manifest, labels = run.context.store.manifest(commit), written_labels(run)
+    bucket, key = split_uri(f"{commit}/{NEWEST_FILE}")
+    s3.delete_object(Bucket=bucket, Key=key)
+    assert run.annotate() == commit
+    assert "are gone: the stage runs again" in capsys.readouterr().out
+    assert run.context.store.manifest(commit).files == manifest.files
+    assert run.context.store.is_whole(commit)
+    assert written_labels(run) == labels
 
 
 def test_agreement_and_gold_accuracy_are_told_and_kept(run: WaitingRun, tmp_path: Path) -> None:
