@@ -9,6 +9,7 @@ import socketserver
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from http.client import parse_headers
 from itertools import repeat
 from typing import Any
 
@@ -45,10 +46,11 @@ def sending(parts: Iterable[bytes], pause: float = 0.0) -> Iterator[str]:
     """URL of a server that sends these bytes to whoever asks, until they have gone away."""
     stopped = threading.Event()
 
-    class Handler(socketserver.BaseRequestHandler):
+    class Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:
             try:
-                self.request.recv(65536)
+                self.rfile.readline()  # the whole request: to close with some of it unread would reset the connection
+                self.rfile.read(int(parse_headers(self.rfile)["Content-Length"]))
                 for part in parts:
                     self.request.sendall(part)
                     if stopped.wait(pause):

@@ -37,7 +37,7 @@ HUMAN = ("annotate.annotator=human", "annotate.gold_share=0.5")
 
 @dataclass(frozen=True)
 class Schedule:
-    """A schedule in a store of its own, which the platform names."""
+    """A schedule in a store of its own, which the platform names, and in an experiment of its own."""
 
     root: str
     folder: Path
@@ -54,7 +54,7 @@ class Schedule:
             kfp_run_id="",
             profile="tiny",
             seed=0,
-            overrides=json.dumps([f"store.uri={self.root}", *HUMAN, *settings]),
+            overrides=json.dumps([f"store.uri={self.root}", f"experiment={self.root}", *HUMAN, *settings]),
             rounds=2,
             pool_node_selector={},
             pool_tolerations=[],
@@ -269,7 +269,11 @@ def test_what_is_no_name_of_ours_is_refused_by_name(schedule: Schedule, text: st
 
 @pytest.mark.fault
 def test_a_name_of_a_run_with_other_settings_is_refused(schedule: Schedule, waiting: str) -> None:
-    other = resolve_settings("tiny", 0, [f"store.uri={schedule.root}", *HUMAN, "rounds=2", "ppo.steps=3"])
+    other = resolve_settings(
+        "tiny",
+        0,
+        [f"store.uri={schedule.root}", f"experiment={schedule.root}", *HUMAN, "rounds=2", "ppo.steps=3"],
+    )
     schedule.store.write_text(f"{schedule.root}/waiting/{other.digest()}", schedule.store.read_text(schedule.pointer))
     with pytest.raises(IntegrityError, match="which has other settings: delete s3://"):
         schedule.start("ppo.steps=3")
