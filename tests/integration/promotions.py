@@ -1,11 +1,13 @@
-"""Policies to promote, and a race of processes that promote them."""
+"""Policies to promote, processes that register and promote them, and a race of such."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from components.foundation.settings import resolve_settings
 from components.foundation.tracking import Tracker
 from components.promote.promotion import PREVIOUS_CHAMPION, promote
 
+Attempt = Callable[[Callable[[int], None]], int | None]
+"""Runs a process, tells its id, and returns its exit code; minus the signal's number where it was killed."""
 _PATIENCE = 120.0
 """Seconds after which a racer that died ends the test."""
 _LATEST_START = 0.1
@@ -77,6 +81,18 @@ def registered(
     return context.tracker.register_model(POLICY_MODEL, f"{uri}/model", experiment, tags)
 
 
+def attempt_to_promote(root: str, tracking_uri: str, cache: Path, environment: dict[str, str], version: str) -> Attempt:
+    """A process of its own that lets a version become champion."""
+    return _attempt(_promote, root, tracking_uri, cache, environment, version)
+
+
+def attempt_to_register(
+    root: str, tracking_uri: str, cache: Path, environment: dict[str, str], name: str, run_id: str
+) -> Attempt:
+    """A process of its own that registers what lies at the root as a version of a model."""
+    return _attempt(_register, root, tracking_uri, cache, environment, name, run_id)
+
+
 def race(context: RunContext, tracking_uri: str, folder: Path, *, racers: int, times: int, seed: int) -> int:
     """How often so many processes promoted at once, each time without a champion before; every policy passes alone.
 
@@ -111,6 +127,28 @@ def race(context: RunContext, tracking_uri: str, folder: Path, *, racers: int, t
         process.join(timeout=60)
         assert process.exitcode == 0
     return held
+
+
+def _attempt(target: Callable[..., None], *arguments: Any) -> Attempt:
+    def attempt(started: Callable[[int], None]) -> int | None:
+        process = _PROCESSES.Process(target=target, args=arguments)
+        process.start()
+        assert process.pid is not None
+        started(process.pid)
+        process.join(_PATIENCE)
+        return process.exitcode
+
+    return attempt
+
+
+def _promote(root: str, tracking_uri: str, cache: Path, environment: dict[str, str], version: str) -> None:
+    os.environ.update(environment)
+    assert promote(context_of(root, tracking_uri, cache), version).alias == CHAMPION
+
+
+def _register(root: str, tracking_uri: str, cache: Path, environment: dict[str, str], name: str, run_id: str) -> None:
+    os.environ.update(environment)
+    context_of(root, tracking_uri, cache).tracker.register_model(name, f"{root}/model", run_id, {"round": "3"})
 
 
 def _race(
