@@ -82,8 +82,8 @@ def settings(profile: Profile = "smol", seed: Seed = 0, set_: Overrides = None) 
 @app.command(name="compile")
 def compile_(
     output: Annotated[Path, typer.Option("--output", "-o", help="YAML file to write")],
+    platform: Annotated[str, typer.Option(help="gke, eks, on_prem, local, or a platform file of your own")],
     rounds: Annotated[int, typer.Option(min=1, max=20)] = 3,
-    platform: Annotated[str, typer.Option(help="gke, eks, on_prem, local, or a platform file of your own")] = "",
     image_trainer: Annotated[str, typer.Option(help="NAME@sha256:DIGEST, instead of the platform file's")] = "",
     image_rollout: Annotated[str, typer.Option(help="the same")] = "",
     image_service: Annotated[str, typer.Option(help="the same")] = "",
@@ -93,22 +93,18 @@ def compile_(
     if output.suffix not in (".yaml", ".yml"):
         raise SettingsError(f"--output {output} must end with .yaml")
     images = {"trainer": image_trainer, "rollout": image_rollout, "service": image_service}
-    given = {name: image for name, image in images.items() if image}
-    if given and not platform:
-        raise SettingsError(f"--image-{next(iter(given))} goes with --platform: without one, no step is placed")
     from pipelines import executors
     from pipelines.compiling import compile_to
     from pipelines.platform_file import read_platform
 
-    cluster = read_platform(platform, given) if platform else None
+    cluster = read_platform(platform, {name: image for name, image in images.items() if image})
     compile_to(output, rounds, cluster)
     if table:
         typer.echo(executors.table(executors.read_steps(output.read_text(encoding="utf-8"))))
     typer.echo(f"wrote {output}")
-    if cluster is not None:
-        typer.echo(f"start its runs with the service account {cluster.service_account}")
-        if cluster.has_placeholder_images:
-            typer.echo("its images are examples: give yours with --image-trainer, -rollout and -service", err=True)
+    typer.echo(f"start its runs with the service account {cluster.service_account}")
+    if cluster.has_placeholder_images:
+        typer.echo("its images are examples: give yours with --image-trainer, -rollout and -service", err=True)
 
 
 @app.command()
