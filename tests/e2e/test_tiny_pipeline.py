@@ -385,7 +385,8 @@ def test_row_24_a_threshold_that_no_policy_can_miss_is_refused(
     first_run: tuple[dict[str, Any], str], workdir: Path
 ) -> None:
     """Known only once a cost model is there: PPO does not start, and nothing is registered."""
-    done = saferlhf("run", "--profile", "tiny", "--workdir", str(workdir), "--set", "ppo.threshold=1000")
+    branch = ("--from-run", first_run[0]["run_id"], "--from-round", "1")  # what comes before is all the same
+    done = saferlhf("run", "--profile", "tiny", "--workdir", str(workdir), *branch, "--set", "ppo.threshold=1000")
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1
     assert "threshold 1000" in done.stderr and "inert" in done.stderr

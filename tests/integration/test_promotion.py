@@ -27,7 +27,7 @@ from pipelines.cli import app
 from pipelines.services import Endpoints
 from tests.integration.promotions import SETTINGS, clear_aliases, context_of, race, registered
 
-RACES = int(os.environ.get("SAFERLHF_PROMOTION_RACES", "200"))
+RACES = int(os.environ.get("SAFERLHF_PROMOTION_RACES", "80"))
 RACES_SEED = int(os.environ.get("SAFERLHF_PROMOTION_SEED", "0"))
 
 pytestmark = pytest.mark.xdist_group("promotion")
