@@ -51,7 +51,7 @@ def run_annotate(run_uri: str, round_number: int, answers_uri: str, preferences_
         training, validation = split_by_prompt(fresh, settings.data.validation_share, context.seed("prepare_data", 0))
         earlier = context.store.fetch(preferences_uri)
         for name, records in ((TRAINING_FILE, training), (VALIDATION_FILE, validation)):
-            history = read_jsonl(earlier / name, DualPreference) if settings.collect.history == "accumulate" else []
+            history = read_jsonl(earlier / name, DualPreference) if settings.data.history == "accumulate" else []
             write_records(stage.folder / name, history + records)
         write_records(stage.folder / NEWEST_FILE, fresh)
         unsafe = sum((not r.is_response_0_safe) + (not r.is_response_1_safe) for r in fresh)

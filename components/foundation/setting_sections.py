@@ -36,6 +36,9 @@ class DataSettings(Section):
     held_out: str = BUILTIN
     max_bad_share: float = Field(0.05, ge=0, le=1, description="stop when more than this share of rows is bad")
     validation_share: float = Field(0.15, gt=0, lt=1, description="preference pairs held out from RM and CM")
+    history: Literal["accumulate", "replace"] = Field(
+        "accumulate", description="what a round's models learn from: all preferences so far, or the round's own alone"
+    )
     max_preferences: int = Field(0, ge=0, description="use at most so many pairs (0: all)")
     max_demonstrations: int = Field(0, ge=0, description="use at most so many demonstrations (0: all)")
     max_held_out: int = Field(0, ge=0, description="evaluate on at most so many prompts of a kind (0: all)")
@@ -108,7 +111,6 @@ class CollectSettings(Section):
     prompts_per_round: int = Field(96, ge=2)
     answers_per_prompt: int = Field(2, ge=2)
     temperature: float = Field(1.0, gt=0)
-    history: Literal["accumulate", "replace"] = "accumulate"
 
 
 class AnnotateSettings(Section):

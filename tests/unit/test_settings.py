@@ -21,7 +21,7 @@ CHOICES = {
     "ppo.threshold_answers": "newest",
     "serving.memory": "8Gi",
     "dtype": "float32",
-    "collect.history": "replace",
+    "data.history": "replace",
     "annotate.annotator": "judge",
     "ppo.actor_schedule": "constant",
     "ppo.cost_aggregation": "rectified",
