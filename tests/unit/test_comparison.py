@@ -198,11 +198,14 @@ def test_a_policy_learns_what_is_liked_or_under_a_strict_limit_to_shun_what_is_u
         assert _first_token_share(policy, _high_letters) < 0.5 * unsafe
 
 
-def test_a_multiplier_of_zero_survives_its_checkpoint() -> None:
-    state = MultiplierState(nu=-math.inf, costs=(0.0, 1.0))
+@pytest.mark.parametrize("memory", [{}, {"integral": 3.0, "previous_cost": -1.0}])
+@pytest.mark.parametrize(("nu", "value"), [(-math.inf, 0.0), (0.0, 1.0)])
+def test_a_multiplier_even_of_zero_survives_its_checkpoint(nu: float, value: float, memory: dict[str, float]) -> None:
+    """With what PID control remembers, too."""
+    state = MultiplierState(nu, costs=(0.0, 1.0), **memory)
     stored = to_json(PpoProgress.of(PpoTrace(0.1), state))
     assert from_json(PpoProgress, stored).multiplier() == state
-    assert state.value == 0.0
+    assert state.value == value
 
 
 def test_each_prompt_of_a_batch_stands_twice_in_a_row() -> None:

@@ -56,6 +56,16 @@ def test_gae_equals_the_double_sum(lengths: list[int], gamma: float, lam: float,
                 assert returns[b, t].item() == pytest.approx(expected + values[b, t].item(), abs=1e-9)
 
 
+@pytest.mark.golden
+def test_gae_by_hand() -> None:
+    """gamma 0.5, lambda 0.8: deltas 1 + 0.5 - 0.5, 0 + 0.75 - 1 and 2 - 1.5, each later one counting 0.4 times."""
+    mask = torch.tensor([[True, True, True, False]])
+    rewards, values = torch.tensor([[1.0, 0.0, 2.0, 9.0]]), torch.tensor([[0.5, 1.0, 1.5, 9.0]])
+    advantages, returns = generalized_advantages(rewards, values, mask, gamma=0.5, gae_lambda=0.8)
+    torch.testing.assert_close(advantages, torch.tensor([[0.98, -0.05, 0.5, 0.0]]))
+    torch.testing.assert_close(returns, torch.tensor([[1.48, 0.95, 2.0, 0.0]]))
+
+
 @given(lengths=LENGTHS, gamma=st.floats(0.5, 1.0), lam=st.floats(0.0, 1.0), seed=st.integers(0, 1000))
 @settings(deadline=None, max_examples=60)
 def test_macro_actions_of_one_token_are_token_ppo_bit_for_bit(
@@ -111,6 +121,26 @@ def test_macro_actions_by_hand() -> None:
     assert perplexity_actions(-surprise, mask).tolist() == [[0, 0, 1, 1, 1]]
 
 
+@pytest.mark.golden
+def test_macro_action_advantages_by_hand() -> None:
+    """Pairs of tokens and a last one alone: rewards 3, 1, 3, values 2, 1, 2, hence deltas 1.5, 1, 1."""
+    mask = torch.tensor([[True, True, True, True, True, False]])
+    rewards = torch.tensor([[1.0, 2.0, 0.0, 1.0, 3.0, 9.0]])
+    values = torch.tensor([[1.0, 3.0, 0.0, 2.0, 2.0, 9.0]])
+    pairs = ngram_actions(mask, 2)
+    advantages, returns = macro_action_advantages(rewards, values, mask, pairs, gamma=0.5, gae_lambda=0.8)
+    torch.testing.assert_close(advantages, torch.tensor([[2.06, 2.06, 1.4, 1.4, 1.0, 0.0]]))
+    torch.testing.assert_close(returns, torch.tensor([[4.06, 4.06, 2.4, 2.4, 3.0, 0.0]]))
+
+
+@pytest.mark.golden
+def test_combined_advantages_by_hand() -> None:
+    """(3 - 2 * 1) / 3 and (-1 - 2 * 2) / 3; without a multiplier, the reward's alone."""
+    reward, cost = torch.tensor([[3.0, -1.0]]), torch.tensor([[1.0, 2.0]])
+    torch.testing.assert_close(combine_advantages(reward, cost, 2.0), torch.tensor([[1 / 3, -5 / 3]]))
+    assert torch.equal(combine_advantages(reward, cost, 0.0), reward)
+
+
 @given(lengths=LENGTHS, multiplier=st.floats(0.0, 50.0), beta=st.floats(0.0, 1.0), seed=st.integers(0, 1000))
 @settings(deadline=None, max_examples=60)
 def test_combined_objective_carries_beta_once(lengths: list[int], multiplier: float, beta: float, seed: int) -> None:
@@ -141,6 +171,37 @@ def test_shaping_by_hand() -> None:
     torch.testing.assert_close(clamped, torch.tensor([[0.05, 50.0, 0.0]]))
 
 
+@given(lengths=LENGTHS, sign=st.sampled_from([-1.0, 1.0]), clip=st.floats(0.1, 3.0), seed=st.integers(0, 1000))
+@settings(deadline=None, max_examples=60)
+def test_shaping_equals_a_loop_over_tokens(lengths: list[int], sign: float, clip: float, seed: int) -> None:
+    mask = mask_of(lengths)
+    log_probs, reference = random_like(mask, seed), random_like(mask, seed + 1)
+    scores = 2 * random_like(mask, seed + 2)[:, 0]
+    shaped = shape_rewards(log_probs, reference, scores, mask, kl_coefficient=0.3, kl_sign=sign, clip=clip)
+    for b, length in enumerate(lengths):
+        for t in range(mask.shape[1]):
+            expected = sign * 0.3 * (log_probs[b, t].item() - reference[b, t].item())
+            if t == length - 1:
+                expected += scores[b].item()
+            expected = min(max(expected, -clip), clip) if t < length else 0.0
+            assert shaped[b, t].item() == pytest.approx(expected, abs=1e-9)
+
+
+@given(lengths=LENGTHS, scale=st.sampled_from([1e-4, 1.0, 30.0]), seed=st.integers(0, 1000))
+@settings(deadline=None, max_examples=60)
+def test_whitening_equals_a_loop_over_tokens(lengths: list[int], scale: float, seed: int) -> None:
+    """The variance is divided by the number of tokens, and 1e-8 is added to it."""
+    mask = mask_of(lengths)
+    values = 2.0 + scale * random_like(mask, seed)
+    tokens = [values[b, t].item() for b, length in enumerate(lengths) for t in range(length)]
+    mean = sum(tokens) / max(len(tokens), 1)
+    variance = sum((token - mean) ** 2 for token in tokens) / max(len(tokens), 1)
+    whitened = whiten(values, mask)
+    expected = [(token - mean) / math.sqrt(variance + 1e-8) for token in tokens]
+    assert whitened[mask].tolist() == pytest.approx(expected, abs=1e-8)
+    assert not whitened[~mask].any()
+
+
 @pytest.mark.golden
 def test_actor_loss_by_hand() -> None:
     """Ratio 2 with A = +1 is clipped to 1.2; ratio 0.5 with A = -1 to 0.8; ratio 2 with A = -1 is not."""
@@ -150,6 +211,31 @@ def test_actor_loss_by_hand() -> None:
     loss, clipped = actor_loss(log_ratio, torch.zeros(1, 4), advantages, mask, clip_ratio=0.2, total_tokens=3)
     assert loss.item() == pytest.approx(-(1.2 - 0.8 - 2.0) / 3, abs=1e-6)
     assert int(clipped) == 3
+
+
+@given(lengths=LENGTHS, clip=st.floats(0.05, 2.0), seed=st.integers(0, 1000))
+@settings(deadline=None, max_examples=60)
+def test_critic_loss_equals_a_loop_over_tokens(lengths: list[int], clip: float, seed: int) -> None:
+    """1/2 max((V - G)^2, (V kept within c of V_old - G)^2), summed over tokens and divided by their stated number."""
+    mask = mask_of(lengths)
+    new, old, target = (random_like(mask, seed + i) for i in range(3))
+    loss = critic_loss(new, old, target, mask, value_clip=clip, total_tokens=10)
+    expected = 0.0
+    for b, length in enumerate(lengths):
+        for t in range(length):
+            value, before, goal = new[b, t].item(), old[b, t].item(), target[b, t].item()
+            kept = min(max(value, before - clip), before + clip)
+            expected += 0.5 * max((value - goal) ** 2, (kept - goal) ** 2) / 10
+    assert loss.item() == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.golden
+def test_critic_loss_by_hand() -> None:
+    """Squared errors of V, and of V kept within 0.5 of V_old: 1 and 0.25, 0 and 2.25, 0 and 0.25."""
+    values, old = torch.tensor([[2.0, 2.0, -2.0, 9.0]]), torch.tensor([[0.0, 0.0, -1.0, 0.0]])
+    returns, mask = torch.tensor([[1.0, 2.0, -2.0, 0.0]]), torch.tensor([[True, True, True, False]])
+    loss = critic_loss(values, old, returns, mask, value_clip=0.5, total_tokens=3)
+    assert loss.item() == pytest.approx(0.5 * (1.0 + 2.25 + 0.25) / 3)
 
 
 @given(lengths=st.lists(st.integers(1, 6), min_size=4, max_size=4), seed=st.integers(0, 100))
