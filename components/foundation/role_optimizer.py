@@ -135,11 +135,12 @@ class UpdateGuard:
 
     Attributes:
         skipped: updates of all roles so far.
+        in_a_row: of each role, those skipped since the last one that was made.
     """
 
     def __init__(self, limit: int = MAX_SKIPPED_UPDATES) -> None:
         self._limit = limit
-        self._in_a_row: dict[str, int] = {}
+        self.in_a_row: dict[str, int] = {}
         self.skipped = 0
 
     def update(self, role: str, optimizer: RoleOptimizer, *, loss: float, max_gradient_norm: float, step: int) -> float:
@@ -151,15 +152,15 @@ class UpdateGuard:
         loss = distributed.total_of({role: loss})[role]  # all ranks skip or none
         norm = optimizer.step(max_gradient_norm, loss)
         if math.isfinite(loss) and math.isfinite(norm):
-            self._in_a_row[role] = 0
+            self.in_a_row[role] = 0
             return norm
         self.skipped += 1
-        self._in_a_row[role] = self._in_a_row.get(role, 0) + 1
+        self.in_a_row[role] = self.in_a_row.get(role, 0) + 1
         what = f"{role}, step {step}: loss {loss:.4g}, gradient norm {norm:.4g}"
-        if self._in_a_row[role] > self._limit:
+        if self.in_a_row[role] > self._limit:
             raise DivergenceError(
                 f"{what}: not finite, and neither were the {self._limit} updates before; all of them were skipped. "
                 "Look at the batch, or lower the learning rate"
             )
-        log.warning("%s: not finite, update skipped (%d in a row)", what, self._in_a_row[role])
+        log.warning("%s: not finite, update skipped (%d in a row)", what, self.in_a_row[role])
         return norm

@@ -29,6 +29,7 @@ from components.foundation.ppo_settings import PpoSettings
 from components.foundation.preference import Demonstration, PromptRecord, read_jsonl
 from components.foundation.progress import Progress
 from components.foundation.results import PpoTrace, PreferenceModelResult, from_json, read_record, to_json
+from components.foundation.role_optimizer import UpdateGuard
 from components.foundation.rollout.engines import make_engine
 from components.foundation.run_context import open_stage
 from components.foundation.settings import Settings
@@ -63,18 +64,22 @@ class PpoInputs:
 
 @dataclasses.dataclass(frozen=True)
 class PpoProgress:
-    """What a checkpoint of this stage holds besides weights: the trace so far and the multiplier's whole state."""
+    """What a checkpoint of this stage holds besides weights: the trace so far, the multiplier's whole state, and the
+    updates that were skipped."""
 
     trace: PpoTrace
     nu: float | None  # None where lambda is 0: JSON has no infinity
     costs: list[float]
     integral: float
     previous_cost: float | None
+    skipped: int
+    skipped_in_a_row: dict[str, int]
 
     @classmethod
-    def of(cls, trace: PpoTrace, state: MultiplierState) -> PpoProgress:
+    def of(cls, trace: PpoTrace, state: MultiplierState, guard: UpdateGuard) -> PpoProgress:
         nu = state.nu if math.isfinite(state.nu) else None
-        return cls(trace, nu, list(state.costs), state.integral, state.previous_cost)
+        memory = (list(state.costs), state.integral, state.previous_cost)
+        return cls(trace, nu, *memory, guard.skipped, dict(guard.in_a_row))
 
     def multiplier(self) -> MultiplierState:
         nu = -math.inf if self.nu is None else self.nu
@@ -190,9 +195,12 @@ def train_policy(
     if state.record:
         progress = from_json(PpoProgress, state.record)
         trace, trainer.multiplier = progress.trace, progress.multiplier()
+        trainer.guard.skipped, trainer.guard.in_a_row = progress.skipped, progress.skipped_in_a_row
     for step in range(state.step, steps):
         record_step(trace, train_step(step))
-        checkpoints.after_step(step + 1, steps, lambda: to_json(PpoProgress.of(trace, trainer.multiplier)))
+        checkpoints.after_step(
+            step + 1, steps, lambda: to_json(PpoProgress.of(trace, trainer.multiplier, trainer.guard))
+        )
     return trace
 
 

@@ -96,7 +96,7 @@ class PpoLagrangian:
         self._constraint = constraint
         self._seed = seed
         self._demonstrations = demonstrations
-        self._guard = UpdateGuard(settings.max_skipped_updates)
+        self.guard = UpdateGuard(settings.max_skipped_updates)
         self.multiplier = start_multiplier(settings)
         rates = {ACTOR: settings.actor_learning_rate}
         critics = (REWARD_CRITIC, COST_CRITIC) if settings.advantage_source == "models" else ()
@@ -161,7 +161,7 @@ class PpoLagrangian:
             cost_critic_loss=losses[COST_CRITIC],
             rollout_tokens_per_second=tokens / rollout_seconds,
             ended_share=means["ended"],
-            skipped_updates=self._guard.skipped,
+            skipped_updates=self.guard.skipped,
             drift=means["drift"],
         )
 
@@ -278,7 +278,7 @@ class PpoLagrangian:
 
     def _step_optimizer(self, role: str, loss: float, step: int) -> None:
         norm = self._settings.max_gradient_norm
-        self._guard.update(role, self.optimizers[role], loss=loss, max_gradient_norm=norm, step=step + 1)
+        self.guard.update(role, self.optimizers[role], loss=loss, max_gradient_norm=norm, step=step + 1)
 
     def _answer_logits(self, batch: SequenceBatch) -> Tensor:
         return self._backbone.answer_logits(batch.input_ids, batch.attention_mask, batch.answer_length, batch.trunk)

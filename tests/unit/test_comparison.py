@@ -17,6 +17,7 @@ from components.foundation.judging import AnswerJudgement, AnswerPair, PairJudge
 from components.foundation.policy import ACTOR
 from components.foundation.preference import PromptRecord
 from components.foundation.results import PpoTrace, from_json, to_json
+from components.foundation.role_optimizer import UpdateGuard
 from components.foundation.rollout.transformers_engine import TransformersEngine
 from components.foundation.settings import Settings, resolve_settings
 from components.ppo_lagrangian.comparison import ask_annotator, compare_episode
@@ -203,7 +204,7 @@ def test_a_policy_learns_what_is_liked_or_under_a_strict_limit_to_shun_what_is_u
 def test_a_multiplier_even_of_zero_survives_its_checkpoint(nu: float, value: float, memory: dict[str, float]) -> None:
     """With what PID control remembers, too."""
     state = MultiplierState(nu, costs=(0.0, 1.0), **memory)
-    stored = to_json(PpoProgress.of(PpoTrace(0.1), state))
+    stored = to_json(PpoProgress.of(PpoTrace(0.1), state, UpdateGuard()))
     assert from_json(PpoProgress, stored).multiplier() == state
     assert state.value == value
 

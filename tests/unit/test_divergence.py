@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +16,14 @@ from components.foundation.errors import DivergenceError
 from components.foundation.policy import ACTOR
 from components.foundation.ppo_settings import PpoSettings
 from components.foundation.preference_trainer import PreferenceScores, ScoredPair, train_preference_model
+from components.foundation.results import PpoTrace
 from components.foundation.role_optimizer import UpdateGuard, WholeOptimizer
 from components.foundation.rollout.transformers_engine import TransformersEngine
 from components.foundation.setting_sections import LoraSettings, PreferenceModelSettings, SftSettings
+from components.foundation.training_checkpoints import TrainingState
 from components.ppo_lagrangian.episode import COST, COST_CRITIC, REWARD, REWARD_CRITIC
 from components.ppo_lagrangian.multiplier import CostConstraint
+from components.ppo_lagrangian.ppo_lagrangian import train_policy
 from components.ppo_lagrangian.trainer import PpoLagrangian
 from components.reward_model.loss import reward_loss
 from components.sft.sft import train_sft
@@ -97,6 +101,30 @@ def test_row_26_one_skipped_update_too_many_stops_training_with_step_and_values(
         for number in range(9):
             trainer.step(PROMPTS, number)
     assert equal(tensors(backbone, ACTOR), actor)
+
+
+class OneCheckpoint:
+    """Keeps what a stage saved last."""
+
+    def __init__(self) -> None:
+        self._state = TrainingState()
+
+    def restore(self, trained: object) -> TrainingState:
+        return self._state
+
+    def after_step(self, step: int, steps: int, record: Callable[[], str]) -> None:
+        self._state = TrainingState(step, record())
+
+
+def test_updates_skipped_before_a_restart_count_after_it(backbone: Backbone) -> None:
+    """Two in the first step; of the three that are allowed in a row, one is left to the second."""
+    poison(backbone, REWARD_CRITIC)
+    kept: Any = OneCheckpoint()
+    before, after = (trainer_of(backbone, max_skipped_updates=3) for _ in range(2))
+    train_policy(before, lambda step: before.step(PROMPTS, step), 1, PpoTrace(0.0), kept)
+    with pytest.raises(DivergenceError, match="actor, step 2: loss nan"):
+        train_policy(after, lambda step: after.step(PROMPTS, step), 2, PpoTrace(0.0), kept)
+    assert after.guard.skipped > before.guard.skipped == 4
 
 
 @pytest.mark.parametrize("model", [REWARD, COST])

@@ -1,0 +1,120 @@
+"""Each option of the PPO stage, on the same data and models: the stage ends well, and the option made a difference.
+
+Those that `saferlhf run` is tried with in tests/e2e are not here.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from components.cost_model.cost_model import run_cost_model
+from components.foundation.results import PpoTrace, read_record
+from components.foundation.run_context import open_run
+from components.ppo_lagrangian.ppo_lagrangian import PpoInputs, run_ppo_lagrangian
+from components.prepare_data.prepare_data import run_prepare_data
+from components.prepare_data.start_run import run_start_run
+from components.reward_model.reward_model import run_reward_model
+from components.sft.sft import run_sft
+from pipelines.services import Endpoints
+
+pytestmark = pytest.mark.xdist_group("resume")
+
+
+@dataclass(frozen=True)
+class Models:
+    """What a run of profile tiny made before PPO: URIs, in the store that holds the runs, too."""
+
+    root: str
+    inputs: PpoInputs
+
+    def train(self, *settings: str, policy: str = "") -> str:
+        """The URI of a policy trained in a run of its own; from `policy` on, in round 2, where that is given."""
+        i = self.inputs
+        inputs = PpoInputs(i.data, i.sft, policy or i.sft, i.reward_model, i.cost_model)
+        return run_ppo_lagrangian(start(self.root, *settings), 2 if policy else 1, inputs)
+
+    def actor(self, policy: str) -> dict[str, str]:
+        """SHA-256 of the files of a trained actor."""
+        files = open_run(self.inputs.sft.partition("/round-")[0]).store.manifest(policy).files
+        return {file.path: file.sha256 for file in files if file.path.startswith("actor/")}
+
+    def trace(self, policy: str) -> PpoTrace:
+        store = open_run(self.inputs.sft.partition("/round-")[0]).store
+        return read_record(PpoTrace, store.fetch(policy) / "trace.json")
+
+
+def start(root: str, *settings: str) -> str:
+    run_id = uuid.uuid4().hex
+    return run_start_run(f"{root}/runs/{run_id}", run_id, "tiny", 0, json.dumps([f"store.uri={root}", *settings]), 2)
+
+
+def made(root: str, *settings: str) -> Models:
+    run = start(root, *settings)
+    data = run_prepare_data(run)
+    sft = run_sft(run, data)
+    return Models(
+        root, PpoInputs(data, sft, sft, run_reward_model(run, 1, sft, data), run_cost_model(run, 1, sft, data))
+    )
+
+
+@pytest.fixture(scope="module")
+def root(services: Endpoints, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAFERLHF_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield f"s3://saferlhf-test/{uuid.uuid4().hex}"
+
+
+@pytest.fixture(scope="module")
+def models(root: str) -> Models:
+    return made(root)
+
+
+@pytest.fixture(scope="module")
+def plain(models: Models) -> str:
+    """The policy that profile tiny trains, with no option set."""
+    return models.train()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("ppo.macro_action=perplexity",),
+        ("ppo.cost_aggregation=floored",),
+        ("ppo.top_p=0.9", "ppo.top_k=50"),
+        ("ppo.epochs=2", "ppo.actor_schedule=cosine", "ppo.actor_warmup_share=0.5"),
+        ("ppo.whiten_advantages=false",),
+    ],
+    ids=str,
+)
+def test_an_option_trains_another_policy(models: Models, plain: str, settings: tuple[str, ...]) -> None:
+    policy = models.train(*settings)
+    assert models.actor(policy).keys() == models.actor(plain).keys()
+    assert models.actor(policy) != models.actor(plain)
+    assert len(models.trace(policy).kl) == 2
+
+
+def test_the_weight_of_reward_shaping_stands_in_place_of_a_multiplier(models: Models, plain: str) -> None:
+    shaped = models.train("ppo.reward_shaping=2")
+    assert models.trace(shaped).multiplier == pytest.approx([2.0, 2.0])
+    assert models.actor(shaped) != models.actor(plain)
+
+
+@pytest.mark.parametrize("reference", ["sft", "previous"])
+def test_the_kl_penalty_holds_on_to_the_policy_that_is_set(models: Models, plain: str, reference: str) -> None:
+    """A round begins with the policy of the one before, so from that its KL divergence is 0."""
+    first = models.trace(models.train(f"ppo.reference={reference}", policy=plain)).kl[0]
+    assert (first == 0.0) == (reference == "previous")
+
+
+def test_all_stages_train_whole_copies(root: str) -> None:
+    models = made(root, "finetune=full")
+    policy = models.train("finetune=full")
+    store = open_run(models.inputs.sft.partition("/round-")[0]).store
+    for uri in (policy, models.inputs.reward_model, models.inputs.cost_model):
+        assert not [file.path for file in store.manifest(uri).files if "adapter" in file.path], uri
+    assert len(models.trace(policy).kl) == 2
