@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
 from components.cost_model.cost_model import run_cost_model
+from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.results import PpoTrace, read_record
-from components.foundation.run_context import open_run
 from components.ppo_lagrangian.ppo_lagrangian import PpoInputs, run_ppo_lagrangian
 from components.prepare_data.prepare_data import run_prepare_data
 from components.prepare_data.start_run import run_start_run
@@ -34,18 +34,19 @@ class Models:
 
     def train(self, *settings: str, policy: str = "") -> str:
         """The URI of a policy trained in a run of its own; from `policy` on, in round 2, where that is given."""
-        i = self.inputs
-        inputs = PpoInputs(i.data, i.sft, policy or i.sft, i.reward_model, i.cost_model)
+        inputs = replace(self.inputs, policy=policy or self.inputs.sft)
         return run_ppo_lagrangian(start(self.root, *settings), 2 if policy else 1, inputs)
 
+    def files(self, uri: str) -> dict[str, str]:
+        """SHA-256 of the files of a commit."""
+        return {file.path: file.sha256 for file in CheckpointStore(self.root).manifest(uri).files}
+
     def actor(self, policy: str) -> dict[str, str]:
-        """SHA-256 of the files of a trained actor."""
-        files = open_run(self.inputs.sft.partition("/round-")[0]).store.manifest(policy).files
-        return {file.path: file.sha256 for file in files if file.path.startswith("actor/")}
+        """Those of a trained actor."""
+        return {path: digest for path, digest in self.files(policy).items() if path.startswith("actor/")}
 
     def trace(self, policy: str) -> PpoTrace:
-        store = open_run(self.inputs.sft.partition("/round-")[0]).store
-        return read_record(PpoTrace, store.fetch(policy) / "trace.json")
+        return read_record(PpoTrace, CheckpointStore(self.root).fetch(policy) / "trace.json")
 
 
 def start(root: str, *settings: str) -> str:
@@ -114,7 +115,7 @@ def test_the_kl_penalty_holds_on_to_the_policy_that_is_set(models: Models, plain
 def test_all_stages_train_whole_copies(root: str) -> None:
     models = made(root, "finetune=full")
     policy = models.train("finetune=full")
-    store = open_run(models.inputs.sft.partition("/round-")[0]).store
     for uri in (policy, models.inputs.reward_model, models.inputs.cost_model):
-        assert not [file.path for file in store.manifest(uri).files if "adapter" in file.path], uri
+        names = {path.rpartition("/")[2] for path in models.files(uri)}
+        assert "weights.safetensors" in names and "adapter.safetensors" not in names, uri
     assert len(models.trace(policy).kl) == 2
