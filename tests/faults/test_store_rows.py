@@ -172,15 +172,18 @@ def test_row_09_a_checkpoint_of_another_format_is_refused_in_one_sentence(stage:
     assert manifest in str(error.value)
 
 
-def test_row_09_a_checkpoint_of_other_roles_is_refused(stage: Stage) -> None:
-    """As a version that called them otherwise would have left it."""
-    backbone = a_model(stage)
-    backbone.add_role("actor", stage.context.settings.lora, scored=False)
+@pytest.mark.parametrize(("role", "more"), [("actor", 0), ("sft", 1)])
+def test_row_09_a_checkpoint_of_other_roles_or_shapes_is_refused(stage: Stage, role: str, more: int) -> None:
+    """As a version that called them otherwise, or made them larger, would have left it."""
+    backbone = Backbone.load(resolve_base_model("tiny", stage.context.store), "float32", seed=0)
+    lora = stage.context.settings.lora
+    backbone.add_role(role, lora.model_copy(update={"rank": lora.rank + more}), scored=False)
     with TrainingCheckpoints(stage, backbone, []) as checkpoints:
-        checkpoints.restore(make_optimizers(backbone, {"actor": 1e-3}))
+        checkpoints.restore(make_optimizers(backbone, {role: 1e-3}))
         checkpoints.after_step(1, 9)
-    with pytest.raises(TrainingError, match="holds no 'sft' of this model's shape: it was made by another version"):
+    with pytest.raises(TrainingError, match="holds no 'sft' of this model's shape: it was made by another") as error:
         restored(stage)
+    assert stage.checkpoints_uri in str(error.value)
 
 
 @pytest.mark.parametrize("gone", ["MANIFEST.json", "model.safetensors"])

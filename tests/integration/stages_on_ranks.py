@@ -1,16 +1,14 @@
-"""Stages as `launch` and torchrun call them, with something that happens to one of their ranks."""
+"""Stages as `launch` calls them, with something that happens to one of their ranks."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from typing import Any
 
 import pytest
 
 from components.foundation import distributed
-from components.foundation.launch import _function, run_rank
+from components.foundation.launch import _function
 from components.foundation.training_checkpoints import TrainingCheckpoints
 
 
@@ -26,7 +24,3 @@ def struck(run_uri: str, step: int, rank: int, number: int, stage: str, *argumen
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainingCheckpoints, "after_step", after_step)
         return _function(stage)(run_uri, *arguments)
-
-
-if __name__ == "__main__":  # each rank is asked for other inputs
-    run_rank(sys.argv[1], [*json.loads(sys.argv[2]), f"s3://data/of-rank-{os.environ['RANK']}"])

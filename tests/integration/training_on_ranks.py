@@ -7,9 +7,10 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,10 +18,11 @@ import torch
 from safetensors.torch import save_file
 
 from components.cost_model.loss import cost_loss
-from components.foundation import distributed
+from components.foundation import distributed, launch
 from components.foundation.backbone import Backbone
 from components.foundation.base_model import make_tiny
 from components.foundation.batching import TokenSequence, collate
+from components.foundation.errors import TrainingError
 from components.foundation.policy import ACTOR
 from components.foundation.ppo_settings import PpoSettings
 from components.foundation.preference_trainer import (
@@ -33,6 +35,7 @@ from components.foundation.role_optimizer import RoleOptimizer, make_optimizers
 from components.foundation.rollout import Sampling
 from components.foundation.rollout.transformers_engine import TransformersEngine
 from components.foundation.setting_sections import LoraSettings, PreferenceModelSettings, SftSettings
+from components.foundation.settings import resolve_settings
 from components.ppo_lagrangian.episode import COST, COST_CRITIC, REWARD, REWARD_CRITIC
 from components.ppo_lagrangian.multiplier import CostConstraint
 from components.ppo_lagrangian.trainer import PpoLagrangian
@@ -84,11 +87,19 @@ def preference_model(finetune: str, *, is_cost: bool) -> Results:
     return [*steps, {str(i): score for i, score in enumerate(scores.high.tolist())}], backbone.role_state("model")
 
 
-def ppo(finetune: str) -> Results:
-    """Five episodes a step in minibatches of two, the last of which leaves a rank without any; with PTX and a trunk."""
-    roles = {ACTOR: False, REWARD: True, COST: True, REWARD_CRITIC: True, COST_CRITIC: True}
+def ppo(finetune: str, *, heads: bool = False) -> Results:
+    """Five episodes a step in minibatches of two, the last of which leaves a rank without any; with PTX and a trunk.
+
+    `heads` are critics that are heads, with two passes over each rollout batch, as in profile `smol`.
+    """
+    critics = {REWARD_CRITIC: REWARD, COST_CRITIC: COST}
+    roles = {ACTOR: False, REWARD: True, COST: True} | ({} if heads else dict.fromkeys(critics, True))
     backbone = backbone_with(finetune, top_layers=1, **roles)
     settings = PpoSettings(episodes_per_step=5, minibatch_size=2, max_new_tokens=6, ptx_coefficient=0.5)
+    if heads:
+        settings = settings.model_copy(update={"critics": "head", "epochs": 2})
+        for critic, model in critics.items():
+            backbone.add_head(critic, model)
     trainer = PpoLagrangian(
         backbone, TransformersEngine(backbone, ACTOR), settings, CostConstraint(0.0), 0, [sequence(i) for i in range(4)]
     )
@@ -175,9 +186,26 @@ KINDS: dict[str, Callable[[str], Results]] = {
     "reward_model": partial(preference_model, is_cost=False),
     "cost_model": partial(preference_model, is_cost=True),
     "ppo": ppo,
+    "ppo_heads": partial(ppo, heads=True),
     "optimizer_state": optimizer_state,
     "generation": generation,
 }
+
+
+def refusal(what: str) -> str:
+    """What a rank is told when each was started with another `what`; empty where none of them minded."""
+    rank = distributed.world().rank
+    given = {"stage": "builtins:str", "inputs": "s3://run", "settings": "seed=0"}
+    given |= {what: {"stage": "builtins:repr", "inputs": "s3://other", "settings": "seed=1"}[what]} if rank else {}
+    context = SimpleNamespace(settings=resolve_settings("tiny", overrides=[given["settings"]]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "open_run", lambda uri: context)
+        patch.setattr(distributed, "started", nullcontext)  # these ranks have
+        try:
+            launch.run_rank(given["stage"], [given["inputs"]])
+        except TrainingError as error:
+            return str(error)
+    return ""
 
 
 def main(folder: Path, cases: list[list[str | int]]) -> None:
@@ -190,6 +218,8 @@ def main(folder: Path, cases: list[list[str | int]]) -> None:
             (folder / f"{name}-{world.rank}.json").write_text(json.dumps(steps))
             if world.is_main:
                 save_file(weights, folder / f"{name}.safetensors")
+        refusals = {what: refusal(what) for what in ("stage", "inputs", "settings")}
+        (folder / f"refusals-{world.rank}.json").write_text(json.dumps(refusals))
         distributed.barrier()
 
 
