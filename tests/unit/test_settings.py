@@ -17,8 +17,8 @@ from components.foundation.profiles import PROFILES
 from components.foundation.settings import Settings, resolve_settings
 
 CHOICES = {
-    "ppo.lambda_start": "init",
-    "ppo.threshold_answers": "newest",
+    "ppo.lambda_start": "previous",
+    "ppo.threshold_answers": "held_out",
     "serving.memory": "8Gi",
     "dtype": "float32",
     "data.history": "replace",
