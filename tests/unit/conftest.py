@@ -14,6 +14,7 @@ import transformers
 from components.foundation.backbone import Backbone
 from components.foundation.base_model import make_tiny
 from pipelines.compiling import compile_to
+from pipelines.platform_file import read_platform
 from tests.unit.kfp_server import KfpServer, kfp_server
 from tests.unit.kubeflow_command import ENVIRONMENT
 
@@ -21,6 +22,8 @@ MakeTiny = Callable[[str], Path]
 LoadTiny = Callable[[str], Backbone]
 LoadPlain = Callable[[Path], Any]
 Shallow = Callable[..., Any]
+
+IMAGES = {name: f"registry.mine.org/{name}@sha256:{'5' * 64}" for name in ("trainer", "rollout", "service")}
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +80,7 @@ def kfp(monkeypatch: pytest.MonkeyPatch) -> Iterator[KfpServer]:
 
 @pytest.fixture(scope="session")
 def compiled_pipeline(tmp_path_factory: pytest.TempPathFactory, shallow: Shallow) -> Path:
-    """One round, for no platform."""
+    """One round, on the shipped platform `on_prem`, with images of one's own."""
     file = tmp_path_factory.mktemp("compiled") / "pipeline.yaml"
-    shallow(compile_to, file, 1)
+    shallow(compile_to, file, 1, read_platform("on_prem", IMAGES))
     return file

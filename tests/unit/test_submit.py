@@ -56,7 +56,7 @@ def test_a_compiled_file_becomes_a_run_of_its_experiment(
     assert "-git-5f2c9a1e-" in run["display_name"]
     assert (experiment["display_name"], run["experiment_id"]) == ("trial", experiment["experiment_id"])
     assert run["service_account"] == "saferlhf"
-    assert run["pipeline_spec"]["pipelineInfo"]["name"] == "safe-rlhf"
+    assert run["pipeline_spec"]["pipeline_spec"]["pipelineInfo"]["name"] == "safe-rlhf"
     assert run["runtime_config"]["parameters"] == {
         "run_profile": "tiny",
         "run_seed": 7,
