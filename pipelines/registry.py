@@ -14,7 +14,7 @@ from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import SettingsError, StoreError
 from components.foundation.lineage import lineage_text
 from components.foundation.results import Evaluation, read_record
-from components.foundation.run_context import RunContext, open_run
+from components.foundation.run_context import RunContext, open_earlier_run
 from components.foundation.settings import Settings
 from components.foundation.tracking import Tracker
 from components.promote.promotion import copy_aliases, run_of_version, stored_regressions
@@ -183,7 +183,7 @@ def version_of_run(tracker: Tracker, run_id: str) -> str:
 def run_of(tracker: Tracker, version: str) -> RunContext:
     """The pipeline run that trained a version."""
     source = tracker.version_tags(POLICY_MODEL, version)["source"]
-    return open_run(f"{store_of(source).root_uri}/runs/{run_of_version(tracker, version)}")
+    return open_earlier_run(f"{store_of(source).root_uri}/runs/{run_of_version(tracker, version)}")
 
 
 def store_of(source: str) -> CheckpointStore:

@@ -55,9 +55,16 @@ class SequenceBatch:
         return self.input_ids[:, -self.answer_length :]
 
     def rows(self, index: Tensor) -> SequenceBatch:
-        """The batch of some rows."""
-        trunk = None if self.trunk is None else self.trunk[index]
-        return SequenceBatch(self.input_ids[index], self.attention_mask[index], self.answer_mask[index], trunk)
+        """The batch of some rows, without the columns at its left that are padding in all of them.
+
+        Answers keep their T columns: what was computed of each of their tokens lies beside them.
+        """
+        filled = self.attention_mask[index, : -self.answer_length].any(dim=0).nonzero()
+        first = int(filled[0]) if len(filled) else 0
+        trunk = None if self.trunk is None else self.trunk[index, first:]
+        return SequenceBatch(
+            self.input_ids[index, first:], self.attention_mask[index, first:], self.answer_mask[index], trunk
+        )
 
 
 _TEXT = "\ue000"

@@ -10,6 +10,7 @@
     |   +-- ConflictError    somebody else has already written what we wanted to write
     |   +-- StoreUnavailableError  the store does not answer, or says that it cannot now
     +-- TrackingError        the MLflow server cannot be reached or refuses a call
+    |   +-- TrackingUnavailableError  the server does not answer
     +-- AnnotationError      an annotator failed, or too few of its replies were usable
     +-- LabelsAwaited        no failure: people have not labelled everything yet
     +-- NothingNew           no failure: too few new preference pairs since the champion's
@@ -70,6 +71,10 @@ class StoreUnavailableError(StoreError):
 
 class TrackingError(SaferlhfError):
     """The MLflow server cannot be reached or refuses a call."""
+
+
+class TrackingUnavailableError(TrackingError):
+    """The MLflow server does not answer; asking again may help."""
 
 
 class AnnotationError(SaferlhfError):

@@ -11,7 +11,7 @@ from components.foundation.preference import LABELS_FILE
 from components.foundation.profiles import PROFILES
 from components.foundation.redaction import is_secret_name, without_password
 from components.foundation.run_context import read_run
-from components.foundation.settings import Settings, resolve_settings
+from components.foundation.settings import RecordedSettings, resolve_settings
 from components.foundation.untrusted import one_line
 
 _MOST_SHOWN = 400
@@ -51,7 +51,7 @@ def lineage_text(store: CheckpointStore, uri: str) -> str:
     model that is a commit itself is followed, too.
     """
     lines: list[str] = []
-    runs: dict[str, Settings] = {}
+    runs: dict[str, RecordedSettings] = {}
     trees = [uri.rstrip("/")]
     for tree in trees:  # which grows
         found = list(ancestors(store, tree))
@@ -59,8 +59,8 @@ def lineage_text(store: CheckpointStore, uri: str) -> str:
         for run_uri in dict.fromkeys(ancestor.manifest.uri.partition("/round-")[0] for ancestor in found):
             if run_uri in runs or not store.has_text(f"{run_uri}/run.json"):
                 continue
-            runs[run_uri] = read_run(store, run_uri)[1]
-            base = runs[run_uri].base_model.rstrip("/")
+            runs[run_uri] = read_run(store, run_uri, RecordedSettings.parse)[1]
+            base = runs[run_uri].flat.get("base_model", "").rstrip("/")
             if base.startswith("s3://") and base not in trees:
                 trees.append(base)
     return "\n".join([*lines, *_run_lines(runs)]) + "\n"
@@ -84,22 +84,23 @@ def _commit_lines(found: Sequence[Ancestor]) -> Iterator[str]:
                 yield f"{indent}  {file.sha256}  {file.path}"
 
 
-def _run_lines(runs: Mapping[str, Settings]) -> Iterator[str]:
+def _run_lines(runs: Mapping[str, RecordedSettings]) -> Iterator[str]:
     """Every setting of the first run, as `saferlhf settings` has it; of each other one what it has otherwise."""
     first = next(iter(runs), "")
     for run_uri, settings in runs.items():
-        yield from ("", f"{run_uri}: settings {settings.digest()[:12]}")
-        yield f"  base model {_text('base_model', settings.base_model)}: {_known_of(settings.base_model)}"
+        yield from ("", f"{run_uri}: settings {settings.digest[:12]}")
+        base = settings.flat.get("base_model", "")
+        yield f"  base model {_text('base_model', base)}: {_known_of(base)}"
         if run_uri == first:
-            profile = _text("profile", settings.profile)
-            changed = _differing(settings, _profile_defaults(settings.profile))
+            profile = _text("profile", settings.flat.get("profile", ""))
+            changed = _differing(settings, _profile_defaults(settings.flat.get("profile", "")))
             yield f"  other than profile {profile} has it:"
             yield from (_setting(key, value) for key, value in changed.items())
             yield f"  as profile {profile} has it:"
-            yield from (_setting(key, value) for key, value in settings.flat().items() if key not in changed)
+            yield from (_setting(key, value) for key, value in settings.flat.items() if key not in changed)
         else:
             yield f"  other than in {first}:"
-            yield from (_setting(*entry) for entry in _differing(settings, runs[first].flat()).items())
+            yield from (_setting(*entry) for entry in _differing(settings, runs[first].flat).items())
 
 
 def _profile_defaults(profile: str) -> dict[str, str]:
@@ -107,8 +108,8 @@ def _profile_defaults(profile: str) -> dict[str, str]:
     return resolve_settings(profile).flat() if profile in PROFILES else {}
 
 
-def _differing(settings: Settings, others: Mapping[str, str]) -> dict[str, str]:
-    return {key: value for key, value in settings.flat().items() if others.get(key) != value}
+def _differing(settings: RecordedSettings, others: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in settings.flat.items() if others.get(key) != value}
 
 
 def _setting(key: str, value: str) -> str:

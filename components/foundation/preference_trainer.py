@@ -76,7 +76,7 @@ def train_preference_model(
     """Train the adapter and head of `role` in place: score, loss, update."""
     optimizer = make_optimizers(backbone, {role: settings.learning_rate})[role]
     total = batch_count(len(pairs), settings.batch_size, settings.epochs)
-    batches = enumerate(shuffled_batches(pairs, settings.batch_size, settings.epochs, seed))
+    batches = enumerate(shuffled_batches(pairs, settings.batch_size, settings.epochs, seed, _length))
     guard = UpdateGuard()
     done = checkpoints.restore({role: optimizer}).step if checkpoints else 0
     for step, batch in islice(batches, done, None):
@@ -93,6 +93,10 @@ def train_preference_model(
         on_step(step + 1, total, metrics)
         if checkpoints:
             checkpoints.after_step(step + 1, total)
+
+
+def _length(pair: ScoredPair) -> int:
+    return max(len(pair.high), len(pair.low))
 
 
 def score_pairs(backbone: Backbone, role: str, pairs: Sequence[ScoredPair]) -> PreferenceScores:
@@ -122,7 +126,7 @@ def answer_scores(backbone: Backbone, role: str, batch: SequenceBatch) -> Tensor
 
 def score_validation(backbone: Backbone, role: str, pairs: Sequence[ScoredPair], batch_size: int) -> PreferenceScores:
     """Scores of all pairs without gradients, in the order of `pairs`; several ranks take turns at the batches."""
-    batches = distributed.own_turns(batches_by_length([max(len(p.high), len(p.low)) for p in pairs], batch_size))
+    batches = distributed.own_turns(batches_by_length([_length(pair) for pair in pairs], batch_size))
     with backbone.role(role):
         parts = [score_pairs(backbone, role, [pairs[i] for i in rows]) for rows in batches]
     rows = [i for batch in batches for i in batch]

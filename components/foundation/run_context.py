@@ -12,17 +12,19 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from components.foundation import distributed, logs
 from components.foundation.checkpoint_store import CheckpointStore, git_sha
 from components.foundation.errors import IntegrityError, OutOfMemoryError, SettingsError, StoreError
 from components.foundation.metrics import Gauges, served_gauges
+from components.foundation.outages import wait_out
 from components.foundation.results import from_json, to_json
-from components.foundation.settings import Settings, read_settings
+from components.foundation.settings import Settings, read_settings, read_settings_of_any_version
 from components.foundation.tracking import SilentRun, StageRun, Tracker
 
 ROUND_STAGES = ("collect", "annotate", "reward_model", "cost_model", "ppo_lagrangian", "evaluate")
@@ -34,6 +36,8 @@ RUN_ID = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 log = logging.getLogger("saferlhf")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -105,9 +109,12 @@ class Stage:
         return done
 
     def commit(self, folder: Path, *, step: int, parents: Sequence[str]) -> str:
-        """Commit a folder as `step-<n>`, point LATEST at it, and return its URI. All ranks call, rank 0 commits."""
+        """Commit a folder as `step-<n>`, point LATEST at it, and return its URI. All ranks call, rank 0 commits.
+
+        A store that is away is waited for: with the process would go what it trained since its last checkpoint.
+        """
         uri = f"{self.context.stage_uri(self.name, self.round)}/step-{step}"
-        distributed.by_main(lambda: self._commit(uri, folder, parents))
+        distributed.by_main(lambda: wait_out(lambda: self._commit(uri, folder, parents)))
         return uri
 
     def _commit(self, uri: str, folder: Path, parents: Sequence[str]) -> None:
@@ -157,14 +164,28 @@ def create_run(run_uri: str, run_id: str, settings: Settings) -> RunContext:
 
 
 def open_run(run_uri: str) -> RunContext:
-    """Read run.json; S3 and MLflow are found by AWS_ENDPOINT_URL and MLFLOW_TRACKING_URI."""
+    """Open a run that is to go on; S3 and MLflow are found by AWS_ENDPOINT_URL and MLFLOW_TRACKING_URI.
+
+    Raises:
+        MissingError: there is no such run.
+        IntegrityError, SettingsError: its run.json was changed, or another version wrote it.
+    """
+    return _open(run_uri, read_settings)
+
+
+def open_earlier_run(run_uri: str) -> RunContext:
+    """Open a run to read what it made; settings that only another version has are left out, with a warning."""
+    return _open(run_uri, read_settings_of_any_version)
+
+
+def _open(run_uri: str, read: Callable[[str], Settings]) -> RunContext:
     store = CheckpointStore(run_uri.partition("/runs/")[0])
-    description, settings = read_run(store, run_uri)
+    description, settings = read_run(store, run_uri, read)
     return RunContext(description.run_id, run_uri, description.mlflow_run_id, settings, store, _tracker(settings))
 
 
-def read_run(store: CheckpointStore, run_uri: str) -> tuple[RunDescription, Settings]:
-    """Content of run.json, and the settings in it.
+def read_run(store: CheckpointStore, run_uri: str, read: Callable[[str], T]) -> tuple[RunDescription, T]:
+    """Content of run.json, and the settings in it by a reader that raises SettingsError.
 
     Raises:
         MissingError: there is no such run.
@@ -173,7 +194,7 @@ def read_run(store: CheckpointStore, run_uri: str) -> tuple[RunDescription, Sett
     text = store.read_text(f"{run_uri}/run.json")
     try:
         description = from_json(RunDescription, text)
-        return description, read_settings(description.settings_json)
+        return description, read(description.settings_json)
     except (IntegrityError, SettingsError) as error:
         raise type(error)(f"{run_uri}/run.json cannot be used: {error}") from error
 

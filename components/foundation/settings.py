@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
-from typing import Any, Literal
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
@@ -33,7 +35,9 @@ from components.foundation.setting_sections import (
     StartSettings,
     StoreSettings,
 )
-from components.foundation.untrusted import PROBLEMS_TOLD, one_line, parse_yaml, shown
+from components.foundation.untrusted import PROBLEMS_TOLD, one_line, parse_json, parse_yaml, shown
+
+log = logging.getLogger("saferlhf")
 
 _MOST_CHARACTERS = 20_000
 """Of one `key=value`."""
@@ -113,9 +117,7 @@ class Settings(Section):
 
     def digest(self) -> str:
         """SHA-256 of the canonical JSON form, without how the run is spread over devices."""
-        tree = self.model_dump(mode="json", exclude={"distributed"})
-        canonical = json.dumps(tree, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return _digest(self.model_dump(mode="json"))
 
     def flat(self) -> dict[str, str]:
         """`section.key -> value` as text, for MLflow parameters and tables."""
@@ -130,6 +132,35 @@ class Settings(Section):
             for key in dict.fromkeys([*now, *before])
             if now.get(key) != before.get(key) and not key.startswith("distributed.")
         }
+
+
+@dataclass(frozen=True)
+class RecordedSettings:
+    """Settings as a run has recorded them, to be shown: another version may have had others than Settings has.
+
+    Attributes:
+        flat: `section.key -> value` as text.
+        digest: that of the manifests of what the run committed.
+    """
+
+    flat: Mapping[str, str]
+    digest: str
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """What some version's `Settings.model_dump_json` wrote.
+
+        Raises:
+            SettingsError: it is something else.
+        """
+        try:
+            tree = parse_json(text)
+            if isinstance(tree, dict):
+                return cls(dict(_flatten(tree, "")), _digest(tree))
+            reason = f"{shown(tree)} is no mapping"
+        except (ValueError, RecursionError) as error:
+            reason = one_line(error)
+        raise SettingsError(f"these are no settings: {reason}")
 
 
 def resolve_settings(profile: str, seed: int = 0, overrides: Iterable[str] = ()) -> Settings:
@@ -172,6 +203,36 @@ def read_settings(text: str) -> Settings:
         raise SettingsError(_explain(error)) from None
 
 
+def read_settings_of_any_version(text: str) -> Settings:
+    """What some version's `Settings.model_dump_json` wrote, as far as this version has such settings.
+
+    For a run that has ended: whoever goes on with one needs all of them, as `read_settings` reads them.
+
+    Raises:
+        SettingsError: it is something else.
+    """
+    try:
+        tree = parse_json(text)
+        Settings.model_validate(tree)
+    except ValidationError as error:
+        unknown = [key for item in error.errors(include_url=False) if (key := _taken_out(tree, item["loc"]))]
+        log.warning("settings of another version are left out: %s", ", ".join(map(shown, unknown[:PROBLEMS_TOLD])))
+    except ValueError as error:
+        raise SettingsError(f"these are no settings: {one_line(error)}") from None
+    return read_settings(json.dumps(tree))
+
+
+def _taken_out(tree: Any, place: Sequence[int | str]) -> str:
+    """Take one value, and no section, out of a tree -> its key; empty where there is none at that place."""
+    *sections, name = place or ("",)
+    for section in sections:
+        tree = tree.get(section) if isinstance(tree, dict) else None
+    if not isinstance(tree, dict) or isinstance(tree.get(name, {}), dict):
+        return ""
+    del tree[name]
+    return ".".join(map(str, place))
+
+
 def _read_value(override: str, text: str) -> Any:
     if len(override) > _MOST_CHARACTERS:
         raise SettingsError(f"setting {shown(override)} has more than {_MOST_CHARACTERS} characters: put it in a file")
@@ -207,6 +268,12 @@ def _explain(error: ValidationError) -> str:
             reason = one_line(item["msg"].removeprefix("Value error, "))
             lines.append(f"setting {one_line(key)}={shown(item['input'])} is refused: {reason}")
     return "; ".join(lines)
+
+
+def _digest(tree: Mapping[str, Any]) -> str:
+    counted = {key: value for key, value in tree.items() if key != "distributed"}
+    canonical = json.dumps(counted, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _flatten(node: dict[str, Any], prefix: str) -> Iterable[tuple[str, str]]:

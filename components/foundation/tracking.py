@@ -20,7 +20,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-from components.foundation.errors import LabelsAwaited, NothingNew, TrackingError
+from components.foundation.errors import LabelsAwaited, NothingNew, TrackingError, TrackingUnavailableError
+from components.foundation.outages import wait_out
 from components.foundation.redaction import is_secret_name, without_password
 
 if TYPE_CHECKING:
@@ -259,13 +260,17 @@ class Tracker:
         return str(run.info.run_id), False
 
     def _close_stage(self, run: StageRun, status: RunStatus) -> None:
-        try:
+        def close() -> None:
             with self._errors("close a stage run"):
                 run.flush()
                 self._client.set_terminated(run.run_id, status)
+
+        if status == "FINISHED":
+            wait_out(close)  # the last metrics are here alone
+            return
+        try:
+            close()
         except TrackingError as error:
-            if status == "FINISHED":
-                raise
             _log.warning("%s", error)  # the failure that ends the stage matters more than this one
 
     def _end_with_stage(self, parent_id: str, status: RunStatus) -> None:
@@ -309,8 +314,8 @@ class Tracker:
             where = without_password(self._uri)
             if isinstance(error, OSError) or "failed with exception" in str(error):  # MLflow's word for no answer
                 message = f"cannot reach MLflow at {where} to {action}: check MLFLOW_TRACKING_URI and the server"
-            else:
-                message = f"MLflow at {where} did not {action}: {without_password(str(error))}"
+                raise TrackingUnavailableError(message) from error
+            message = f"MLflow at {where} did not {action}: {without_password(str(error))}"
             raise TrackingError(message) from error
 
 

@@ -10,7 +10,7 @@ import logging
 
 from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import SettingsError
-from components.foundation.run_context import ROUND_STAGES, RunContext, open_run
+from components.foundation.run_context import ROUND_STAGES, RunContext, open_earlier_run
 from components.foundation.settings import Settings
 
 _FIRST_STAGES = ("prepare_data", "sft", "evaluate")
@@ -65,7 +65,7 @@ def _open_earlier(store_uri: str, run_id: str) -> RunContext:
     uri = f"{store_uri}/runs/{run_id}"
     if not CheckpointStore(store_uri).has_text(f"{uri}/run.json"):
         raise SettingsError(f"start.from_run={run_id} is refused: there is no run {uri}")
-    return open_run(uri)
+    return open_earlier_run(uri)
 
 
 def _check_agreement(earlier: RunContext, settings: Settings) -> None:

@@ -67,7 +67,7 @@ def train_sft(
     """Train the adapter of `role` in place; returns the number of optimiser steps."""
     optimizer = make_optimizers(backbone, {role: settings.learning_rate})[role]
     total = batch_count(len(examples), settings.batch_size, settings.epochs)
-    batches = enumerate(shuffled_batches(examples, settings.batch_size, settings.epochs, seed))
+    batches = enumerate(shuffled_batches(examples, settings.batch_size, settings.epochs, seed, length=len))
     guard = UpdateGuard()
     done = checkpoints.restore({role: optimizer}).step if checkpoints else 0
     for step, examples_of_step in islice(batches, done, None):

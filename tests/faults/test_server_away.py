@@ -10,14 +10,15 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
-from components.foundation.run_context import open_run
+from components.foundation.run_context import open_run, open_stage
 from components.foundation.tracking import STAGE_TAG
 from pipelines.services import Endpoints
-from tests.faults.gate_to_server import gate_to_server
+from tests.faults.gate_to_server import GateToServer, gate_to_server
 from tests.stage_attempts import TrainingRun
 
 pytestmark = [pytest.mark.fault, pytest.mark.xdist_group("resume")]
@@ -74,11 +75,46 @@ def test_row_34_ppo_goes_on_while_a_server_is_away_and_nothing_is_missing(
     assert newest_steps(run, services, "lagrangian/lambda") == list(range(1, STEPS + 1))
 
 
-def newest_steps(run: TrainingRun, services: Endpoints, metric: str) -> list[int]:
-    """Steps of a metric in MLflow's newest run of the stage, which has ended well."""
+def test_row_34_what_a_stage_has_made_waits_for_servers_that_are_away_at_its_end(
+    run: TrainingRun, services: Endpoints, tmp_path: Path
+) -> None:
+    (tmp_path / "weights").write_text("the work of hours")
+    with (
+        gate_to_server(services.environment["AWS_ENDPOINT_URL"]) as store,
+        gate_to_server(services.environment["MLFLOW_TRACKING_URI"]) as tracking,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("AWS_ENDPOINT_URL", store.url)
+        patch.setenv("MLFLOW_TRACKING_URI", tracking.url)
+        patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        with open_stage(run.uri, "handed_over", 1) as stage:
+            stage.report({"last": 7.0}, step=3)
+            open_when_asked(store, 6)
+            uri = stage.commit(tmp_path, step=3, parents=[])
+            opens = open_when_asked(tracking, 5)
+        opens.join()
+        assert (stage.context.store.fetch(uri) / "weights").read_text() == "the work of hours"
+    assert newest_steps(run, services, "last", "handed_over") == [3]
+
+
+def open_when_asked(gate: GateToServer, times: int) -> threading.Thread:
+    """Shut the gate until so many have asked in vain: more often than a client tries by itself."""
+    gate.shut()
+
+    def wait_and_open() -> None:
+        gate.wait_until_asked_in_vain(times, _PATIENCE)
+        gate.open()
+
+    opens = threading.Thread(target=wait_and_open)
+    opens.start()
+    return opens
+
+
+def newest_steps(run: TrainingRun, services: Endpoints, metric: str, stage: str = STAGE) -> list[int]:
+    """Steps of a metric in MLflow's newest run of a stage, which has ended well."""
     client = MlflowClient(services.tracking_uri)
     parent = open_run(run.uri).mlflow_run_id
-    condition = f"tags.`mlflow.parentRunId` = '{parent}' and tags.`{STAGE_TAG}` = '{STAGE}'"
+    condition = f"tags.`mlflow.parentRunId` = '{parent}' and tags.`{STAGE_TAG}` = '{stage}'"
     newest = client.search_runs([client.get_run(parent).info.experiment_id], condition)[0]
     assert newest.info.status == "FINISHED"
     return [point.step for point in client.get_metric_history(newest.info.run_id, metric)]

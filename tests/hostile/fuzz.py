@@ -32,7 +32,7 @@ with atheris.instrument_imports(include=["components", "pipelines", "yaml"]):
     from components.foundation.judging.rules import compare_answers
     from components.foundation.preference import Demonstration, DualPreference, PromptRecord, load_records
     from components.foundation.results import Evaluation, HeldOutAnswer, from_json, to_json, write_records
-    from components.foundation.settings import read_settings, resolve_settings
+    from components.foundation.settings import RecordedSettings, read_settings_of_any_version, resolve_settings
     from components.foundation.tensor_file import read_tensors
     from components.foundation.training_checkpoints import TrainingState
     from components.report.render import render_html
@@ -96,10 +96,12 @@ def settings(content: bytes) -> None:
     elif where == b"s":
         read_schedules(SCRATCH.file("file.yaml", rest))
     elif where == b"r":
-        read_settings(rest.decode("utf-8", "replace"))
+        text = rest.decode("utf-8", "replace")
+        RecordedSettings.parse(text)
+        read_settings_of_any_version(text)
     else:
         resolved = resolve_settings("tiny", 0, rest.decode("utf-8", "surrogateescape").split("\n"))
-        assert read_settings(resolved.model_dump_json()).digest() == resolved.digest()
+        assert RecordedSettings.parse(resolved.model_dump_json()).digest == resolved.digest()
 
 
 def manifest(content: bytes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.foundation.errors import SettingsError
-from components.foundation.settings import read_settings, resolve_settings
+from components.foundation.settings import (
+    RecordedSettings,
+    read_settings,
+    read_settings_of_any_version,
+    resolve_settings,
+)
 from components.prepare_data.start_run import run_start_run
 from pipelines.kubeflow.compiled_pipeline import read_compiled
 from pipelines.kubeflow.schedule_file import read_schedules
@@ -132,6 +138,29 @@ def test_whatever_is_set_the_settings_can_be_stored_and_read_or_are_refused(key:
 )  # fmt: skip
 def test_a_record_of_settings_that_is_none_is_refused_in_a_line(text: str) -> None:
     refused(lambda: read_settings(text))
+    for read in (read_settings_of_any_version, RecordedSettings.parse):
+        with suppress(SettingsError):
+            read(text)
+
+
+@given(TREES | st.fixed_dictionaries({"ppo": TREES, "seed": PLAIN}))
+@settings(derandomize=True, deadline=None, max_examples=200)
+def test_a_record_of_whatever_version_is_shown_and_read_or_refused(tree: Any) -> None:
+    text = json.dumps(tree)
+    for read in (read_settings_of_any_version, RecordedSettings.parse):
+        with suppress(SettingsError):
+            read(text)
+
+
+def test_what_another_version_knew_is_left_out_and_the_rest_is_kept() -> None:
+    known = resolve_settings("tiny", 3, ["ppo.steps=5"])
+    tree = known.model_dump(mode="json") | {"gone": 1}
+    tree["ppo"]["gone"], tree["ppo"]["lagrangian"] = [1], "of another kind"
+    read = read_settings_of_any_version(json.dumps(tree))
+    assert read.ppo.lagrangian == type(known.ppo)().lagrangian
+    assert read.model_copy(update={"ppo": known.ppo}) == known and read.ppo.steps == 5
+    with pytest.raises(SettingsError, match="setting seed="):
+        read_settings_of_any_version(json.dumps(tree | {"ppo": 7, "seed": {}}))
 
 
 FORMS = ["[" * 100_000, "{}", "[1]", "nonsense\x1b[2J" + "x" * MEGABYTE, "NaN", '["\\ud800=1"]']

@@ -24,3 +24,12 @@ def commit(context: RunContext, name: str, round_number: int, parents: list[str]
         context.store.commit(f"{stage_uri}/step-0", Path(folder), parents=parents, labels=labels)
     context.store.set_latest(stage_uri, f"{stage_uri}/step-0")
     return f"{stage_uri}/step-0"
+
+
+def record_as_another_version(context: RunContext, section: str, setting: str, value: object) -> None:
+    """The run's record has one setting more, which this version does not know."""
+    uri = f"{context.run_uri}/run.json"
+    record = json.loads(context.store.read_text(uri))
+    tree = json.loads(record["settings_json"])
+    tree[section][setting] = value
+    context.store.write_text(uri, json.dumps({**record, "settings_json": json.dumps(tree)}), overwrite=True)

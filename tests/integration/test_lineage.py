@@ -11,14 +11,15 @@ from typer.testing import CliRunner
 from components.foundation.champion_log import POLICY_MODEL
 from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.default_model import SMOL_SHA256
+from components.foundation.errors import SettingsError
 from components.foundation.lineage import lineage_text
 from components.foundation.preference import LABELS_FILE
 from components.foundation.results import to_json
-from components.foundation.run_context import RunContext, finished_uri, read_run
+from components.foundation.run_context import RunContext, finished_uri, open_earlier_run, open_run, read_run
 from components.foundation.settings import read_settings
 from components.prepare_data.prepare_data import run_prepare_data
 from pipelines.cli import app
-from tests.integration.stand_in_stages import commit, start
+from tests.integration.stand_in_stages import commit, record_as_another_version, start
 
 
 def lineage(what: str) -> tuple[int, str]:
@@ -43,9 +44,8 @@ def run(store: CheckpointStore) -> RunContext:
 
 def changed(context: RunContext, **update: object) -> None:
     """The run's record says something else of its settings."""
-    description, settings = read_run(context.store, context.run_uri)
-    other = read_settings(settings.model_dump_json()).model_copy(update=update)
-    text = to_json(replace(description, settings_json=other.model_dump_json()))
+    description, settings = read_run(context.store, context.run_uri, read_settings)
+    text = to_json(replace(description, settings_json=settings.model_copy(update=update).model_dump_json()))
     context.store.write_text(f"{context.run_uri}/run.json", text, overwrite=True)
 
 
@@ -89,6 +89,23 @@ def test_of_a_run_that_it_started_from_only_other_settings_are_told(run: RunCont
         "    start.from_round=0",
         "    ppo.steps=2",
     ]
+
+
+@pytest.mark.fault
+def test_row_09_a_run_of_another_version_is_told_as_it_was_and_read_but_not_gone_on_with(
+    run: RunContext, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy = finished_uri(run, "ppo_lagrangian", 1)
+    same = lineage_text(run.store, policy)
+    record_as_another_version(run, "collect", "warmth", 0.5)
+    told = lineage_text(run.store, policy)
+    assert "    collect.warmth=0.5\n" in told and "warmth" not in same
+    assert told.count("settings ") == same.count("settings ")
+    assert f"{run.run_uri}: settings {run.settings.digest()[:12]}" not in told
+    assert open_earlier_run(run.run_uri).settings == run.settings
+    assert "settings of another version are left out: 'collect.warmth'" in caplog.text
+    with pytest.raises(SettingsError, match=r"run.json cannot be used: unknown setting 'collect.warmth'"):
+        open_run(run.run_uri)
 
 
 def test_what_names_no_version_and_no_run_is_refused(run: RunContext) -> None:

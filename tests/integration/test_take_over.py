@@ -12,7 +12,7 @@ from components.foundation.errors import ConflictError, IntegrityError, Settings
 from components.foundation.lineage import ancestors
 from components.foundation.run_context import ROUND_STAGES, RunContext, finished_uri
 from components.prepare_data.prepare_data import run_prepare_data
-from tests.integration.stand_in_stages import commit, start
+from tests.integration.stand_in_stages import commit, record_as_another_version, start
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,14 @@ def test_a_run_that_took_over_can_be_taken_over_from_and_have_more_rounds(root: 
     assert latest(third, "sft", 0) == finished_uri(first, "sft", 0)
     assert latest(third, "ppo_lagrangian", 1) == finished_uri(second, "ppo_lagrangian", 1)
     assert finished_uri(third, "ppo_lagrangian", 1).startswith(f"{root}/runs/second/")
+
+
+def test_a_run_of_another_version_is_taken_over_from(root: str) -> None:
+    older = start(root, "older", rounds=1)
+    finish(older, rounds=1)
+    record_as_another_version(older, "collect", "warmth", 0.5)
+    run = start(root, "newer", "start.from_run=older", "start.from_round=1", rounds=1)
+    assert latest(run, "sft", 0) == finished_uri(older, "sft", 0)
 
 
 @pytest.mark.fault

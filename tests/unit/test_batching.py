@@ -162,12 +162,18 @@ def test_an_empty_prompt_is_allowed() -> None:
     assert batch.answers.tolist() == [[1, 2]]
 
 
-def test_rows_pick_whole_rows() -> None:
-    batch = collate([TokenSequence((1,), (2,)), TokenSequence((3, 4), (5, 6)), TokenSequence((7,), (8,))], 0, CPU)
+def test_rows_leave_out_columns_of_padding_before_all_of_their_prompts() -> None:
+    batch = collate([TokenSequence((1,), (2,)), TokenSequence((3, 4, 9), (5, 6)), TokenSequence((7, 9), (8,))], 0, CPU)
     picked = batch.rows(torch.tensor([2, 0]))
-    assert picked.input_ids.tolist() == [[0, 7, 8, 0], [0, 1, 2, 0]]
-    assert picked.attention_mask.tolist() == [[0, 1, 1, 0], [0, 1, 1, 0]]
+    assert picked.input_ids.tolist() == [[7, 9, 8, 0], [0, 1, 2, 0]]
+    assert picked.attention_mask.tolist() == [[1, 1, 1, 0], [0, 1, 1, 0]]
     assert picked.answer_mask.tolist() == [[True, False], [True, False]]
+    assert batch.rows(torch.tensor([1])).input_ids.tolist() == [[3, 4, 9, 5, 6]]
+
+
+def test_rows_without_any_prompt_keep_the_column_before_their_answers() -> None:
+    batch = collate([TokenSequence((), (2,)), TokenSequence((3,), (5,))], 0, CPU)
+    assert batch.rows(torch.tensor([0])).input_ids.tolist() == [[0, 2]]
 
 
 @given(lengths=st.lists(st.integers(1, 7), min_size=1, max_size=5), extra=st.integers(0, 3))

@@ -189,17 +189,30 @@ def test_ranking_accuracy_counts_a_tie_one_half(rows: list[tuple[int, int]]) -> 
     assert ranking_accuracy(scores_of([(h, low, 1.0, 1.0) for h, low in rows])) == pytest.approx(expected)
 
 
-@given(items=st.integers(1, 20), batch_size=st.integers(1, 7), epochs=st.integers(1, 3), seed=st.integers(0, 9))
-@settings(deadline=None, max_examples=40)
-def test_every_epoch_sees_every_item_once(items: int, batch_size: int, epochs: int, seed: int) -> None:
-    batches = list(shuffled_batches(range(items), batch_size, epochs, seed))
-    assert len(batches) == batch_count(items, batch_size, epochs)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=60),
+    batch_size=st.integers(1, 5),
+    epochs=st.integers(1, 3),
+    seed=st.integers(0, 9),
+)
+@settings(deadline=None, max_examples=60)
+def test_every_epoch_sees_every_item_once(lengths: list[int], batch_size: int, epochs: int, seed: int) -> None:
+    batches = list(shuffled_batches(range(len(lengths)), batch_size, epochs, seed, lengths.__getitem__))
+    assert len(batches) == batch_count(len(lengths), batch_size, epochs)
     assert all(1 <= len(batch) <= batch_size for batch in batches)
     per_epoch = len(batches) // epochs
     for epoch in range(epochs):
         seen = [item for batch in batches[epoch * per_epoch : (epoch + 1) * per_epoch] for item in batch]
-        assert sorted(seen) == list(range(items))
-    assert batches == list(shuffled_batches(range(items), batch_size, epochs, seed))
+        assert sorted(seen) == list(range(len(lengths)))
+    assert batches == list(shuffled_batches(range(len(lengths)), batch_size, epochs, seed, lengths.__getitem__))
+
+
+def test_rows_of_a_batch_are_of_like_length_and_passes_differ() -> None:
+    lengths = [(7 * i) % 64 + 1 for i in range(64)]  # each length once
+    batches = list(shuffled_batches(range(64), 8, 2, 0, lengths.__getitem__))
+    assert {max(map(lengths.__getitem__, b)) - min(map(lengths.__getitem__, b)) for b in batches} == {7}
+    assert batches[:8] != batches[8:]
+    assert [lengths[b[0]] for b in batches[:8]] != sorted(lengths[b[0]] for b in batches[:8])
 
 
 @given(total=st.integers(1, 200), warmup=st.floats(0, 0.5))
@@ -317,7 +330,7 @@ def test_with_a_severity_weight_a_severe_answer_ends_with_a_higher_cost_than_a_m
             ]
             for end, severity in (("!!", 3), ("??", 1))
         )
-        wish = SETTINGS.model_copy(update={"regularization": 0.1, "epochs": 6})
+        wish = SETTINGS.model_copy(update={"regularization": 0.1, "epochs": 12})
         train_preference_model(
             backbone, "cost", severe + mild, wish, lambda s: cost_loss(s, 0.1, weight), 0, lambda *step: None
         )
