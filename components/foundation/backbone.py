@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from components.foundation import distributed
+from components.foundation.activation_checkpointing import computed_again_in_backward
 from components.foundation.architecture import has_transposed_maps, layers_of, linear_names
 from components.foundation.errors import IntegrityError, ModelError
 from components.foundation.language_model import (
@@ -50,9 +51,10 @@ class Backbone:
     Attributes:
         tokenizer: shared by all roles.
         device: where the weights are.
+        checkpoints_activations: whether layers are computed again in the backward pass, to save memory.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, *, checkpoints_activations: bool = False) -> None:
         vocabulary = model.get_input_embeddings().num_embeddings
         if len(tokenizer) > vocabulary:
             raise ModelError(f"the tokenizer has {len(tokenizer)} tokens but the model embeds only {vocabulary}")
@@ -69,15 +71,17 @@ class Backbone:
         self._copies: dict[str, Any] = {}
         self._current: tuple[str, bool] | None = None
         self.tokenizer = tokenizer
+        self.checkpoints_activations = checkpoints_activations
         self.device: torch.device = next(model.parameters()).device
         self.dtype: torch.dtype = next(model.parameters()).dtype
         self.eos_token_id: int = tokenizer.eos_token_id
 
     @classmethod
-    def load(cls, folder: Path, dtype: str, seed: int) -> Backbone:
+    def load(cls, folder: Path, dtype: str, seed: int, *, checkpoints_activations: bool = False) -> Backbone:
         """Load a model folder; `dtype` is auto, bfloat16 or float32, `seed` fixes the first weights of new roles."""
         torch.manual_seed(seed)
-        return cls(load_causal_lm(folder, choose_dtype(dtype)), load_tokenizer(folder))
+        model = load_causal_lm(folder, choose_dtype(dtype))
+        return cls(model, load_tokenizer(folder), checkpoints_activations=checkpoints_activations)
 
     @property
     def hidden_size(self) -> int:
@@ -417,7 +421,7 @@ class Backbone:
         )
 
     def _forward(self, module: Any, input_ids: Tensor, attention_mask: Tensor, **more: Any) -> Any:
-        with self._mixed_precision():
+        with self._mixed_precision(), self._computed_again(module):
             return module(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -430,6 +434,11 @@ class Backbone:
         """Adapters are kept in fp32, for their optimiser; within a bfloat16 model they multiply in bfloat16."""
         half = self.dtype == torch.bfloat16
         return torch.autocast(self.device.type, dtype=torch.bfloat16) if half else nullcontext()
+
+    def _computed_again(self, module: Any) -> AbstractContextManager[None]:
+        if not (self.checkpoints_activations and torch.is_grad_enabled()):
+            return nullcontext()
+        return computed_again_in_backward(layers_of(module)[1])
 
     def _trunk(self) -> FrozenTrunk | None:
         depth = 0 if self._copies else min((self._first_adapted(lora) for lora in self._lora.values()), default=0)

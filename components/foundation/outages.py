@@ -9,7 +9,7 @@ from collections.abc import Callable
 from components.foundation.errors import StoreUnavailableError, TrackingUnavailableError
 
 _PATIENCE_SECONDS = 300.0
-"""Other ranks wait meanwhile; NCCL gives up on them after 600 seconds."""
+"""Other ranks, and what they cost, wait meanwhile; who runs the pipeline tries a stage that failed again."""
 
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 1.0, 30.0
 

@@ -52,9 +52,14 @@ def run_preference_stage(
     with open_stage(run_uri, name, round_number) as stage:
         if (done := stage.finished()) is not None:
             return done
-        settings = settings_of(stage.context.settings)
-        store = stage.context.store
-        backbone = Backbone.load(store.fetch(sft_uri), stage.context.settings.dtype, seed=stage.seed)
+        run_settings, store = stage.context.settings, stage.context.store
+        settings = settings_of(run_settings)
+        backbone = Backbone.load(
+            store.fetch(sft_uri),
+            run_settings.dtype,
+            seed=stage.seed,
+            checkpoints_activations=run_settings.distributed.activation_checkpointing,
+        )
         encoder = ChatEncoder(backbone.tokenizer, settings.max_length // 2, settings.max_length // 2)
         data = store.fetch(preferences_uri)
 

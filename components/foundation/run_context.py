@@ -250,9 +250,9 @@ def _memory_explained(label: str) -> Iterator[None]:
         if not isinstance(error, MemoryError) and not any(words in said for words in _OUT_OF_MEMORY):
             raise
         raise OutOfMemoryError(
-            f"{label}: out of memory ({said}): lower the stage's batch size or its lengths, spread it over more "
-            "devices (distributed.processes, distributed.zero_stage), or give it a larger machine; started again as "
-            "it is, it would end alike"
+            f"{label}: out of memory ({said}): set distributed.activation_checkpointing=true, lower the stage's batch "
+            "size or its lengths, spread it over more devices (distributed.processes, distributed.zero_stage), or "
+            "give it a larger machine; started again as it is, it would end alike"
         ) from error
 
 

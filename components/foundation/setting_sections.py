@@ -154,6 +154,11 @@ class DistributedSettings(Section):
         description="what ZeRO partitions over several ranks: 0 nothing, 1 optimiser states, 2 gradients too, "
         "3 weights too; empty: 2; one rank has nothing to share",
     )
+    activation_checkpointing: bool = Field(
+        False,
+        description="hold each layer's input for the backward pass and compute the layer again there: far less "
+        "memory, a third more work in training",
+    )
 
 
 class GateSettings(Section):

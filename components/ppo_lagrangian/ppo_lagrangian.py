@@ -99,7 +99,12 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
         constraint = label_constraint(settings) if compares else gate_folders(reward_folder, cost_folder, settings)
         judge = make_judge(settings.annotate)
         sft_folder = store.fetch(inputs.sft)
-        backbone = Backbone.load(sft_folder, settings.dtype, stage.seed)
+        backbone = Backbone.load(
+            sft_folder,
+            settings.dtype,
+            stage.seed,
+            checkpoints_activations=settings.distributed.activation_checkpointing,
+        )
         previous = None if inputs.policy == inputs.sft else store.fetch(inputs.policy)
         place_roles(backbone, settings, previous and previous / "actor", reward_folder, cost_folder)
         engine = make_engine(settings.ppo, backbone, ACTOR, sft_folder)

@@ -34,7 +34,12 @@ def run_sft(run_uri: str, data_uri: str) -> str:
             return done
         settings = stage.context.settings
         base = resolve_base_model(settings.base_model, stage.context.store)
-        backbone = Backbone.load(base, settings.dtype, seed=stage.seed)
+        backbone = Backbone.load(
+            base,
+            settings.dtype,
+            seed=stage.seed,
+            checkpoints_activations=settings.distributed.activation_checkpointing,
+        )
         records = read_jsonl(stage.context.store.fetch(data_uri) / "demonstrations.jsonl", Demonstration)
         encoder = ChatEncoder(backbone.tokenizer, settings.sft.max_length // 2, settings.sft.max_length // 2)
         examples = [encoder.sequence(r.prompt, r.response) for r in records]

@@ -1,18 +1,21 @@
 """Each option of the PPO stage, on the same data and models: the stage ends well, and the option made a difference.
 
-Those that `saferlhf run` is tried with in tests/e2e are not here.
+Those of PPO that `saferlhf run` is tried with in tests/e2e are not here.
 """
 
 from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
+from torch.utils.checkpoint import checkpoint
 
 from components.cost_model.cost_model import run_cost_model
+from components.foundation import activation_checkpointing
 from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.results import PpoTrace, read_record
 from components.ppo_lagrangian.ppo_lagrangian import PpoInputs, run_ppo_lagrangian
@@ -40,6 +43,12 @@ class Models:
     def files(self, uri: str) -> dict[str, str]:
         """SHA-256 of the files of a commit."""
         return {file.path: file.sha256 for file in CheckpointStore(self.root).manifest(uri).files}
+
+    def weights(self, uri: str) -> dict[str, str]:
+        """Those of its weights."""
+        found = {path: digest for path, digest in self.files(uri).items() if path.endswith(".safetensors")}
+        assert found
+        return found
 
     def actor(self, policy: str) -> dict[str, str]:
         """Those of a trained actor."""
@@ -110,6 +119,31 @@ def test_the_kl_penalty_holds_on_to_the_policy_that_is_set(models: Models, plain
     """A round begins with the policy of the one before, so from that its KL divergence is 0."""
     first = models.trace(models.train(f"ppo.reference={reference}", policy=plain)).kl[0]
     assert (first == 0.0) == (reference == "previous")
+
+
+def test_with_layers_computed_again_every_stage_trains_the_same_bits(
+    root: str, models: Models, plain: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again: list[object] = []
+
+    def counted(layer: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+        again.append(layer)
+        return checkpoint(layer, *inputs, **options)
+
+    monkeypatch.setattr(activation_checkpointing, "checkpoint", counted)
+    option, inputs = "distributed.activation_checkpointing=true", models.inputs
+    run = start(root, option)
+    data = run_prepare_data(run)
+    stages: dict[str, Callable[[], str]] = {
+        inputs.sft: lambda: run_sft(run, data),
+        inputs.reward_model: lambda: run_reward_model(run, 1, inputs.sft, data),
+        inputs.cost_model: lambda: run_cost_model(run, 1, inputs.sft, data),
+        plain: lambda: models.train(option),
+    }
+    for without, stage in stages.items():
+        again.clear()
+        assert models.weights(stage()) == models.weights(without)
+        assert again, without
 
 
 def test_all_stages_train_whole_copies(root: str) -> None:

@@ -54,10 +54,10 @@ def sequence(number: int) -> TokenSequence:
     return TokenSequence((256, *ids[: 2 + number % 5]), (*ids[6 : 7 + number % 4], 257))
 
 
-def backbone_with(finetune: str, top_layers: int = 0, **roles: bool) -> Backbone:
+def backbone_with(finetune: str, top_layers: int = 0, layers_again: bool = False, **roles: bool) -> Backbone:
     """The tiny model with these roles, scored or not; their weights are moved away from where new ones start."""
     lora = LORA.model_copy(update={"top_layers": top_layers}) if finetune == "lora" else None
-    backbone = Backbone.load(make_tiny("llama"), "float32", seed=0)
+    backbone = Backbone.load(make_tiny("llama"), "float32", seed=0, checkpoints_activations=layers_again)
     for number, (role, scored) in enumerate(roles.items()):
         backbone.add_role(role, lora, scored=scored)
         generator, size = torch.Generator().manual_seed(number), 0.1 if finetune == "lora" else 0.02
@@ -67,9 +67,9 @@ def backbone_with(finetune: str, top_layers: int = 0, **roles: bool) -> Backbone
     return backbone
 
 
-def sft(finetune: str) -> Results:
+def sft(finetune: str, *, layers_again: bool = False) -> Results:
     """Seven examples in batches of three, so that the last batch leaves a rank without a part."""
-    backbone, steps = backbone_with(finetune, sft=False), []
+    backbone, steps = backbone_with(finetune, layers_again=layers_again, sft=False), []
     settings = SftSettings(batch_size=3, epochs=2, learning_rate=1e-3)
     examples = [sequence(i) for i in range(7)]
     train_sft(backbone, "sft", examples, settings, 0, lambda step, total, metrics: steps.append(metrics))
@@ -183,6 +183,7 @@ def counted_gathers() -> Iterator[list[None]]:
 
 KINDS: dict[str, Callable[[str], Results]] = {
     "sft": sft,
+    "sft_layers_again": partial(sft, layers_again=True),
     "reward_model": partial(preference_model, is_cost=False),
     "cost_model": partial(preference_model, is_cost=True),
     "ppo": ppo,
