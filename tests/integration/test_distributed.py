@@ -120,7 +120,7 @@ class Runs:
     def start(self, name: str, *more: str, **distributed: int) -> str:
         """Start a run, or go on with it on another number of ranks."""
         chosen = [*more, *(f"distributed.{key}={value}" for key, value in distributed.items())]
-        settings = [f"store.uri={self._root}", "sft.batch_size=8"]
+        settings = [f"store.uri={self._root}", "sft.batch_size=8", "reward_model.batch_size=8"]
         settings += ["ppo.steps=3", "ppo.ptx_coefficient=0.5", "checkpoint.every_steps=1"]
         return run_start_run(
             f"{self._root}/runs/{name}",
@@ -177,21 +177,33 @@ def runs(services: Endpoints, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.mark.fault
-def test_row_07_sft_goes_on_with_two_ranks_and_again_with_one(runs: Runs) -> None:
-    runs.stopped(SFT, 2, 0, runs.data)
-    assert runs.saved_step("sft") == "2"
+@pytest.mark.parametrize(
+    ("stage", "number", "end", "said", "saved"),
+    [
+        (SFT, signal.SIGKILL, TrainingError, r"a rank of .* died", "3"),  # the last whole one
+        (REWARD, signal.SIGTERM, SystemExit, str(PREEMPTED_EXIT_CODE), "4"),
+    ],
+    ids=["sft", "reward_model"],
+)
+def test_row_07_a_stage_goes_on_with_two_ranks_and_again_with_one(
+    runs: Runs, stage: str, number: int, end: type[BaseException], said: str, saved: str
+) -> None:
+    name, inputs = ("sft", (runs.data,)) if stage == SFT else ("reward_model", (1, runs.sft, runs.data))
+    expected = launch(stage, runs.peaceful, *inputs)
+    runs.stopped(stage, 2, 0, *inputs)
+    assert runs.saved_step(name) == "2"
     runs.start("several-ranks", processes=2)
-    with pytest.raises(TrainingError, match=r"a rank of .* died"):
-        launch(STRUCK, runs.other, 4, 1, int(signal.SIGKILL), SFT, runs.data)
-    assert runs.saved_step("sft") == "3"  # the last whole one
-    runs.stopped(SFT, 5, 1, runs.data)
-    assert runs.saved_step("sft") == "5"
-    assert runs.commits(runs.other, "sft") == {"checkpoints"}
+    with pytest.raises(end, match=said):
+        launch(STRUCK, runs.other, 4, 1, int(number), stage, *inputs)
+    assert runs.saved_step(name) == saved
+    assert runs.commits(runs.other, name) == {"checkpoints"}
     runs.start("several-ranks", processes=1)
-    uri = launch(SFT, runs.other, runs.data)
-    assert runs.commits(runs.other, "sft") == {"LATEST", "step-6"}
-    assert sorted(set(runs.mlflow_steps(runs.other, "sft", "sft/loss"))) == [1, 2, 3, 4, 5, 6]
-    same_models(runs.context.store, runs.sft, uri)
+    uri = launch(stage, runs.other, *inputs)
+    assert runs.commits(runs.other, name) == {"LATEST", uri.rpartition("/")[2]}
+    steps, expected_steps = (runs.mlflow_steps(run, name, f"{name}/loss") for run in (runs.other, runs.peaceful))
+    assert sorted(set(steps)) == expected_steps
+    assert max(expected_steps) > 5
+    same_models(runs.context.store, expected, uri)
 
 
 def test_a_whole_stage_on_two_ranks_is_committed_and_logged_once(runs: Runs) -> None:
@@ -205,7 +217,8 @@ def test_a_whole_stage_on_two_ranks_is_committed_and_logged_once(runs: Runs) -> 
 
 
 def same_models(store: CheckpointStore, expected: str, found: str) -> None:
-    first, second = (load_file(store.fetch(uri) / "model.safetensors") for uri in (expected, found))
+    """Of each, the only file of weights."""
+    (first,), (second,) = (map(load_file, store.fetch(uri).glob("*.safetensors")) for uri in (expected, found))
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-4)
