@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from components.foundation import distributed
+from components.foundation.errors import DivergenceError
 from components.foundation.launch import _function
 from components.foundation.training_checkpoints import TrainingCheckpoints
 
@@ -24,3 +25,11 @@ def struck(run_uri: str, step: int, rank: int, number: int, stage: str, *argumen
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainingCheckpoints, "after_step", after_step)
         return _function(stage)(run_uri, *arguments)
+
+
+def diverged(run_uri: str, rank: int) -> str:
+    """A stage that one rank ends with an error that it can explain, while the others wait for it."""
+    if distributed.world().rank == rank:
+        raise DivergenceError("step 3: the actor's loss is nan")
+    distributed.barrier()
+    return "s3://nothing"

@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import load_file
 
 from components.foundation.checkpoint_store import CheckpointStore
-from components.foundation.errors import TrainingError
+from components.foundation.errors import DivergenceError, TrainingError
 from components.foundation.launch import launch
 from components.foundation.results import PpoTrace, read_record
 from components.foundation.run_context import RunContext, open_run
+from components.foundation.tracking import STAGE_TAG
 from components.foundation.training_checkpoints import PREEMPTED_EXIT_CODE
 from components.prepare_data.prepare_data import run_prepare_data
 from components.prepare_data.start_run import run_start_run
@@ -161,7 +162,7 @@ class Runs:
         found = client.search_runs(
             [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{context.mlflow_run_id}'"
         )
-        (of_stage,) = [nested for nested in found if nested.data.tags["mlflow.runName"].endswith(stage)]
+        (of_stage,) = [nested for nested in found if nested.data.tags[STAGE_TAG] == stage]
         return [entry.step for entry in client.get_metric_history(of_stage.info.run_id, metric)]
 
 
@@ -177,6 +178,13 @@ def runs(services: Endpoints, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.mark.fault
+def test_an_error_that_one_rank_can_explain_is_the_error_of_the_stage(runs: Runs) -> None:
+    run = runs.start("diverges", processes=2)
+    with pytest.raises(DivergenceError, match=r"^step 3: the actor's loss is nan$"):
+        launch("tests.integration.stages_on_ranks:diverged", run, 1)
+
+
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("stage", "number", "end", "said", "saved"),
     [
@@ -189,7 +197,7 @@ def test_row_07_a_stage_goes_on_with_two_ranks_and_again_with_one(
     runs: Runs, stage: str, number: int, end: type[BaseException], said: str, saved: str
 ) -> None:
     name, inputs = ("sft", (runs.data,)) if stage == SFT else ("reward_model", (1, runs.sft, runs.data))
-    expected = launch(stage, runs.peaceful, *inputs)
+    expected = runs.sft if stage == SFT else launch(stage, runs.peaceful, *inputs)
     runs.stopped(stage, 2, 0, *inputs)
     assert runs.saved_step(name) == "2"
     runs.start("several-ranks", processes=2)
