@@ -110,6 +110,8 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
         engine = make_engine(settings.ppo, backbone, ACTOR, sft_folder)
         encoder = ChatEncoder(backbone.tokenizer, settings.ppo.max_prompt_tokens, settings.ppo.max_new_tokens)
         data_folder = store.fetch(inputs.data)
+        # for the model card, and read before training: a store that is away at its end must not cost its result
+        data_digests = {file.path: file.sha256 for file in store.manifest(inputs.data).files}
         prompts = read_jsonl(data_folder / "prompts.jsonl", PromptRecord)
         demonstrations = harmless_demonstrations(
             read_jsonl(data_folder / "demonstrations.jsonl", Demonstration), prompts
@@ -154,7 +156,6 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
         export_policy(backbone, sft_folder, inputs.sft, out)
         (out / "trace.json").write_text(to_json(trace))
         results = None if compares else (_result(reward_folder), _result(cost_folder))
-        data_digests = {file.path: file.sha256 for file in store.manifest(inputs.data).files}
         card = model_card(settings, stage.context.run_id, round_number, trace, CardEvidence(data_digests, results))
         (out / "model" / "README.md").write_text(card, encoding="utf-8")
         return stage.commit(out, step=settings.ppo.steps, parents=inputs.parents())
