@@ -8,17 +8,21 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 from torch.utils.checkpoint import checkpoint
 
 from components.cost_model.cost_model import run_cost_model
 from components.foundation import activation_checkpointing
 from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.results import PpoTrace, read_record
-from components.ppo_lagrangian.ppo_lagrangian import PpoInputs, run_ppo_lagrangian
+from components.foundation.run_context import open_run
+from components.foundation.tracking import STAGE_TAG
+from components.ppo_lagrangian.ppo_lagrangian import PpoInputs, run_ppo_lagrangian, tracked_metrics
+from components.ppo_lagrangian.trainer import StepMetrics
 from components.prepare_data.prepare_data import run_prepare_data
 from components.prepare_data.start_run import run_start_run
 from components.reward_model.reward_model import run_reward_model
@@ -112,6 +116,19 @@ def test_the_weight_of_reward_shaping_stands_in_place_of_a_multiplier(models: Mo
     shaped = models.train("ppo.reward_shaping=2")
     assert models.trace(shaped).multiplier == pytest.approx([2.0, 2.0])
     assert models.actor(shaped) != models.actor(plain)
+
+
+def test_mlflow_shows_all_metrics_of_every_step(plain: str, services: Endpoints) -> None:
+    step = StepMetrics(**{field.name: 0.0 for field in fields(StepMetrics)})  # type: ignore[arg-type]
+    client = MlflowClient(services.tracking_uri)
+    parent = client.get_run(open_run(plain.partition("/round-")[0]).mlflow_run_id).info
+    condition = f"tags.`mlflow.parentRunId` = '{parent.run_id}' and tags.`{STAGE_TAG}` = 'ppo_lagrangian'"
+    (run,) = client.search_runs([parent.experiment_id], condition)
+    names = [name for name in run.data.metrics if not name.startswith("system/")]  # those are MLflow's own
+    histories = {name: client.get_metric_history(run.info.run_id, name) for name in names}
+    steps = {name: [point.step for point in history] for name, history in histories.items()}
+    assert steps == {name: [1, 2] for name in tracked_metrics(step, truncated_prompts=0)}
+    assert all(0 <= point.value < 1e-4 for point in histories["rollout/drift"])  # the plain engine, in float32
 
 
 @pytest.mark.parametrize("reference", ["sft", "previous"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +17,16 @@ from components.foundation.errors import ConstraintError, GateError
 from components.foundation.preference import PromptRecord
 from components.foundation.results import PpoTrace, PreferenceModelResult, from_json
 from components.foundation.settings import Settings, resolve_settings
+from components.ppo_lagrangian import ppo_lagrangian
 from components.ppo_lagrangian.multiplier_rule import start_multiplier
-from components.ppo_lagrangian.ppo_lagrangian import MIN_NEWEST, draw_prompts, gate_models, in_later_round
+from components.ppo_lagrangian.ppo_lagrangian import (
+    MIN_NEWEST,
+    draw_prompts,
+    gate_models,
+    in_later_round,
+    tracked_metrics,
+)
+from components.ppo_lagrangian.trainer import StepMetrics
 
 PROMPTS = (
     [PromptRecord(f"attack {i}", "red_team", "theft") for i in range(9)]
@@ -152,3 +162,44 @@ def test_lambda_goes_on_where_the_round_before_left_it(start: str, left_at: floa
 def test_a_later_round_has_its_own_learning_rate_where_one_is_set(override: str, expected: float) -> None:
     given_settings = smol("ppo.actor_learning_rate=3e-3", "ppo.later_actor_learning_rate=", *filter(None, [override]))
     assert in_later_round(given_settings.ppo, PpoTrace(0.0, [1.0])).actor_learning_rate == expected
+
+
+@pytest.mark.golden
+def test_every_number_of_a_step_has_its_name_in_mlflow_and_the_readme_lists_them() -> None:
+    step = StepMetrics(
+        multiplier=1.0,
+        cost_moving_average=2.0,
+        cost=3.0,
+        reward=4.0,
+        kl=5.0,
+        clip_fraction=6.0,
+        actor_loss=7.0,
+        ptx_loss=8.0,
+        reward_critic_loss=9.0,
+        cost_critic_loss=10.0,
+        rollout_tokens_per_second=11.0,
+        ended_share=12.0,
+        skipped_updates=13,
+        drift=14.0,
+    )
+    tracked = tracked_metrics(step, truncated_prompts=15)
+    assert tracked == {
+        "lagrangian/lambda": 1,
+        "lagrangian/cost_moving_average": 2,
+        "cost/mean": 3,
+        "reward/mean": 4,
+        "kl/mean": 5,
+        "policy/clip_fraction": 6,
+        "policy/loss": 7,
+        "policy/ptx_loss": 8,
+        "critic/reward_loss": 9,
+        "critic/cost_loss": 10,
+        "rollout/tokens_per_second": 11,
+        "rollout/ended_share": 12,
+        "policy/skipped_updates": 13,
+        "rollout/drift": 14,
+        "rollout/truncated_prompts": 15,
+    }
+    readme = Path(ppo_lagrangian.__file__).with_name("README.md").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"^\*\*MLflow,\*\* once a step: (.+)$", readme, re.MULTILINE)
+    assert sorted(re.findall(r"`([a-z]+/\w+)`", listed)) == sorted(tracked)

@@ -228,10 +228,50 @@ def test_an_ngram_of_one_token_is_plain_token_ppo_bit_for_bit(load_roles: Callab
 
 
 def test_perplexity_decides_where_a_macro_action_ends(load_roles: Callable[[str], Backbone]) -> None:
-    plain = _trained(load_roles("adapter"), SETTINGS)
-    macro = _trained(load_roles("adapter"), SETTINGS.model_copy(update={"macro_action": "perplexity"}))
-    assert all(tensor.isfinite().all() for tensor in macro.values())
-    assert any(not torch.equal(plain[name], macro[name]) for name in plain)
+    """Tokens that the actor finds unlikely, likely, unlikely, likely are macro actions of two: a step on such answers
+    is that of pairs, bit for bit, and no other's."""
+
+    def actor_after(macro_action: str, length: int = 3) -> dict[str, torch.Tensor]:
+        backbone = load_roles("adapter")
+        _randomize(backbone, ACTOR, 7)  # else the reference would find the same tokens likely
+        engine = RecitingEngine([_least_and_most_likely_in_turn(backbone, prompt) for prompt in PROMPTS])
+        settings = SETTINGS.model_copy(update={"macro_action": macro_action, "macro_action_length": length})
+        PpoLagrangian(backbone, engine, settings, CostConstraint(0.0), 0).step(PROMPTS, 0)
+        return backbone.role_state(ACTOR)
+
+    def equal(other: dict[str, torch.Tensor]) -> bool:
+        return all(torch.equal(tensor, other[name]) for name, tensor in by_perplexity.items())
+
+    by_perplexity = actor_after("perplexity")
+    assert equal(actor_after("ngram", 2))
+    assert not any(equal(actor_after("ngram", length)) for length in (1, 3, 4))
+
+
+def _least_and_most_likely_in_turn(backbone: Backbone, prompt: tuple[int, ...]) -> tuple[int, ...]:
+    """Four tokens, each the least or the most likely for the actor after all before it."""
+    answer: tuple[int, ...] = ()
+    for largest in (False, True, False, True):
+        ids = torch.tensor([[*prompt, *answer, backbone.eos_token_id]], device=backbone.device)
+        with backbone.role(ACTOR):
+            logits = backbone.answer_logits(ids, torch.ones_like(ids), 1)[0, 0]
+        answer += (int(logits.argmax() if largest else logits.argmin()),)
+    return answer
+
+
+class RecitingEngine:
+    """Gives the answers that it was told, whatever the policy."""
+
+    def __init__(self, answers: Sequence[tuple[int, ...]]) -> None:
+        self._answers = answers
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, rows: Sequence[int] | None = None
+    ) -> Rollout:
+        answers = [self._answers[row] for row in (range(len(prompts)) if rows is None else rows)]
+        return Rollout(answers, [(0.0,) * len(answer) for answer in answers], exact=True)
+
+    def close(self) -> None:
+        """Nothing was started."""
 
 
 def _trained(backbone: Backbone, settings: PpoSettings) -> dict[str, torch.Tensor]:

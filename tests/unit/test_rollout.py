@@ -14,8 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
+from components.foundation.architecture import layers_of
 from components.foundation.backbone import REFERENCE, Backbone
 from components.foundation.base_model import TINY_ARCHITECTURES
+from components.foundation.batching import batches_by_length
+from components.foundation.language_model import load_tokenizer
 from components.foundation.rollout import Sampling
 from components.foundation.rollout.transformers_engine import TransformersEngine, draw, truncate
 from components.foundation.setting_sections import LoraSettings
@@ -84,6 +87,37 @@ def test_order_is_kept_though_batches_are_sorted_by_length(
     together = TransformersEngine(backbone, "actor", batch_size).generate(PROMPTS, GREEDY).answers
     assert together == [TransformersEngine(backbone, "actor").generate([p], GREEDY).answers[0] for p in PROMPTS]
     assert together[0] == together[5]
+
+
+@every_architecture
+@pytest.mark.parametrize("batch_size", [128, 50])
+def test_no_token_goes_through_a_layer_twice(
+    tiny_folder: MakeTiny, load_plain: LoadPlain, architecture: str, batch_size: int
+) -> None:
+    """A batch's prompts at once, then at each step the last token of every row that goes on, and of no other; the
+    product with the vocabulary is of one position a row at any time."""
+    model = load_plain(tiny_folder(architecture))
+    modules = [*layers_of(model)[1], model.get_output_embeddings()]
+    seen: list[list[tuple[int, int]]] = [[] for _ in modules]
+    for module, shapes in zip(modules, seen, strict=True):
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs, shapes=shapes: shapes.append((args or (kwargs["hidden_states"],))[0].shape[:2]),
+            with_kwargs=True,
+        )
+    backbone = with_actor(Backbone(model, load_tokenizer(tiny_folder(architecture))))
+    prompts = PROMPTS * 20
+    wanted = [row for row in range(len(prompts)) if row % 7]
+    often_ended = replace(SAMPLED, temperature=9.0)
+    answers = TransformersEngine(backbone, "actor", batch_size).generate(prompts, often_ended, wanted).answers
+    lengths = dict(zip(wanted, map(len, answers), strict=True))
+    assert len(set(lengths.values())) > 3
+    in_layers, in_head = list[tuple[int, int]](), list[tuple[int, int]]()
+    for group in batches_by_length([len(prompt) for prompt in prompts], batch_size):
+        own = [row for row in group if row in lengths]
+        running = [sum(lengths[row] > step for row in own) for step in range(max(lengths[row] for row in own))]
+        in_layers += [(len(own), max(len(prompts[row]) for row in own)), *((rows, 1) for rows in running[1:])]
+        in_head += [(rows, 1) for rows in running]
+    assert seen == [*[in_layers] * (len(modules) - 1), in_head]
 
 
 @every_architecture

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+import components
 from components.foundation.errors import SettingsError
 from components.foundation.profiles import PROFILES
 from components.foundation.settings import Settings, resolve_settings
@@ -66,6 +69,32 @@ def test_profiles_resolve(profile: str) -> None:
     assert (resolved.profile, resolved.seed) == (profile, 7)
     for key, value in leaves(PROFILES[profile]).items():
         assert leaves(resolved.model_dump())[key] == value
+
+
+def quantities() -> dict[str, tuple[str, str]]:
+    """Setting -> (default, value in smol) by the tables of the paper's quantities; a cell has a value each setting."""
+    readme = (Path(components.__file__).parent / "ppo_lagrangian" / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("## The paper's quantities\n")[2].partition("\n## ")[0]
+    found: dict[str, tuple[str, str]] = {}
+    for quantity, *cells in re.findall(r"^\| (.+?) \| .+? \| (.+?) \| (.+?) \|", section, re.MULTILINE):
+        if keys := re.findall(r"`(\w+\.\w+)`", quantity):
+            found |= zip(keys, zip(*(cell.split(", ") for cell in cells), strict=True), strict=True)
+    return found
+
+
+def test_the_readme_tells_the_papers_quantities_as_they_are_set() -> None:
+    def told(value: Any) -> str:
+        return "none" if value is None else value if isinstance(value, str) else f"{float(value)}"
+
+    def read(cell: str) -> str:
+        return f"{float(cell)}" if re.match(r"[0-9]", cell) else cell
+
+    table = quantities()
+    for column, resolved in enumerate((Settings(), resolve_settings("smol"))):
+        values = leaves(resolved.model_dump())
+        assert {key: read(cells[column]) for key, cells in table.items()} == {key: told(values[key]) for key in table}
+    sections = {name: PROFILES["smol"][name] for name in ("sft", "reward_model", "cost_model", "ppo")}
+    assert leaves(sections).keys() <= table.keys()  # what the profile changes is told
 
 
 @pytest.mark.parametrize(
