@@ -49,7 +49,7 @@ promotion-races: install ## 1,250 races of two and of four promotions on real se
 long-haul: install ## 200 training steps with a checkpoint after each: what grows? (minutes)
 	SAFERLHF_LONG_HAUL_STEPS=200 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q tests/faults/test_long_haul.py
 
-outage: install ## S3, MLflow and both away for a minute each in mid-training (15 minutes)
+outage: install ## S3, MLflow and both away for a minute each in mid-training (minutes)
 	SAFERLHF_OUTAGE_SECONDS=60 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q tests/faults/test_server_away.py
 
 chart-test: install ## render the Helm chart with each of its values files, and check what comes out
