@@ -117,6 +117,20 @@ def test_every_pod_meets_pod_security_restricted(platform: str) -> None:
 
 
 @each_platform
+def test_every_server_has_probes_and_of_two_alike_one_goes_at_a_time(platform: str) -> None:
+    budgets = [entry["spec"] for entry in rendered(platform) if entry["kind"] == "PodDisruptionBudget"]
+    for entry in rendered(platform):
+        if entry["kind"] in {"Deployment", "StatefulSet"}:
+            template, replicas = entry["spec"]["template"], entry["spec"]["replicas"]
+            (container,) = template["spec"]["containers"]
+            ports = {port["name"] for port in container["ports"]}
+            for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+                assert container[probe]["httpGet"]["port"] in ports, entry["metadata"]["name"]
+            own = [budget for budget in budgets if selects(budget["selector"], template["metadata"]["labels"])]
+            assert [budget["maxUnavailable"] for budget in own] == [1] * (replicas > 1)
+
+
+@each_platform
 def test_every_container_has_an_image_by_digest_and_requests_and_limits(platform: str) -> None:
     for pod in pods(rendered(platform)):
         for container in pod.containers:
