@@ -1,12 +1,13 @@
 """Our schedules as KFP keeps them: recurring runs, each with what it was made from in its description.
 
-KFP can make, pause, resume and delete a recurring run, and never change one. So a description stays true.
+KFP can make, pause, resume and delete a recurring run, and never change one. So a description stays true. That of one
+that is made to replace others also has their ids: what an apply that was killed meant to do is read from it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,17 +19,24 @@ from pipelines.kubeflow.schedule_file import Schedule
 from pipelines.kubeflow.versions import PipelineVersion
 
 _MARK = "saferlhf schedule: "
+_TAKES_OVER = "takes_over"
 _NO_SUCH = 404
 
 
 @dataclass(frozen=True)
 class RecurringRun:
-    """A recurring run that saferlhf made; `record` is what it was made from, as text."""
+    """A recurring run that saferlhf made.
+
+    Attributes:
+        record: what it was made from, as text.
+        takes_over: ids of those that it was made to replace and to start runs for; none if they were paused.
+    """
 
     id: str
     name: str
     enabled: bool
     record: Mapping[str, str]
+    takes_over: frozenset[str] = frozenset()
 
 
 def record_of(schedule: Schedule, version: PipelineVersion) -> dict[str, str]:
@@ -55,24 +63,32 @@ def list_ours(client: KubeflowClient) -> tuple[list[RecurringRun], set[str]]:
             if record is None:
                 others.add(str(run.display_name))
             else:
-                ours.append(RecurringRun(run.recurring_run_id, run.display_name, run.mode == "ENABLE", record))
+                takes_over = frozenset(record.pop(_TAKES_OVER, "").split())
+                on = run.mode == "ENABLE"
+                ours.append(RecurringRun(run.recurring_run_id, run.display_name, on, record, takes_over))
     return ours, others
 
 
 def create(
-    client: KubeflowClient, schedule: Schedule, version: PipelineVersion, parameters: Mapping[str, Any], enabled: bool
-) -> str:
-    """Make the recurring run of a schedule; returns its id.
+    client: KubeflowClient,
+    schedule: Schedule,
+    version: PipelineVersion,
+    parameters: Mapping[str, Any],
+    enabled: bool,
+    takes_over: Sequence[str] = (),
+) -> RecurringRun:
+    """Make the recurring run of a schedule.
 
     Each of its runs has KFP's id as its own; one at a time, and none for times that were missed.
     """
     record = record_of(schedule, version)
+    described = {**record, _TAKES_OVER: " ".join(takes_over)} if takes_over else record
     experiment = client.experiment_id(schedule.experiment)
     with client.explained(f"make the schedule {schedule.name}"):
         made = client.create_recurring_run(
             experiment,
             schedule.name,
-            description=_MARK + json.dumps(record),
+            description=_MARK + json.dumps(described),
             start_time=record["start"] or None,
             end_time=record["end"] or None,
             cron_expression=schedule.cron,
@@ -84,7 +100,7 @@ def create(
             enabled=enabled,
             service_account=schedule.service_account or None,
         )
-    return str(made.recurring_run_id)
+    return RecurringRun(str(made.recurring_run_id), schedule.name, enabled, record, frozenset(takes_over))
 
 
 def delete(client: KubeflowClient, recurring_run_id: str) -> None:

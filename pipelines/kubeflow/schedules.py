@@ -1,8 +1,9 @@
 """`saferlhf schedule`: makes the recurring runs on the server what a file of schedules says, and no more than that.
 
 Apply: 1 find the versions and check the settings against them, 2 compare, 3 show, 4 stop if a run that would lose its
-schedule is in flight, then for each: 5 pause the old, and look again: a run may have started meanwhile, 6 make the new,
-7 delete the old. Two that are on are never in place; a failure in between leaves the old or the new one.
+schedule is in flight, then for each: 5 make the new, paused, 6 pause the old, and look again: a run may have started
+meanwhile, 7 turn the new on, 8 delete the old. Two that are on are never in place; a failure in between leaves the old
+or the new one. Killed in between, it may leave both paused: the next apply sees by the new one that it shall be on.
 """
 
 from __future__ import annotations
@@ -103,9 +104,15 @@ def turn(client: KubeflowClient, name: str, on: bool) -> str:
     """Resume or pause a schedule; says what was done.
 
     Raises:
-        ClusterError: there is none of that name, or the server refuses.
+        ClusterError: there is none of that name, an apply of it was cut short (to resume), or the server refuses.
     """
-    runs = [run for run in named(client, name) if run.enabled != on]
+    found = named(client, name)
+    if on and len(found) > 1:
+        ids = ", ".join(run.id for run in found)
+        raise ClusterError(
+            f"{name}: an apply was cut short and left {ids}, of which one may be on: apply its file again"
+        )
+    runs = [run for run in found if run.enabled != on]
     for run in runs:
         switch(client, run, on)
     return f"{name}: {'' if runs else 'already '}{'on' if on else 'paused'}"
@@ -147,7 +154,7 @@ def _compare(client: KubeflowClient, schedule: Schedule, present: list[Recurring
         raise SettingsError(f"schedule {schedule.name}: {error}") from None
     wanted = record_of(schedule, version)
     kept = next((run for run in present if run.record == wanted), None)
-    was_on = any(run.enabled for run in present) if present else True
+    was_on = not present or any(run.enabled for run in present) or _half_replaced(present)
     enabled = was_on if schedule.enabled is None else schedule.enabled
     stale = [run for run in present if run is not kept]
     lines = _differences(present[-1].record if present else {}, wanted) if kept is None else []
@@ -155,6 +162,11 @@ def _compare(client: KubeflowClient, schedule: Schedule, present: list[Recurring
         lines.append(f"enabled: {str(not enabled).lower()} -> {str(enabled).lower()}")
     turned = kept if kept is not None and kept.enabled != enabled else None
     return _Change(schedule, version, parameters, kept is None, enabled, stale, turned, lines)
+
+
+def _half_replaced(present: Sequence[RecurringRun]) -> bool:
+    """Whether one of them was to go on for another that is still there: an apply was killed in between."""
+    return any(other.id in run.takes_over for run in present for other in present)
 
 
 def _differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
@@ -178,17 +190,20 @@ def _in_flight(client: KubeflowClient, changes: Sequence[_Change]) -> str:
 
 
 def _carry_out(client: KubeflowClient, change: _Change) -> None:
-    deleted = 0
+    deleted, turned = 0, change.turn
     try:
+        if change.make:
+            takes_over = [stale.id for stale in change.stale] if change.enabled else []
+            at_once = change.enabled and not takes_over
+            made = create(client, change.schedule, change.version, change.parameters, at_once, takes_over)
+            turned = made if takes_over else None
         for stale in change.stale:
             if stale.enabled:
                 pause_unless_gone(client, stale)
         if blocked := _in_flight(client, [change]):
             raise ClusterError(blocked)
-        if change.make:
-            create(client, change.schedule, change.version, change.parameters, change.enabled)
-        if change.turn is not None:
-            switch(client, change.turn, change.enabled)
+        if turned is not None:
+            switch(client, turned, change.enabled)
         for stale in change.stale:
             delete(client, stale.id)
             deleted += 1
@@ -204,7 +219,8 @@ def _carry_out(client: KubeflowClient, change: _Change) -> None:
 def _take_back(client: KubeflowClient, change: _Change) -> str:
     """Let all be as before: without the new one, the old one on if it was. Says how that went.
 
-    What was made is looked up: the server may have made it although its answer did not come.
+    What was made is looked up: the server may have made it although its answer did not come. It goes last: while it is
+    there, the next apply knows that the schedule shall be on.
     """
     if not change.stale:
         return "it was not made, as far as is known" if change.make else "it is as it was, as far as is known"
@@ -215,12 +231,15 @@ def _take_back(client: KubeflowClient, change: _Change) -> str:
             same = [run for run in list_ours(client)[0] if run.name == change.schedule.name and run.record == wanted]
             made = [run for run in same if run.id not in before]
         for run in made:
-            delete(client, run.id)
+            if run.enabled:
+                switch(client, run, False)
         if change.turn is not None:
             switch(client, change.turn, change.turn.enabled)
         for stale in change.stale:
             if stale.enabled:
                 switch(client, stale, True)
+        for run in made:
+            delete(client, run.id)
     except ClusterError:
         new = f", and the new {', '.join(run.id for run in made)} may be in place" if made else ""
         return f"the old {old} may be paused{new}: see `saferlhf schedule list`"

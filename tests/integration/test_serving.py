@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jsonschema import ValidationError
 from kubernetes.client import Configuration
 
 from components.foundation.errors import ClusterError
@@ -13,6 +14,7 @@ from components.foundation.setting_sections import ServingSettings
 from components.foundation.train_job.kubernetes_api import Backoff, Cluster, KubernetesApi, new_client
 from components.promote.serving import ServedPolicy, inference_service
 from pipelines.serving import apply_service, cluster_of_context
+from tests.custom_kinds import check
 from tests.integration.kubernetes_server import KubernetesServer, kubeconfig
 from tests.integration.kubernetes_state import INFERENCE_SERVICE_SPEC, Fault, prune
 
@@ -56,6 +58,11 @@ def test_the_service_runs_the_commit_read_only_and_not_as_root() -> None:
 def test_every_field_is_one_that_kserve_has(canary_share: float) -> None:
     given = service(canary_share)
     assert prune(given["spec"], INFERENCE_SERVICE_SPEC) == given["spec"]
+    check(given)
+    predictor = given["spec"]["predictor"]
+    for spec in (given["spec"] | {"colour": "red"}, {"predictor": predictor | {"colour": "red"}}):
+        with pytest.raises(ValidationError, match="'colour' was unexpected"):
+            check(given | {"spec": spec})
     percent = given["spec"]["predictor"].get("canaryTrafficPercent")
     assert percent == {0.0: 0, 0.1: 10, 1.0: None}[canary_share]
 

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import yaml
+from jsonschema import ValidationError
 
 from components.foundation.errors import ClusterError, JobConflictError, JobDeletedError, JobFailedError
 from components.foundation.exit_codes import PREEMPTED_EXIT_CODE
 from components.foundation.train_job import Toleration
+from tests.custom_kinds import check
 from tests.integration.kubernetes_server import KubernetesServer
 from tests.integration.kubernetes_state import PODS, TRAIN_JOB_SPEC, Fault, prune
 from tests.integration.train_jobs import (
@@ -46,8 +48,20 @@ def test_the_manifest_is_the_one_that_was_reviewed(server: KubernetesServer, run
             tolerations=[Toleration("nvidia.com/gpu"), Toleration("pool", "training", "NoExecute")],
         )
     )
-    golden = Path(__file__).with_name("train_job.golden.yaml")
-    assert server.created[0] == yaml.safe_load(golden.read_text())
+    golden = yaml.safe_load(Path(__file__).with_name("train_job.golden.yaml").read_text())
+    assert server.created[0] == golden
+    check(golden)
+    for path in ("spec", "spec.trainer"):
+        with pytest.raises(ValidationError, match="'colour' was unexpected"):
+            check(merged(golden, path, {"colour": "red"}))
+
+
+def merged(tree: dict[str, Any], path: str, more: dict[str, Any]) -> dict[str, Any]:
+    """A copy with more fields at a place."""
+    if not path:
+        return tree | more
+    key, _, rest = path.partition(".")
+    return tree | {key: merged(tree[key], rest, more)}
 
 
 def test_every_field_is_one_of_the_api(server: KubernetesServer, run: Run) -> None:

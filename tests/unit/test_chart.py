@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import helm_python as helm
-import kubernetes_validate
 import pytest
 import yaml
+from jsonschema import ValidationError
 
 from components.foundation.setting_sections import ServingSettings
 from pipelines.cluster_rights import RIGHTS as STEP_RIGHTS
 from pipelines.cluster_rights import Right
 from pipelines.kubeflow.schedule_file import read_schedules
+from tests.custom_kinds import check
 from tests.unit.helm_chart import (
     CHART,
     IMAGE,
@@ -66,11 +67,31 @@ def test_every_values_file_is_linted_without_a_warning(platform: str) -> None:
     assert [m for m in report["messages"] if m["error"] != "icon is recommended"] == []
 
 
+ALL_OPTIONS = {
+    "priorityClass": {"create": True},
+    "kueue": {"create": True, "clusterQueue": "gpus"},
+    "serving": {"create": True, "existingSecret": "reader"},
+    "schedule": {"enabled": True},
+    "metrics": {"enabled": True, "podMonitor": {"create": True}, "rules": {"create": True}},
+}
+
+
 @each_platform
-def test_every_object_is_what_kubernetes_expects(platform: str) -> None:
-    for entry in rendered(platform):
-        if entry["kind"] != "LocalQueue":  # Kueue's own kind: not among the schemas
-            kubernetes_validate.validate(entry, "1.34", strict=True)
+def test_every_object_is_what_the_cluster_expects(platform: str) -> None:
+    """As the values file is, and with all that can be switched on: no kind is left out."""
+    everything = render(platform_values(platform, **ALL_OPTIONS))
+    assert {"LocalQueue", "PodMonitor", "PrometheusRule", "PriorityClass"} <= {entry["kind"] for entry in everything}
+    for entry in [*rendered(platform), *everything]:
+        check(entry)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("kind", ["LocalQueue", "PodMonitor", "PrometheusRule"])
+def test_a_field_that_a_kind_does_not_have_is_noticed(kind: str) -> None:
+    everything = render(platform_values("eks", **ALL_OPTIONS))
+    entry = next(entry for entry in everything if entry["kind"] == kind)
+    with pytest.raises(ValidationError, match="'colour' was unexpected"):
+        check(entry | {"spec": entry["spec"] | {"colour": "red"}})
 
 
 @each_platform
@@ -93,6 +114,20 @@ def test_every_pod_meets_pod_security_restricted(platform: str) -> None:
             }
             assert not any("hostPort" in port for port in container.get("ports", []))
             assert {"name": "tmp", "mountPath": "/tmp"} in container["volumeMounts"], pod.name
+
+
+@each_platform
+def test_every_server_has_probes_and_of_two_alike_one_goes_at_a_time(platform: str) -> None:
+    budgets = [entry["spec"] for entry in rendered(platform) if entry["kind"] == "PodDisruptionBudget"]
+    for entry in rendered(platform):
+        if entry["kind"] in {"Deployment", "StatefulSet"}:
+            template, replicas = entry["spec"]["template"], entry["spec"]["replicas"]
+            (container,) = template["spec"]["containers"]
+            ports = {port["name"] for port in container["ports"]}
+            for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+                assert container[probe]["httpGet"]["port"] in ports, entry["metadata"]["name"]
+            own = [budget for budget in budgets if selects(budget["selector"], template["metadata"]["labels"])]
+            assert [budget["maxUnavailable"] for budget in own] == [1] * (replicas > 1)
 
 
 @each_platform

@@ -9,6 +9,7 @@ import difflib
 import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from google.protobuf import json_format
 
 from pipelines.compiling import compile_to
 from pipelines.executors import Step, read_steps, row, table
-from pipelines.platform_file import read_platform
+from pipelines.platform_file import read_platform, shipped_platforms
 from pipelines.stages import STAGES
 
 COMPILED = Path(__file__).parents[2] / "pipelines" / "compiled"
-NAMES = ("local", "gke", "eks", "on_prem")
+NAMES = shipped_platforms()
 KUBERNETES = ("1.31", "1.37")
 ROUND = ("collect", "annotate", "reward_model", "cost_model", "ppo_lagrangian", "evaluate")
 SECRET_KEYS = {
@@ -43,6 +44,11 @@ def golden(name: str) -> str:
 def steps() -> dict[str, list[Step]]:
     """Platform -> its steps, parsed strictly into KFP's messages."""
     return {name: read_steps(golden(name)) for name in NAMES}
+
+
+@pytest.mark.golden
+def test_every_platform_file_has_its_stored_pipeline_and_its_rows_here() -> None:
+    assert [path.stem for path in sorted(COMPILED.glob("*.yaml"))] == NAMES == sorted(POOLS)
 
 
 @pytest.mark.golden
@@ -79,9 +85,6 @@ def test_what_holds_for_every_step(steps: dict[str, list[Step]], name: str) -> N
         assert 900 <= step.pod.active_deadline_seconds <= 24 * 3600, where
         user = step.pod.security_context
         assert (user.run_as_user, user.run_as_group, user.run_as_non_root) == (10001, 10001, True), where
-        resources = step.container.resources
-        for field in ("cpu_request", "cpu_limit", "memory_request", "memory_limit"):
-            assert getattr(resources, f"resource_{field}"), where
         environment = {variable.name: variable.value for variable in step.container.env}
         assert environment.pop("SAFERLHF_IMAGE_DIGEST") == step.container.image.partition("@")[2], where
         a_rank_a_gpu = STAGES[step.stage].trains and name != "local"
@@ -126,43 +129,144 @@ def test_addresses_come_from_the_config_map_and_keys_from_secrets(steps: dict[st
             assert all(key.secret_key == key.env_var for key in secret.key_to_env)
 
 
-EXPECTED = {  # stage: image, cpu, memory, accelerators, shm, queue, retries, seconds
-    ("gke", "ppo_lagrangian"): ("trainer", "10 to 12", "128Gi to 160Gi", 1, "32Gi", "saferlhf", 5, 86400),
-    ("gke", "sft"): ("trainer", "8 to 12", "96Gi to 128Gi", 1, "16Gi", "saferlhf", 5, 21600),
-    ("gke", "collect"): ("rollout", "4 to 8", "24Gi to 32Gi", 1, "8Gi", "saferlhf", 5, 14400),
-    ("gke", "evaluate"): ("trainer", "4 to 8", "24Gi to 32Gi", 1, "8Gi", "saferlhf", 5, 14400),
-    ("gke", "annotate"): ("service", "500m to 2", "2Gi to 4Gi", 0, "-", "-", 2, 14400),
-    ("eks", "reward_model"): ("trainer", "8 to 12", "96Gi to 128Gi", 1, "16Gi", "saferlhf", 5, 21600),
-    ("eks", "gate"): ("service", "500m to 2", "2Gi to 4Gi", 0, "-", "-", 2, 900),
-    ("on_prem", "cost_model"): ("trainer", "8 to 16", "128Gi to 160Gi", 1, "32Gi", "saferlhf", 2, 21600),
-    ("on_prem", "report"): ("service", "500m to 2", "2Gi to 4Gi", 0, "-", "-", 2, 1800),
-    ("local", "ppo_lagrangian"): ("trainer", "1 to 4", "4Gi to 8Gi", 0, "1Gi", "-", 1, 86400),
+Terms = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What a step on a pool asks the cluster for, written by hand. CPU and memory are request and limit."""
+
+    cpu: str
+    memory: str
+    gpus: int = 0
+    shm: str = "-"
+    queue: str = "-"
+    selector: dict[str, str] = field(default_factory=dict)
+    tolerations: Terms = field(default_factory=list)
+    required: Terms = field(default_factory=list)
+    preferred: Terms = field(default_factory=list)
+
+
+def gpu(cpu: str, memory: str, shm: str, **nodes: Any) -> Pool:
+    return Pool(cpu, memory, 1, shm, "saferlhf", **nodes)
+
+
+def among(key: str, *values: str, operator: str = "In") -> dict[str, Any]:
+    return {"key": key, "operator": operator, "values": list(values)}
+
+
+ON_GPU = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+GKE_SPOT, EKS_FAMILY = "cloud.google.com/gke-spot", "karpenter.k8s.aws/instance-family"
+ON_GKE_SPOT = [ON_GPU, {"key": GKE_SPOT, "operator": "Equal", "value": "true", "effect": "NoSchedule"}]
+L4, A100 = ({"cloud.google.com/gke-accelerator": f"nvidia-{name}"} for name in ("l4", "a100-80gb"))
+EKS_SPOT, EKS_ON_DEMAND = ({"karpenter.sh/capacity-type": name} for name in ("spot", "on-demand"))
+DEDICATED = {"key": "dedicated", "operator": "Equal", "value": "training", "effect": "NoSchedule"}
+SMALL = Pool("500m to 2", "2Gi to 4Gi")
+ON_CPU = Pool("1 to 4", "4Gi to 8Gi", shm="1Gi")
+OF_MY_OWN = gpu(
+    "8 to 16",
+    "128Gi to 160Gi",
+    "32Gi",
+    selector={"nvidia.com/gpu.product": "NVIDIA-A100-SXM4-80GB"},
+    tolerations=[DEDICATED],
+)
+POOLS = {
+    "local": {"small": SMALL, "generate": ON_CPU, "train": ON_CPU, "ppo": ON_CPU},
+    "gke": {
+        "small": SMALL,
+        "generate": gpu("4 to 8", "24Gi to 32Gi", "8Gi", selector=L4 | {GKE_SPOT: "true"}, tolerations=ON_GKE_SPOT),
+        "train": gpu("8 to 12", "96Gi to 128Gi", "16Gi", selector=A100 | {GKE_SPOT: "true"}, tolerations=ON_GKE_SPOT),
+        "ppo": gpu(
+            "10 to 12",
+            "128Gi to 160Gi",
+            "32Gi",
+            selector=A100,
+            tolerations=[ON_GPU],
+            preferred=[{"weight": 50} | among("cloud.google.com/gke-local-nvme-ssd", "true")],
+        ),
+    },
+    "eks": {
+        "small": SMALL,
+        "generate": gpu(
+            "4 to 8",
+            "24Gi to 32Gi",
+            "8Gi",
+            selector=EKS_SPOT,
+            tolerations=[ON_GPU],
+            required=[among(EKS_FAMILY, "g6", "g5")],
+            preferred=[{"weight": 80} | among(EKS_FAMILY, "g6")],
+        ),
+        "train": gpu(
+            "8 to 12",
+            "96Gi to 128Gi",
+            "16Gi",
+            selector=EKS_SPOT,
+            tolerations=[ON_GPU],
+            required=[among(EKS_FAMILY, "p4de", "p5")],
+        ),
+        "ppo": gpu(
+            "10 to 12",
+            "128Gi to 128Gi",
+            "32Gi",
+            selector=EKS_ON_DEMAND | {EKS_FAMILY: "p4de"},
+            tolerations=[ON_GPU],
+        ),
+    },
+    "on_prem": {
+        "small": SMALL,
+        "generate": gpu(
+            "4 to 8",
+            "24Gi to 32Gi",
+            "8Gi",
+            required=[
+                among("nvidia.com/gpu.present", "true"),
+                among("nvidia.com/gpu.memory", "23000", operator="Gt"),
+            ],
+        ),
+        "train": OF_MY_OWN,
+        "ppo": OF_MY_OWN,
+    },
+}
+RETRIES = {"local": 1, "gke": 5, "eks": 5, "on_prem": 2}  # of steps that run a model
+PLACES = {  # stage: image, pool, retries where it runs no model, seconds before the first retry, seconds of an attempt
+    "start_run": ("service", "small", 1, 30, 900),
+    "prepare_data": ("service", "small", 2, 60, 3600),
+    "sft": ("trainer", "train", 0, 60, 21600),
+    "collect": ("rollout", "generate", 0, 60, 14400),
+    "annotate": ("service", "small", 2, 60, 14400),
+    "reward_model": ("trainer", "train", 0, 60, 21600),
+    "cost_model": ("trainer", "train", 0, 60, 21600),
+    "ppo_lagrangian": ("trainer", "ppo", 0, 120, 86400),
+    "evaluate": ("trainer", "generate", 0, 60, 14400),
+    "register": ("service", "small", 2, 60, 900),
+    "gate": ("service", "small", 2, 60, 900),
+    "set_alias": ("service", "small", 2, 60, 900),
+    "report": ("service", "small", 2, 60, 1800),
 }
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize(("name", "stage"), EXPECTED)
-def test_what_a_stage_gets(steps: dict[str, list[Step]], name: str, stage: str) -> None:
-    image, cpu, memory, accelerators, shm, queue, retries, seconds = EXPECTED[name, stage]
-    found = [step for step in steps[name] if step.stage == stage]
-    assert found
-    for step in found:
-        cells = row(step)
-        assert cells["image"].startswith(f"{image}@")
-        assert (cells["cpu"], cells["memory"], cells["shm"], cells["queue"]) == (cpu, memory, shm, queue)
-        assert cells["accelerator"] == (f"{accelerators} x nvidia.com/gpu" if accelerators else "-")
-        assert cells["retries"].startswith(f"{retries} after ")
-        assert cells["timeout"] == f"{seconds}s"
-        assert (cells["cached"], cells["user"]) == ("no", "10001:10001")
-        for mount in step.pod.empty_dir_mounts:
-            assert (mount.mount_path, mount.medium) == ("/dev/shm", "Memory")
-
-
-@pytest.mark.parametrize("name", ["gke", "eks", "on_prem"])
-def test_only_steps_that_run_a_model_get_an_accelerator(steps: dict[str, list[Step]], name: str) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_what_every_step_gets(steps: dict[str, list[Step]], name: str) -> None:
+    form = form_defaults(name)
     for step in steps[name]:
-        has = step.container.resources.HasField("accelerator")
-        assert has == (step.stage in ("sft", *set(ROUND) - {"annotate"})), step.stage
+        image, on, retries, back_off, seconds = PLACES[step.stage]
+        pool, cells, where = POOLS[name][on], row(step), f"{name} {'/'.join(step.path)}"
+        assert step.container.image.rpartition("/")[2].startswith(f"{image}@sha256:"), where
+        assert (cells["cpu"], cells["memory"]) == (pool.cpu, pool.memory), where
+        assert cells["accelerator"] == (f"{pool.gpus} x nvidia.com/gpu" if pool.gpus else "-"), where
+        assert (cells["shm"], cells["queue"]) == (pool.shm, pool.queue), where
+        for mount in step.pod.empty_dir_mounts:
+            assert (mount.mount_path, mount.medium) == ("/dev/shm", "Memory"), where
+        assert node_selector(step.pod, form) == pool.selector, where
+        assert tolerations(step.pod, form) == pool.tolerations, where
+        assert affinity_terms(step.pod) == (pool.required, pool.preferred), where
+        patience = (step.task.retry_policy.max_retry_count, step.task.retry_policy.backoff_duration.seconds)
+        assert patience == (retries or RETRIES[name], back_off), where
+        assert step.pod.active_deadline_seconds == seconds, where
+        assert (cells["cached"], cells["user"]) == ("no", "10001:10001"), where
+    printed = table(steps[name]).splitlines()
+    assert sum(int(line.split()[-1]) for line in printed[1:]) == len(steps[name]), "the table leaves none out"
 
 
 @pytest.mark.parametrize("version", KUBERNETES)
@@ -267,6 +371,17 @@ def tolerations(pod: Any, form: dict[str, Any]) -> list[dict[str, Any]]:
         else:
             found.append(json_format.MessageToDict(toleration))
     return found
+
+
+def affinity_terms(pod: Any) -> tuple[Terms, Terms]:
+    """The lines that must hold, in one term, and those that should, each with its weight."""
+    node = affinity(pod).get("nodeAffinity", {})
+    alternatives = node.get("requiredDuringSchedulingIgnoredDuringExecution", {}).get("nodeSelectorTerms", [])
+    assert len(alternatives) <= 1
+    required = [line for term in alternatives for line in term["matchExpressions"]]
+    preferred = node.get("preferredDuringSchedulingIgnoredDuringExecution", [])
+    lines = [(entry["weight"], line) for entry in preferred for line in entry["preference"]["matchExpressions"]]
+    return required, [{"weight": weight} | line for weight, line in lines]
 
 
 def affinity(pod: Any) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -84,7 +87,9 @@ def test_a_changed_cron_replaces_exactly_one(kfp: KfpServer, apply: Apply) -> No
     status, said = apply(BOTH.replace("0 0 2 * * 1", "0 30 2 * * 1"))
     assert status == 0
     assert said == "weekly: replace\n  cron: 0 0 2 * * 1 -> 0 30 2 * * 1\nmonthly: unchanged\nweekly: done\n"
-    assert kfp.changes == [f"POST /recurringruns/{old}:disable", "POST /recurringruns", f"DELETE /recurringruns/{old}"]
+    new = schedule(kfp, "weekly")["recurring_run_id"]
+    made, turned = "POST /recurringruns", [f"POST /recurringruns/{old}:disable", f"POST /recurringruns/{new}:enable"]
+    assert kfp.changes == [made, *turned, f"DELETE /recurringruns/{old}"]
     assert schedule(kfp, "weekly")["trigger"]["cron_schedule"]["cron"] == "0 30 2 * * 1"
     assert schedule(kfp, "monthly") == other
 
@@ -293,9 +298,11 @@ def test_if_nothing_can_be_deleted_both_are_named_and_the_next_apply_mends_it(kf
     old, new = (entry["recurring_run_id"] for entry in kfp.schedules)
     assert status == 1
     assert f"the old {old} may be paused, and the new {new} may be in place: see `saferlhf schedule list`" in said
-    assert [entry["mode"] for entry in kfp.schedules] == ["DISABLE", "ENABLE"]
+    assert [entry["mode"] for entry in kfp.schedules] == ["ENABLE", "DISABLE"]
+    status, said = saferlhf("schedule", "resume", "weekly")
+    assert (status, f"an apply was cut short and left {old}, {new}" in said) == (1, True)
     kfp.refuse.clear()
-    assert apply(changed) == (0, "weekly: remove the duplicate\nweekly: done\n")
+    assert apply(changed) == (0, "weekly: remove the duplicate\n  enabled: false -> true\nweekly: done\n")
     assert schedule(kfp, "weekly")["recurring_run_id"] == new
 
 
@@ -327,7 +334,7 @@ def test_two_that_are_on_are_never_in_place(kfp: KfpServer, apply: Apply, refuse
     assert max(on) == (0 if paused else 1)
     if status:
         kept = [entry for entry in kfp.schedules if entry["recurring_run_id"] == before[0]["recurring_run_id"]]
-        assert kept == before or refused == "DELETE *"  # then the new one cannot be taken back either
+        assert kept == before or refused == "*:enable"  # then the old one cannot be resumed either
     kfp.refuse.clear()
     assert apply(WEEKLY.replace("seed: 7", "seed: 8"))[0] == 0
     assert schedule(kfp, "weekly")["mode"] == ("DISABLE" if paused else "ENABLE")
@@ -350,7 +357,9 @@ def test_a_run_that_starts_after_the_look_keeps_its_schedule(kfp: KfpServer, app
     assert status == 1
     assert f"a schedule is not replaced while a run of it is in flight (weekly: run {runs[0]} (RUNNING))" in said
     assert "weekly: the old schedule is as it was; apply again; not reached: monthly" in said
-    assert kfp.changes == [f"POST /recurringruns/{mine}:disable", f"POST /recurringruns/{mine}:enable"]
+    made, *turned, taken_back = kfp.changes
+    assert (made, taken_back.partition("/")[0]) == ("POST /recurringruns", "DELETE ")
+    assert turned == [f"POST /recurringruns/{mine}:disable", f"POST /recurringruns/{mine}:enable"]
     assert kfp.schedules == before
 
 
@@ -387,3 +396,53 @@ def test_an_interrupted_apply_leaves_the_old_one_on(kfp: KfpServer, apply: Apply
     assert apply(WEEKLY.replace("seed: 7", "seed: 8"))[0] != 0
     assert len(looks) == 2
     assert kfp.schedules == before
+
+
+def killed_at(kfp: KfpServer, number: int, *arguments: str) -> bool:
+    """Run `saferlhf` in a process that is killed when its call of that number arrives; the call is not carried out.
+
+    Returns:
+        whether it came so far.
+    """
+    process = multiprocessing.get_context("fork").Process(target=saferlhf, args=arguments)
+
+    def kill(call: str) -> None:
+        if len(kfp.calls) == number:
+            process.kill()
+            raise ConnectionAbortedError
+
+    kfp.calls.clear()
+    kfp.on_call = kill
+    process.start()
+    process.join()
+    return process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("before", ["on", "paused", "none"])
+def test_an_apply_that_is_killed_before_any_of_its_calls_is_mended_by_the_next(
+    kfp: KfpServer, apply: Apply, tmp_path: Path, before: str
+) -> None:
+    """As the chart's Job is, with its node: no handler runs, and the next attempt finds what is on the server."""
+    changed = WEEKLY.replace("seed: 7", "seed: 8")
+    if before != "none":
+        apply(WEEKLY)
+    if before == "paused":
+        saferlhf("schedule", "pause", "weekly")
+    present = copy.deepcopy(kfp.schedules)
+    file = tmp_path / "killed.yaml"
+    file.write_text(changed)
+    reached = set()
+    for number in itertools.count(1):
+        kfp.schedules[:] = copy.deepcopy(present)
+        if not killed_at(kfp, number, "schedule", "apply", "-f", str(file)):
+            break
+        reached.add(kfp.calls[-1].rpartition(":")[2] if ":" in kfp.calls[-1] else kfp.calls[-1].partition(" ")[0])
+        on = watch_how_many_are_on(kfp)
+        status, said = apply(changed)
+        assert (status, max(on) <= 1) == (0, True), (number, said)
+        left = schedule(kfp, "weekly")
+        assert left["mode"] == ("DISABLE" if before == "paused" else "ENABLE"), number
+        assert left["runtime_config"]["parameters"]["run_seed"] == 8
+    replaced = {"on": {"disable", "enable", "DELETE"}, "paused": {"DELETE"}, "none": set[str]()}
+    assert reached == {"GET", "POST"} | replaced[before]
