@@ -1,14 +1,18 @@
-"""Six roles of PPO-Lagrangian on one backbone: seconds and memory of a step, with and without activation checkpointing.
+"""Six roles of PPO-Lagrangian on one backbone: seconds and memory of a step.
+
+Measured with adapters on all layers and on the upper half (the roles then share the lower half's work), each with and
+without activation checkpointing.
 
     python -m tests.benchmarks.one_card [SHAPE]
 
 SHAPE is 7b (Llama-2-7B's: for one GPU of 80 GB) or 135m (SmolLM2's; the default, for a CPU). Weights are random, and
-nothing is downloaded: speed and memory do not depend on what a model has learned. Every role is an adapter of rank 16
-on all layers; what six models of their own would need is told beside it, as arithmetic.
+nothing is downloaded: speed and memory do not depend on what a model has learned. Every role is an adapter of rank 16;
+what six models of their own would need is told beside it, as arithmetic.
 """
 
 from __future__ import annotations
 
+import itertools
 import resource
 import sys
 import time
@@ -101,13 +105,13 @@ def memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
-def measure(shape: str, checkpoints_activations: bool) -> Step:
+def measure(shape: str, top_layers: int, checkpoints_activations: bool) -> Step:
     """The second of two steps: the first warms up. In a process of its own, whose peak memory is its own, too."""
     model, tokenizer = random_model(shape), load_tokenizer(make_tiny("llama"))
     base_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     backbone = Backbone(model, tokenizer, checkpoints_activations=checkpoints_activations)
     for role, scored in ROLES.items():
-        backbone.add_role(role, LoraSettings(rank=16, alpha=32), scored=scored)
+        backbone.add_role(role, LoraSettings(rank=16, alpha=32, top_layers=top_layers), scored=scored)
     load = LOADS[shape]
     settings = PpoSettings(episodes_per_step=load.episodes, minibatch_size=load.minibatch, max_new_tokens=load.answer)
     engine = TransformersEngine(backbone, ACTOR)
@@ -131,14 +135,19 @@ def main() -> None:
     load = LOADS[shape]
     work = f"{load.episodes} episodes of {load.prompt} + {load.answer} tokens, minibatches of {load.minibatch}"
     print(f"{shape} on {device}, {choose_dtype('auto')}: {work}")
-    print("\n| activation checkpointing | GB at rest | GB at most | s a step | of it rollout | answer tokens/s |")
-    print("|---|---:|---:|---:|---:|---:|")
-    for again in (False, True):
+    print(
+        "\n| adapters | activation checkpointing | GB at rest | GB at most | s a step | rollout, s | answer tokens/s |"
+    )
+    print("|---|---|---:|---:|---:|---:|---:|")
+    depth = int(SHAPES[shape]["num_hidden_layers"])
+    for top_layers, again in itertools.product((depth, depth // 2), (False, True)):
         with ProcessPoolExecutor(1, get_context("spawn")) as process:
-            step = process.submit(measure, shape, again).result()
+            step = process.submit(measure, shape, top_layers, again).result()
         print(
-            f"| {'on' if again else 'off'} | {step.at_rest / GB:.1f} | {step.peak / GB:.1f} | {step.seconds:.1f} "
-            f"| {step.rollout_seconds:.1f} | {step.tokens / step.seconds:.0f} |"
+            f"| top {top_layers} of {depth} layers | {'on' if again else 'off'} "
+            f"| {step.at_rest / GB:.1f} | {step.peak / GB:.1f} | {step.seconds:.1f} "
+            f"| {step.rollout_seconds:.1f} | {step.tokens / step.seconds:.0f} |",
+            flush=True,
         )
     weights = step.base_bytes / GB
     print(f"\nOne backbone: {weights:.1f} GB. Six models with adapters: {6 * weights:.1f} GB, before activations.")
