@@ -74,13 +74,14 @@ class Step:
     """One step of PPO-Lagrangian.
 
     Attributes:
-        base_bytes: of the weights that all roles share.
+        base_bytes, base_parameters: of the weights that all roles share.
         at_rest: bytes before the first step, and at most, `peak`: of the GPU, or on a CPU of the process in all.
         rollout_seconds: of `seconds`.
         tokens: of its answers.
     """
 
     base_bytes: int
+    base_parameters: int
     at_rest: float
     peak: float
     rollout_seconds: float
@@ -109,6 +110,7 @@ def measure(shape: str, top_layers: int, checkpoints_activations: bool) -> Step:
     """The second of two steps: the first warms up. In a process of its own, whose peak memory is its own, too."""
     model, tokenizer = random_model(shape), load_tokenizer(make_tiny("llama"))
     base_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    base_parameters = sum(p.numel() for p in model.parameters())
     backbone = Backbone(model, tokenizer, checkpoints_activations=checkpoints_activations)
     for role, scored in ROLES.items():
         backbone.add_role(role, LoraSettings(rank=16, alpha=32, top_layers=top_layers), scored=scored)
@@ -124,7 +126,8 @@ def measure(shape: str, top_layers: int, checkpoints_activations: bool) -> Step:
     metrics = trainer.step(prompts, 1)
     seconds = time.perf_counter() - started
     tokens = load.episodes * load.answer  # random weights end an answer once in tens of thousands of tokens
-    return Step(base_bytes, at_rest, memory(), tokens / metrics.rollout_tokens_per_second, seconds, tokens)
+    rollout_seconds = tokens / metrics.rollout_tokens_per_second
+    return Step(base_bytes, base_parameters, at_rest, memory(), rollout_seconds, seconds, tokens)
 
 
 def main() -> None:
@@ -151,8 +154,9 @@ def main() -> None:
         )
     weights = step.base_bytes / GB
     print(f"\nOne backbone: {weights:.1f} GB. Six models with adapters: {6 * weights:.1f} GB, before activations.")
-    trained = 3 * weights / 2 * 16  # 2 bytes a weight; bf16 weights and gradients, fp32 weights and Adam's two moments
-    print(f"Six models, three of them trained whole: {3 * weights + trained:.0f} GB.")
+    # bf16 weights; and of those that are trained gradients, and in fp32 weights and Adam's two moments
+    trained_whole = (3 * 2 + 3 * (2 + 2 + 12)) * step.base_parameters / GB
+    print(f"Six models in bf16, three of them trained whole: {trained_whole:.0f} GB.")
 
 
 if __name__ == "__main__":
