@@ -79,6 +79,7 @@ class Stage:
         mlflow: the nested MLflow run; of several ranks only the first writes to it.
         gauges: what Prometheus may read.
         seed: seed of all its random choices.
+        standing: URI of what an earlier attempt committed, if that leaves nothing to do.
     """
 
     context: RunContext
@@ -89,6 +90,7 @@ class Stage:
     gauges: Gauges
     seed: int
     started: float
+    standing: str | None
 
     @property
     def checkpoints_uri(self) -> str:
@@ -103,10 +105,9 @@ class Stage:
 
     def finished(self) -> str | None:
         """URI of this stage's commit where an earlier attempt made it already: then there is nothing left to do."""
-        done = distributed.from_main(lambda: standing_commit(self.context, self.name, self.round))
-        if done is not None:
+        if self.standing is not None:
             self._discard_checkpoints()  # that attempt may have ended just before it did
-        return done
+        return self.standing
 
     def commit(self, folder: Path, *, step: int, parents: Sequence[str]) -> str:
         """Commit a folder as `step-<n>`, point LATEST at it, and return its URI. All ranks call, rank 0 commits.
@@ -209,23 +210,27 @@ def _check_same_settings(run_id: str, earlier: Settings, now: Settings) -> None:
 
 
 @contextmanager
-def open_stage(run_uri: str, name: str, round_number: int) -> Iterator[Stage]:
-    """Open a run for one stage: logging, scratch folder, nested MLflow run, metrics, start time."""
+def open_stage(run_uri: str, name: str, round_number: int, *, is_repeated: bool = False) -> Iterator[Stage]:
+    """Open a run for one stage: logging, scratch folder, nested MLflow run, metrics, start time.
+
+    A stage that has nothing left to do opens no MLflow run, unless it `is_repeated`: does its work at every start.
+    """
     logs.configure_logging()
     context = open_run(run_uri)
     logs.set_place(logs.Place(context.run_id, round_number, name))
     started = time.monotonic()
+    standing = None if is_repeated else distributed.from_main(lambda: standing_commit(context, name, round_number))
     label = f"round {round_number} {name}" if round_number else name
     log.info("%s: started", label)
     with (
         tempfile.TemporaryDirectory(prefix=f"saferlhf-{name}-") as folder,
         served_gauges(context.run_id, name, round_number) as gauges,
-        _tracked(context, name, round_number) as mlflow,
+        _tracked(context, name, round_number, is_done=standing is not None) as mlflow,
         _failure_as_event(label),
         _memory_explained(label),
     ):
         seed = context.seed(name, round_number)
-        yield Stage(context, name, round_number, Path(folder), mlflow, gauges, seed, started)
+        yield Stage(context, name, round_number, Path(folder), mlflow, gauges, seed, started, standing)
     log.info("%s: done in %.1f s", label, time.monotonic() - started)
 
 
@@ -257,10 +262,10 @@ def _memory_explained(label: str) -> Iterator[None]:
 
 
 def _tracked(
-    context: RunContext, name: str, round_number: int
-) -> AbstractContextManager[StageRun] | AbstractContextManager[SilentRun]:
+    context: RunContext, name: str, round_number: int, *, is_done: bool
+) -> AbstractContextManager[StageRun | SilentRun]:
     if distributed.world().is_main:
-        return context.tracker.stage(context.mlflow_run_id, name, round_number)
+        return context.tracker.stage(context.mlflow_run_id, name, round_number, is_done=is_done)
     return nullcontext(SilentRun())
 
 

@@ -123,15 +123,22 @@ class Tracker:
             return str(run.info.status), run.data.tags.get(_ENDED_TAG, "")
 
     @contextmanager
-    def stage(self, parent_id: str, stage: str, round: int) -> Iterator[StageRun]:
+    def stage(self, parent_id: str, stage: str, round: int, *, is_done: bool = False) -> Iterator[StageRun | SilentRun]:
         """A nested run for one stage of one round; an unfinished one of an earlier attempt is gone on with.
+
+        Where an earlier attempt has done the stage's work (`is_done`), there is a run only if that attempt left its
+        own unfinished.
 
         The run ends as FINISHED, FAILED (the block raised), KILLED (it was interrupted), or SCHEDULED (it waits for
         people, and will go on). A pipeline run whose stage failed or was killed has ended so, too, until a stage is
         started again: on a cluster nobody else is there to say it.
         """
         with self._errors(f"start stage {stage} of round {round}"):
-            mlflow_id, resumed = self._open_stage(parent_id, stage, round)
+            opened = self._open_stage(parent_id, stage, round, is_done)
+        if opened is None:
+            yield SilentRun()
+            return
+        mlflow_id, resumed = opened
         run = StageRun(self, mlflow_id)
         monitor = self._start_monitor(mlflow_id, resumed)
         status: RunStatus = "KILLED"
@@ -244,8 +251,8 @@ class Tracker:
         if _ENDED_TAG in parent.data.tags:
             self._client.delete_tag(parent_id, _ENDED_TAG)
 
-    def _open_stage(self, parent_id: str, stage: str, round: int) -> tuple[str, bool]:
-        """(MLflow's run id, whether the run existed before)."""
+    def _open_stage(self, parent_id: str, stage: str, round: int, is_done: bool) -> tuple[str, bool] | None:
+        """(MLflow's run id, whether the run existed before); None where none is needed."""
         parent = self._client.get_run(parent_id)
         if parent.info.status in {"SCHEDULED", "FAILED", "KILLED"} or _ENDED_TAG in parent.data.tags:
             self._reopen(parent)  # a cluster's Retry begins here, and not with start_pipeline_run
@@ -255,6 +262,8 @@ class Tracker:
             if run.info.status != "FINISHED":
                 self._client.update_run(run.info.run_id, status="RUNNING")
                 return str(run.info.run_id), True
+        if is_done:
+            return None
         name = f"{stage} (round {round})" if round else stage
         run = self._client.create_run(self._find_experiment(), tags={**tags, _NAME_TAG: name})
         return str(run.info.run_id), False

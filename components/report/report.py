@@ -27,7 +27,7 @@ class ReportOutput:
 
 def run_report(run_uri: str) -> ReportOutput:
     """Stage: finished run -> report.html and report.md, committed with the evaluations and the policy as parents."""
-    with open_stage(run_uri, STAGE, 0) as stage:
+    with open_stage(run_uri, STAGE, 0, is_repeated=True) as stage:
         data = gather(stage.context)
         html, markdown = render_html(data), render_markdown(data)
         (stage.folder / "report.html").write_text(html, encoding="utf-8")

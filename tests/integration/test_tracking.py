@@ -105,6 +105,19 @@ def test_row_13_an_unfinished_stage_is_gone_on_with(
         assert third.run_id != first.run_id  # a finished run stays as it is
 
 
+def test_a_stage_whose_work_is_done_has_no_run_of_its_own_and_ends_one_that_was_left_open(
+    tracker: Tracker, client: MlflowClient, parent_id: str
+) -> None:
+    with pytest.raises(SystemExit), tracker.stage(parent_id, "ppo", 1) as first:
+        raise SystemExit
+    for _ in range(2):
+        with tracker.stage(parent_id, "ppo", 1, is_done=True):
+            assert tracker.end_of_pipeline_run(parent_id)[0] == "RUNNING"
+        nested = f"tags.`mlflow.parentRunId` = '{parent_id}'"
+        (run,) = client.search_runs([client.get_run(parent_id).info.experiment_id], nested)
+        assert (run.info.run_id, run.info.status) == (first.run_id, "FINISHED")
+
+
 def test_a_stage_lets_a_run_that_waited_or_had_ended_early_go_on(
     tracker: Tracker, client: MlflowClient, parent_id: str
 ) -> None:
