@@ -79,7 +79,6 @@ class Stage:
         mlflow: the nested MLflow run; of several ranks only the first writes to it.
         gauges: what Prometheus may read.
         seed: seed of all its random choices.
-        standing: URI of what an earlier attempt committed, if that leaves nothing to do.
     """
 
     context: RunContext
@@ -90,7 +89,6 @@ class Stage:
     gauges: Gauges
     seed: int
     started: float
-    standing: str | None
 
     @property
     def checkpoints_uri(self) -> str:
@@ -105,9 +103,10 @@ class Stage:
 
     def finished(self) -> str | None:
         """URI of this stage's commit where an earlier attempt made it already: then there is nothing left to do."""
-        if self.standing is not None:
+        done = distributed.from_main(lambda: standing_commit(self.context, self.name, self.round))
+        if done is not None:
             self._discard_checkpoints()  # that attempt may have ended just before it did
-        return self.standing
+        return done
 
     def commit(self, folder: Path, *, step: int, parents: Sequence[str]) -> str:
         """Commit a folder as `step-<n>`, point LATEST at it, and return its URI. All ranks call, rank 0 commits.
@@ -219,18 +218,17 @@ def open_stage(run_uri: str, name: str, round_number: int, *, is_repeated: bool 
     context = open_run(run_uri)
     logs.set_place(logs.Place(context.run_id, round_number, name))
     started = time.monotonic()
-    standing = None if is_repeated else distributed.from_main(lambda: standing_commit(context, name, round_number))
     label = f"round {round_number} {name}" if round_number else name
     log.info("%s: started", label)
     with (
         tempfile.TemporaryDirectory(prefix=f"saferlhf-{name}-") as folder,
         served_gauges(context.run_id, name, round_number) as gauges,
-        _tracked(context, name, round_number, is_done=standing is not None) as mlflow,
+        _tracked(context, name, round_number, is_repeated) as mlflow,
         _failure_as_event(label),
         _memory_explained(label),
     ):
         seed = context.seed(name, round_number)
-        yield Stage(context, name, round_number, Path(folder), mlflow, gauges, seed, started, standing)
+        yield Stage(context, name, round_number, Path(folder), mlflow, gauges, seed, started)
     log.info("%s: done in %.1f s", label, time.monotonic() - started)
 
 
@@ -262,9 +260,10 @@ def _memory_explained(label: str) -> Iterator[None]:
 
 
 def _tracked(
-    context: RunContext, name: str, round_number: int, *, is_done: bool
+    context: RunContext, name: str, round_number: int, is_repeated: bool
 ) -> AbstractContextManager[StageRun | SilentRun]:
     if distributed.world().is_main:
+        is_done = not is_repeated and standing_commit(context, name, round_number) is not None
         return context.tracker.stage(context.mlflow_run_id, name, round_number, is_done=is_done)
     return nullcontext(SilentRun())
 

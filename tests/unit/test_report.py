@@ -475,7 +475,7 @@ def test_stage_commits_both_texts_under_a_number_of_their_content(
 
     mlflow = SimpleNamespace(log_text=lambda text, file: logged.update({file: text}))
     stage = SimpleNamespace(context=context, folder=tmp_path, mlflow=mlflow, commit=commit)
-    monkeypatch.setattr(report, "open_stage", lambda *_: contextlib.nullcontext(stage))
+    monkeypatch.setattr(report, "open_stage", lambda *_, **__: contextlib.nullcontext(stage))
     first, again = report.run_report(context.run_uri), report.run_report(context.run_uri)
     store.texts[f"{context.run_uri}/promotion.json"] = to_json(dataclasses.replace(data.promotion, version="4"))
     other = report.run_report(context.run_uri)
