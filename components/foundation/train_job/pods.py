@@ -34,6 +34,7 @@ class PodState:
         node: index of the node; node 0 has rank 0.
         created: time, RFC 3339 in UTC; such times are in the order of their strings.
         container: the pod's uid and the id of its container that runs or has run last; empty before the first.
+        restarts: how many containers have run before this one.
         running: it runs now.
         exit_code: of the container that ended last; None where none has ended.
         finished: when that was, to the second.
@@ -46,11 +47,23 @@ class PodState:
     node: int
     created: str
     container: str = ""
+    restarts: int = 0
     running: bool = False
     exit_code: int | None = None
     finished: str = ""
     trouble: str = ""
     disrupted: bool = False
+
+    @property
+    def progress(self) -> tuple[int, bool]:
+        """How far the pod's life has come: it never goes back, so the greater of two states is the newer."""
+        return self.restarts, self.exit_code is not None and not self.running
+
+    def is_newer_than(self, known: PodState) -> bool:
+        """Whether this replaces what is known of the same node: a list may have told what a watch tells later."""
+        if self.uid == known.uid:
+            return self.progress >= known.progress
+        return self.created >= known.created
 
     def __str__(self) -> str:
         ended = f" exit code {self.exit_code}" if self.exit_code is not None else ""
@@ -73,6 +86,7 @@ def pod_state(pod: Json) -> PodState:
         node=int(labels.get(_INDEX) or annotations.get(_INDEX) or 0),
         created=metadata.get("creationTimestamp", ""),
         container=f"{metadata['uid']}/{container_id}" if container_id else "",
+        restarts=container.get("restartCount", 0),
         running="running" in state,
         exit_code=ended.get("exitCode"),
         finished=ended.get("finishedAt") or "",
@@ -125,7 +139,7 @@ class PodBoard:
         with self._changed:
             for state in map(pod_state, pods):
                 known = self._pods.get(state.node)
-                if known is None or known.uid == state.uid or known.created <= state.created:
+                if known is None or state.is_newer_than(known):
                     self._pods[state.node] = state
                     if state.trouble and (known is None or known.trouble != state.trouble):
                         log.warning("%s", state)
