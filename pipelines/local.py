@@ -36,7 +36,7 @@ from components.foundation.tracking import RunStatus, Tracker
 from components.notify.notify import notify
 from components.prepare_data.take_over import commits_to_take_over
 from pipelines.memory import PeakMemory
-from pipelines.safe_rlhf import build_pipeline
+from pipelines.prefork import as_sys_executable, preforked_python
 from pipelines.screen import Screen
 from pipelines.services import local_services
 from pipelines.summary import RunFacts, closing_words, write_summary
@@ -75,19 +75,22 @@ def run_here(run: LocalRun) -> Path:
         SaferlhfError: the sentence that the failing step printed.
     """
     started = time.monotonic()
+    if run.settings.ppo.engine == "vllm":
+        find_vllm_python(run.settings.ppo.vllm_python)
     run.work_dir.mkdir(parents=True, exist_ok=True)
+    with _environment(_for_steps(run)):
+        check_base_model(run.settings.base_model)  # in the run's cache
     with (
         PeakMemory() as memory,
         _stop_steps_on_signals(),
+        _environment(_for_steps(run)),
+        preforked_python() as python,
         local_services(run.work_dir) as endpoints,
-        _environment(endpoints.environment, run),
+        _environment(endpoints.environment),
     ):
         screen = Screen()
         screen.line(f"S3 at {endpoints.s3_url}, MLflow at {endpoints.tracking_uri}, run {run.run_id}")
         CheckpointStore(run.settings.store.uri).ensure_bucket()
-        check_base_model(run.settings.base_model)
-        if run.settings.ppo.engine == "vllm":
-            find_vllm_python(run.settings.ppo.vllm_python)
         if run.resumed and not CheckpointStore(run.settings.store.uri).has_text(f"{run.run_uri}/run.json"):
             raise SettingsError(
                 f"there is no run {run.run_id} in {run.work_dir} to resume: leave --resume out to start one"
@@ -95,7 +98,7 @@ def run_here(run: LocalRun) -> Path:
         commits_to_take_over(run.run_uri, run.settings)
         status: RunStatus = "KILLED"
         try:
-            _run_pipeline(run, screen)
+            _run_pipeline(run, screen, python)
             facts = RunFacts(
                 run_uri=run.run_uri,
                 wall_seconds=time.monotonic() - started,
@@ -120,8 +123,10 @@ def run_here(run: LocalRun) -> Path:
     return summary
 
 
-def _run_pipeline(run: LocalRun, screen: Screen) -> None:
-    from kfp import local
+def _run_pipeline(run: LocalRun, screen: Screen, python: str) -> None:
+    from kfp import local  # a second of imports, which the servers meanwhile need as well
+
+    from pipelines.safe_rlhf import build_pipeline
 
     arguments = {
         "run_uri": run.run_uri,
@@ -133,6 +138,7 @@ def _run_pipeline(run: LocalRun, screen: Screen) -> None:
     with (
         tempfile.TemporaryDirectory(prefix="saferlhf-kfp-") as root,
         contextlib.redirect_stdout(screen),
+        as_sys_executable(python),
         warnings.catch_warnings(),
     ):
         warnings.filterwarnings("ignore", module=r"kfp\.local")  # "display_name has no effect", for every step
@@ -160,22 +166,26 @@ def _close_tracking(tracking_uri: str, run: LocalRun, status: RunStatus) -> None
             raise
 
 
-@contextlib.contextmanager
-def _environment(servers: dict[str, str], run: LocalRun) -> Iterator[None]:
-    """Environment of the steps; our own is put back afterwards."""
-    before = dict(os.environ)
+def _for_steps(run: LocalRun) -> dict[str, str]:
+    """Environment variables of the steps, beside those that name the servers."""
     bin_folder = str(Path(sys.executable).parent)
-    os.environ.update(servers)
-    os.environ.update(
-        PATH=f"{bin_folder}{os.pathsep}{os.environ.get('PATH', '')}",
-        PYTHONUNBUFFERED="1",
-        PYTHONWARNINGS="ignore",
-        TOKENIZERS_PARALLELISM="false",
+    return {
+        "PATH": f"{bin_folder}{os.pathsep}{os.environ.get('PATH', '')}",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONWARNINGS": "ignore",
+        "TOKENIZERS_PARALLELISM": "false",
         # threads that spin for long while they wait make a step many times slower as soon as another process wants a
         # core; threads that do not spin at all make every step a fifth slower
-        GOMP_SPINCOUNT=os.environ.get("GOMP_SPINCOUNT", "4000"),
-        SAFERLHF_CACHE=os.environ.get("SAFERLHF_CACHE") or str(run.work_dir.resolve() / "cache"),
-    )
+        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "4000"),
+        "SAFERLHF_CACHE": os.environ.get("SAFERLHF_CACHE") or str(run.work_dir.resolve() / "cache"),
+    }
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Add to the environment; it is put back afterwards."""
+    before = dict(os.environ)
+    os.environ.update(variables)
     try:
         yield
     finally:

@@ -27,7 +27,8 @@ from components.foundation.base_model import (
 from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import ModelError
 from components.foundation.gguf_conversion import CHAT_TEMPLATE, convert_gguf
-from components.foundation.language_model import check_model_folder, load_causal_lm, load_tokenizer, save_causal_lm
+from components.foundation.language_model import load_causal_lm, load_tokenizer, save_causal_lm
+from components.foundation.model_folder import check_model_folder
 
 MakeTiny = Callable[[str], Path]
 LoadPlain = Callable[[Path], Any]
