@@ -26,6 +26,7 @@ from components.foundation.errors import (
 from components.foundation.untrusted import MAX_TEXT_BYTES, one_line
 
 if TYPE_CHECKING:
+    from boto3.session import Session
     from mypy_boto3_s3 import S3Client
 
 ABSENT = {"IfNoneMatch": "*"}
@@ -39,6 +40,9 @@ _MULTIPART_BYTES = 64 * 1024 * 1024
 _READ_TRIES = 4
 _UNDECIDED_WAITS = (0.1, 0.4, 1.6)
 """Seconds before a write is repeated to which the store answered that another one was under way."""
+
+_ONE_AT_A_TIME = threading.Lock()
+"""boto3's sessions are not for several threads; its clients are."""
 
 _MISSING = {"404", "NoSuchKey", "NotFound"}
 _REFUSED = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken"}
@@ -272,18 +276,28 @@ def _endpoint(environment: Mapping[str, str]) -> str | None:
     return environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL") or None
 
 
-def _new_client(environment: Mapping[str, str], **config: Any) -> S3Client:
+@functools.cache
+def _session() -> Session:
+    """One for the process: a new one would parse the description of S3 again, for a quarter of a second."""
     import boto3
+
+    return boto3.session.Session()
+
+
+def _new_client(environment: Mapping[str, str], **config: Any) -> S3Client:
     from botocore.config import Config
 
     endpoint = _endpoint(environment)
     region = environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION")
     if endpoint:
         config["s3"] = {"addressing_style": "path"}  # other stores than AWS seldom answer to bucket.host
-    session = boto3.session.Session(
-        aws_access_key_id=environment.get("AWS_ACCESS_KEY_ID"),
-        aws_secret_access_key=environment.get("AWS_SECRET_ACCESS_KEY"),
-        aws_session_token=environment.get("AWS_SESSION_TOKEN"),
-        region_name=region or ("us-east-1" if endpoint else None),
-    )
-    return session.client("s3", endpoint_url=endpoint, config=Config(**config))
+    with _ONE_AT_A_TIME:
+        return _session().client(
+            "s3",
+            endpoint_url=endpoint,
+            aws_access_key_id=environment.get("AWS_ACCESS_KEY_ID"),
+            aws_secret_access_key=environment.get("AWS_SECRET_ACCESS_KEY"),
+            aws_session_token=environment.get("AWS_SESSION_TOKEN"),
+            region_name=region or ("us-east-1" if endpoint else None),
+            config=Config(**config),
+        )

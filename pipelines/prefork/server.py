@@ -23,6 +23,7 @@ from multiprocessing.connection import wait
 from multiprocessing.context import ForkProcess
 
 from components.foundation.language_model import import_transformers
+from components.foundation.s3 import S3
 
 _MODULES = (
     "boto3",
@@ -41,6 +42,7 @@ _MODULES = (
     "components.reward_model.reward_model",
     "components.sft.sft",
 )
+_NOWHERE = {"AWS_ENDPOINT_URL": "http://127.0.0.1", "AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none"}
 _FORK = multiprocessing.get_context("fork")
 
 
@@ -66,6 +68,7 @@ def main(listening: int) -> None:
     import_transformers()  # before others import all of it
     for module in _MODULES:
         importlib.import_module(module)
+    _ = S3(_NOWHERE).client  # parses boto3's description of S3
     gc.freeze()  # a collection in a step would copy the pages that it shares with the others
     steps: dict[socket.socket, ForkProcess] = {}
     while True:
