@@ -15,7 +15,7 @@ SECONDS ?= 600
 TARGET  ?= data judge annotations settings manifest checkpoint pages
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test store-soak promotion-races long-haul outage chart-test lint vllm vllm-test results audit fuzz bench-card bench-bandit compiled images images-push \
+.PHONY: help install run test store-soak promotion-races long-haul outage chart-test lint vllm vllm-test results audit fuzz bench-start bench-card bench-bandit compiled images images-push \
 	images-pin images-test clean
 
 help: ## list the targets
@@ -103,6 +103,9 @@ $(FUZZ_VENV)/.installed: $(VENV)/.installed
 results: install ## run three seeds (an hour) and write the README's results table
 	for seed in 0 1 2; do $(MAKE) run PROFILE=smol SEED=$$seed WORKDIR=runs/seed-$$seed || exit 1; done
 	$(BIN)/python -m tests.benchmarks.results runs/seed-0 runs/seed-1 runs/seed-2
+
+bench-start: install ## what starting costs: the command, each stage's imports, a tiny run outside of its stages
+	$(BIN)/python -m tests.benchmarks.start_up
 
 bench-card: install ## six roles on one backbone: memory and seconds of a PPO step; SHAPE=7b for a GPU of 80 GB
 	$(BIN)/python -m tests.benchmarks.one_card $(or $(SHAPE),135m)

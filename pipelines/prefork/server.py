@@ -25,7 +25,7 @@ from multiprocessing.context import ForkProcess
 from components.foundation.language_model import import_transformers
 from components.foundation.s3 import S3
 
-_MODULES = (
+MODULES = (
     "boto3",
     "kfp.dsl.executor_main",
     "mlflow",
@@ -66,7 +66,7 @@ def main(listening: int) -> None:
     listener = socket.socket(fileno=listening)
     os.environ["_KFP_RUNTIME"] = "true"  # as for the steps: kfp imports less
     import_transformers()  # before others import all of it
-    for module in _MODULES:
+    for module in MODULES:
         importlib.import_module(module)
     _ = S3(_NOWHERE).client  # parses boto3's description of S3
     gc.freeze()  # a collection in a step would copy the pages that it shares with the others
