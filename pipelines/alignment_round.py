@@ -10,7 +10,7 @@ from components.cost_model.component import cost_model
 from components.evaluate.component import evaluate
 from components.ppo_lagrangian.component import ppo_lagrangian
 from components.reward_model.component import reward_model
-from pipelines.placement import Placement, PoolChoice
+from pipelines.cluster.placement import Placement, PoolChoice
 
 
 class RoundOutputs(NamedTuple):

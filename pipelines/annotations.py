@@ -20,7 +20,7 @@ from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import SettingsError
 from components.foundation.run_context import RunContext, open_run
 from components.foundation.setting_sections import StoreSettings
-from pipelines.services import services_in_environment
+from pipelines.local.services import services_in_environment
 
 annotations_app = typer.Typer(help="Batches for people to label, and their labels.", no_args_is_help=True)
 

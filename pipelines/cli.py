@@ -56,7 +56,7 @@ def run(
     """
     overrides = with_start(set_, from_run, from_round)
     settings = resolve_settings(profile, seed, overrides)
-    from pipelines.local import LocalRun, run_here
+    from pipelines.local.run import LocalRun, run_here
 
     run_id = resume or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     try:
@@ -93,9 +93,9 @@ def compile_(
     if output.suffix not in (".yaml", ".yml"):
         raise SettingsError(f"--output {output} must end with .yaml")
     images = {"trainer": image_trainer, "rollout": image_rollout, "service": image_service}
-    from pipelines import executors
-    from pipelines.compiling import compile_to
-    from pipelines.platform_file import read_platform
+    from pipelines.cluster import executors
+    from pipelines.cluster.compiling import compile_to
+    from pipelines.cluster.platform_file import read_platform
 
     cluster = read_platform(platform, {name: image for name, image in images.items() if image})
     compile_to(output, rounds, cluster)
@@ -118,25 +118,25 @@ def doctor(
     json_: Annotated[bool, typer.Option("--json", help="print the findings for a program")] = False,
 ) -> None:
     """Check what a run needs, with the addresses and keys of the environment; status 1 where something is broken."""
-    from pipelines import doctor
+    from pipelines.doctor import examination
 
     if store:
         if checks:
             raise SettingsError(f"--store examines the store alone: leave out {' '.join(checks)}")
         _examine_store(store, json_)
         return
-    findings = doctor.examine(checks or (), doctor.Patient(os.environ, workdir))
+    findings = examination.examine(checks or (), examination.Patient(os.environ, workdir))
     if json_:
-        typer.echo(doctor.as_json(findings))
+        typer.echo(examination.as_json(findings))
     else:
-        typer.echo("\n".join(doctor.lines(findings)) if checks else doctor.table(findings))
-    if not doctor.well(findings):
+        typer.echo("\n".join(examination.lines(findings)) if checks else examination.table(findings))
+    if not examination.well(findings):
         raise typer.Exit(1)
 
 
 def _examine_store(uri: str, as_json: bool) -> None:
     from components.foundation.store_conformance import conforms, examine
-    from pipelines.store_report import store_json, store_table
+    from pipelines.doctor.store_report import store_json, store_table
 
     outcomes = examine(uri, os.environ)
     typer.echo(store_json(outcomes) if as_json else store_table(uri, outcomes))
@@ -147,7 +147,7 @@ def _examine_store(uri: str, as_json: bool) -> None:
 @app.command()
 def up(workdir: WorkDir = Path("runs")) -> None:
     """Start S3 and MLflow and leave them running, for browsing."""
-    from pipelines import services
+    from pipelines.local import services
 
     endpoints, started = services.up(workdir)
     typer.echo(f"{'started' if started else 'running already'}: MLflow {endpoints.tracking_uri}, S3 {endpoints.s3_url}")
@@ -156,7 +156,7 @@ def up(workdir: WorkDir = Path("runs")) -> None:
 @app.command()
 def down(workdir: WorkDir = Path("runs")) -> None:
     """Stop what `up` started; the data stay."""
-    from pipelines import services
+    from pipelines.local import services
 
     typer.echo("stopped" if services.down(workdir) else "nothing was running")
 
@@ -164,7 +164,7 @@ def down(workdir: WorkDir = Path("runs")) -> None:
 @app.command()
 def env(workdir: WorkDir = Path("runs")) -> None:
     """Print what a shell needs to reach the servers of a work folder, keys too: eval "$(saferlhf env)"."""
-    from pipelines import services
+    from pipelines.local import services
 
     endpoints, _ = services.up(workdir)
     for name, value in {**endpoints.environment, "SAFERLHF_CACHE": str(workdir.resolve() / "cache")}.items():

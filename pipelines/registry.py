@@ -21,7 +21,7 @@ from components.promote.promotion import copy_aliases, run_of_version, stored_re
 from components.promote.promotion import promote as promote_version
 from components.promote.promotion import rollback as rollback_to
 from components.promote.serving import handed_over_uri
-from pipelines.services import services_in_environment
+from pipelines.local.services import services_in_environment
 
 registry_app = typer.Typer(help="Look at the registered policies.", no_args_is_help=True)
 

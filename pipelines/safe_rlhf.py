@@ -1,7 +1,7 @@
 """Safe RLHF as a pipeline: prepare -> SFT -> rounds -> register -> gate -> promote -> report, as the paper's figure.
 
-The same pipeline runs on a laptop (`pipelines/local.py`) and compiles to the YAML that a cluster runs; with a platform,
-its steps are placed on that cluster's pools.
+The same pipeline runs on a laptop (`pipelines/local/run.py`) and compiles to the YAML that a cluster runs; with a
+platform, its steps are placed on that cluster's pools.
 """
 
 import json
@@ -18,8 +18,8 @@ from components.promote.component import gate, register, set_alias
 from components.report.component import report
 from components.sft.component import sft
 from pipelines.alignment_round import build_round
-from pipelines.placement import Placement, PoolChoice
-from pipelines.platform_file import Platform
+from pipelines.cluster.placement import Placement, PoolChoice
+from pipelines.cluster.platform_file import Platform
 
 
 def build_pipeline(rounds: int, platform: Platform | None = None) -> Any:

@@ -14,7 +14,7 @@ import boto3
 import pytest
 
 from components.foundation.checkpoint_store import CheckpointStore
-from pipelines.services import Endpoints, local_services
+from pipelines.local.services import Endpoints, local_services
 from tests.s3_identities import BUCKET, write_identities
 
 KINDS = ("golden", "end_to_end", "fault", "containers")

@@ -10,7 +10,7 @@ from typing import Any
 from components.foundation.errors import SettingsError
 from components.foundation.settings import Settings, resolve_settings
 from components.foundation.untrusted import parse_yaml
-from pipelines.platform_file import is_example_image
+from pipelines.cluster.platform_file import is_example_image
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from components.foundation.setting_sections import BUILTIN, DataSettings
 from components.foundation.settings import Settings, resolve_settings
 from components.prepare_data.prepare_data import BUILTIN_FOLDER
 from components.prepare_data.start_run import check_run_id
-from pipelines.compiling import compile_to
+from pipelines.cluster.compiling import compile_to
+from pipelines.cluster.platform_file import read_platform
 from pipelines.kubeflow.client import EXPERIMENT, Access, KubeflowClient, connect
 from pipelines.kubeflow.compiled_pipeline import CompiledPipeline, RunChoice, read_compiled, run_parameters
 from pipelines.kubeflow.versions import find_version
-from pipelines.platform_file import read_platform
 
 _SOURCES = ("preferences", "demonstrations", "prompts", "held_out")
 

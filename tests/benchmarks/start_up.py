@@ -3,7 +3,7 @@
     python -m tests.benchmarks.start_up
 
 A run of profile tiny is made twice: with steps that are forked from a process that has made their imports
-(`pipelines/prefork`), and with an interpreter for each step.
+(`pipelines/local/prefork`), and with an interpreter for each step.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.prefork.server import MODULES
+from pipelines.local.prefork.server import MODULES
 from tests.benchmarks.machine import this_machine
 
 REPEATS = 3
 COMMAND = "from pipelines.cli import main; main()"
 WITHOUT_FORKS = """
 import contextlib, sys
-import pipelines.local
-pipelines.local.preforked_python = lambda: contextlib.nullcontext(sys.executable)
+import pipelines.local.run
+pipelines.local.run.preforked_python = lambda: contextlib.nullcontext(sys.executable)
 """
 
 

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from pipelines.services import Endpoints, local_services
+from pipelines.local.services import Endpoints, local_services
 from tests.containers.forwarder import forwarded
 from tests.containers.pip_settings import pip_settings
 from tests.containers.podman import ContainersUnavailableError, Podman

@@ -87,7 +87,7 @@ def test_the_service_image_is_without_torch(podman: Podman, images: Images) -> N
     modules = [
         *("components.prepare_data.start_run", "components.prepare_data.prepare_data", "components.annotate.annotate"),
         *("components.promote.promote", "components.report.report", "pipelines.cli", "pipelines.safe_rlhf"),
-        *("pipelines.doctor", "pipelines.registry", "components.foundation.lineage"),
+        *("pipelines.doctor.examination", "pipelines.registry", "components.foundation.lineage"),
         *("pipelines.kubeflow.submit", "pipelines.kubeflow.schedules"),
         *("components.foundation.judging.llm", "kfp.dsl.executor_main", "datasets", "pyarrow.parquet"),
     ]

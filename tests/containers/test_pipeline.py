@@ -11,7 +11,7 @@ from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.results import PromotionResult, from_json
 from components.foundation.run_context import finished_uri, open_run
 from components.foundation.tracking import Tracker
-from pipelines.summary import stage_seconds
+from pipelines.local.summary import stage_seconds
 from tests.containers.conftest import Images, Servers
 from tests.containers.pipeline_in_containers import StepContainers, StepFailedError, run_pipeline
 from tests.containers.podman import FinishedContainer, Podman

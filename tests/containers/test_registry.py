@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.server_process import free_ports
+from pipelines.local.server_process import free_ports
 from tests.containers.conftest import BUILD, ROOT
 from tests.containers.podman import Podman
 

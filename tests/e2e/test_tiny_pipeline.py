@@ -301,7 +301,7 @@ def test_row_33_keys_stand_in_nothing_that_a_run_leaves_or_says(
     files = [path for path in workdir.rglob("*") if path.is_file() and path != config]
     for part in ("summary.json", "report.html", "mlflow.db"):  # what is looked through is really there
         assert part in {path.name for path in files}
-    for program in ("saferlhf run", "kfp.dsl.executor_main", "weed", "pipelines.mlflow_server"):
+    for program in ("saferlhf run", "kfp.dsl.executor_main", "weed", "pipelines.local.mlflow_server"):
         assert any(program in command for command in summary["commands"]), program
     for secret in (own["secretKey"], "hidden-token", *PLANTED.values()):
         assert secret not in output

@@ -16,7 +16,7 @@ import pytest
 from components.foundation.champion_log import CHAMPION, POLICY_MODEL, ChampionLog
 from components.foundation.checkpoint_store import CheckpointStore
 from components.promote.promotion import PREVIOUS_CHAMPION, promote
-from pipelines.services import Endpoints
+from pipelines.local.services import Endpoints
 from tests.faults.killing_proxy import Trap, killing_proxy
 from tests.integration.promotions import (
     Attempt,

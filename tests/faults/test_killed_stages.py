@@ -19,7 +19,7 @@ from components.foundation.exit_codes import PREEMPTED_EXIT_CODE
 from components.foundation.run_context import open_run
 from components.foundation.s3 import split_uri
 from components.foundation.tracking import STAGE_TAG
-from pipelines.services import Endpoints
+from pipelines.local.services import Endpoints
 from tests.faults.killing_proxy import KillingProxy, Trap, killing_proxy
 from tests.stage_attempts import NEEDS, STAGES, TrainingRun
 

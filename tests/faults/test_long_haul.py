@@ -15,7 +15,7 @@ import pytest
 
 from components.foundation.results import PpoTrace, read_record
 from components.foundation.run_context import open_run
-from pipelines.services import Endpoints
+from pipelines.local.services import Endpoints
 from tests.integration.s3_proxy import Forward, Reply, Request, proxied
 from tests.stage_attempts import TrainingRun
 

@@ -31,9 +31,9 @@ from components.foundation.training_checkpoints import TrainingCheckpoints
 from components.prepare_data.prepare_data import run_prepare_data
 from components.prepare_data.start_run import run_start_run
 from components.sft.sft import train_sft
-from pipelines import services as service_module
-from pipelines.server_process import free_ports
-from pipelines.services import Endpoints, down, up
+from pipelines.local import services as service_module
+from pipelines.local.server_process import free_ports
+from pipelines.local.services import Endpoints, down, up
 
 pytestmark = pytest.mark.fault
 

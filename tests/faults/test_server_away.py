@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 
 from components.foundation.run_context import open_run, open_stage
 from components.foundation.tracking import STAGE_TAG
-from pipelines.services import Endpoints
+from pipelines.local.services import Endpoints
 from tests.faults.gate_to_server import GateToServer, gate_to_server
 from tests.stage_attempts import TrainingRun
 

@@ -24,7 +24,7 @@ from components.foundation.setting_sections import SftSettings
 from components.foundation.settings import Settings, resolve_settings
 from components.foundation.training_checkpoints import TrainingCheckpoints, TrainingState
 from components.sft import sft
-from pipelines.services import Endpoints
+from pipelines.local.services import Endpoints
 from tests.faults.killing_proxy import FULL, Trap, killing_proxy
 
 pytestmark = pytest.mark.fault

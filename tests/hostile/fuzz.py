@@ -36,8 +36,8 @@ with atheris.instrument_imports(include=["components", "pipelines", "yaml"]):
     from components.foundation.tensor_file import read_tensors
     from components.foundation.training_checkpoints import TrainingState
     from components.report.render import render_html
+    from pipelines.cluster.platform_file import read_platform
     from pipelines.kubeflow.schedule_file import read_schedules
-    from pipelines.platform_file import read_platform
 
 from tests.hostile.test_pages import DATA, PAYLOADS, card, plain_shape, shape_of_html, shape_of_markdown, table
 from tests.unit.test_report import with_texts

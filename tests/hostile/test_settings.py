@@ -20,9 +20,9 @@ from components.foundation.settings import (
     resolve_settings,
 )
 from components.prepare_data.start_run import run_start_run
+from pipelines.cluster.platform_file import read_platform
 from pipelines.kubeflow.compiled_pipeline import read_compiled
 from pipelines.kubeflow.schedule_file import read_schedules
-from pipelines.platform_file import read_platform
 from tests.hostile.bounded import bounded
 
 pytestmark = pytest.mark.fault

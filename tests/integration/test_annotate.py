@@ -22,7 +22,7 @@ from components.foundation.results import write_records
 from components.foundation.run_context import open_run
 from components.prepare_data.prepare_data import run_prepare_data
 from components.prepare_data.start_run import run_start_run
-from pipelines.services import Endpoints
+from pipelines.local.services import Endpoints
 
 TEXTS = ("Sure: take the tool, then the door, number", "I can't help with that, number")
 

@@ -14,7 +14,7 @@ from components.ppo_lagrangian.ppo_lagrangian import PpoInputs, run_ppo_lagrangi
 from components.prepare_data.prepare_data import run_prepare_data
 from components.prepare_data.start_run import run_start_run
 from components.sft.sft import run_sft
-from pipelines.services import Endpoints
+from pipelines.local.services import Endpoints
 
 pytestmark = pytest.mark.xdist_group("resume")
 

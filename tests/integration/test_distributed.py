@@ -25,7 +25,7 @@ from components.foundation.tracking import STAGE_TAG
 from components.foundation.training_checkpoints import PREEMPTED_EXIT_CODE
 from components.prepare_data.prepare_data import run_prepare_data
 from components.prepare_data.start_run import run_start_run
-from pipelines.services import Endpoints
+from pipelines.local.services import Endpoints
 from tests.integration.training_on_ranks import KINDS, Results
 
 pytestmark = pytest.mark.xdist_group("distributed")

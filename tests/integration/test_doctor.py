@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import uuid
 
-from pipelines.doctor import Patient, examine, lines, well
-from pipelines.services import Endpoints
+from pipelines.doctor.examination import Patient, examine, lines, well
+from pipelines.local.services import Endpoints
 
 
 def test_the_real_servers_are_well(services: Endpoints) -> None:

@@ -16,7 +16,7 @@ import pytest
 from components.foundation import s3 as s3_module
 from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import ConflictError, IntegrityError, MissingError, StoreError, StoreUnavailableError
-from pipelines.services import Endpoints
+from pipelines.local.services import Endpoints
 from tests.integration.faulty_proxy import KINDS, Faults, Scripted
 from tests.integration.s3_proxy import Request, proxied
 from tests.integration.store_workload import Worker

@@ -27,8 +27,8 @@ from components.foundation.run_context import RunDescription
 from components.foundation.settings import resolve_settings
 from components.foundation.train_job import train_job_command
 from components.prepare_data.start_run import run_start_run
-from pipelines.executors import steps_of
-from pipelines.platform_file import read_platform
+from pipelines.cluster.executors import steps_of
+from pipelines.cluster.platform_file import read_platform
 from pipelines.safe_rlhf import build_pipeline
 from tests.integration.kubernetes_server import KubernetesServer
 from tests.integration.train_jobs import cluster, completes, ended, fails

@@ -18,7 +18,7 @@ import pytest
 
 from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.tracking import Tracker
-from pipelines.server_process import free_ports, start_server, stop_servers, wait_until_healthy
+from pipelines.local.server_process import free_ports, start_server, stop_servers, wait_until_healthy
 from tests.integration.promotions import context_of, race
 from tests.unit.helm_chart import find, platform_values, render
 

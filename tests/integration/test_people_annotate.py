@@ -25,7 +25,7 @@ from components.foundation.s3 import split_uri
 from components.prepare_data.prepare_data import run_prepare_data
 from components.prepare_data.start_run import run_start_run
 from pipelines.cli import app
-from pipelines.services import Endpoints
+from pipelines.local.services import Endpoints
 from tests.scripted_person import always_a, by_the_text, exported_tasks, label_file
 
 PROMPTS = 12

@@ -27,7 +27,7 @@ from components.prepare_data.prepare_data import run_prepare_data
 from components.prepare_data.start_run import run_start_run
 from components.reward_model.reward_model import run_reward_model
 from components.sft.sft import run_sft
-from pipelines.services import Endpoints
+from pipelines.local.services import Endpoints
 
 pytestmark = pytest.mark.xdist_group("resume")
 

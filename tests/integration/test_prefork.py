@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipelines.prefork import as_sys_executable, preforked_python
+from pipelines.local.prefork import as_sys_executable, preforked_python
 
 pytestmark = pytest.mark.xdist_group("prefork")
 
@@ -141,7 +141,7 @@ def test_one_whose_client_is_killed_is_killed(python: str, folder: Path) -> None
 def test_when_the_run_is_killed_its_steps_are_asked_to_stop(folder: Path) -> None:
     owner = """
         import subprocess, sys
-        from pipelines.prefork import preforked_python
+        from pipelines.local.prefork import preforked_python
         with preforked_python() as python:
             subprocess.run(["sh", "-ec", f"exec {python} -m step"])
     """
@@ -151,7 +151,7 @@ def test_when_the_run_is_killed_its_steps_are_asked_to_stop(folder: Path) -> Non
         assert run.stdout is not None
         int(run.stdout.readline())
         started = psutil.Process(run.pid).children(recursive=True)
-        assert [process for process in started if "pipelines.prefork.server" in process.cmdline()]
+        assert [process for process in started if "pipelines.local.prefork.server" in process.cmdline()]
         run.kill()
         assert run.stdout.read() == "saved\n"
         _, alive = psutil.wait_procs(started, timeout=_SECONDS)

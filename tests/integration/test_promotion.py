@@ -24,7 +24,7 @@ from components.foundation.tracking import Tracker
 from components.promote import promotion
 from components.promote.promotion import CHALLENGER, PREVIOUS_CHAMPION, promote, rollback
 from pipelines.cli import app
-from pipelines.services import Endpoints
+from pipelines.local.services import Endpoints
 from tests.integration.promotions import SETTINGS, clear_aliases, context_of, race, registered
 
 RACES = int(os.environ.get("SAFERLHF_PROMOTION_RACES", "80"))

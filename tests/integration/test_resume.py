@@ -12,7 +12,7 @@ import pytest
 from components.foundation.errors import DivergenceError, RolloutError, TrainingError
 from components.foundation.run_context import finished_uri, open_run, open_stage
 from components.foundation.training_checkpoints import TrainingCheckpoints
-from pipelines.services import Endpoints
+from pipelines.local.services import Endpoints
 from tests.misbehaving_vllm import fake_vllm
 from tests.stage_attempts import TrainingRun
 

@@ -16,8 +16,8 @@ import pytest
 from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import ServiceError
 from components.foundation.tracking import Tracker
-from pipelines import server_process, services
-from pipelines.services import Endpoints, down, local_services, up
+from pipelines.local import server_process, services
+from pipelines.local.services import Endpoints, down, local_services, up
 
 TRACKING_ELSEWHERE = "http://tracking.example.org"
 S3_ELSEWHERE = {"AWS_ENDPOINT_URL": "http://s3.example.org", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
@@ -132,7 +132,7 @@ def test_servers_of_a_block_end_with_it(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_servers_end_with_a_killed_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = (
-        "import pathlib, sys\nfrom pipelines.services import local_services\n"
+        "import pathlib, sys\nfrom pipelines.local.services import local_services\n"
         "with local_services(pathlib.Path(sys.argv[1])):\n    print('ready', flush=True)\n    sys.stdin.read()\n"
     )
     monkeypatch.setenv("MLFLOW_TRACKING_URI", TRACKING_ELSEWHERE)

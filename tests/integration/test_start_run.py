@@ -11,7 +11,7 @@ from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import SettingsError
 from components.foundation.run_context import open_run
 from components.prepare_data.component import start_run
-from pipelines.services import Endpoints
+from pipelines.local.services import Endpoints
 
 
 def start(**given: Any) -> str:

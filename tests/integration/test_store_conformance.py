@@ -22,7 +22,7 @@ from components.foundation.errors import SettingsError, StoreError
 from components.foundation.store_conformance import CHECKS, Outcome, conforms, examine
 from components.foundation.store_conformance.bench import Bench
 from pipelines.cli import app
-from pipelines.services import Endpoints
+from pipelines.local.services import Endpoints
 from tests.integration.s3_proxy import Forward, Reply, Request, proxied
 from tests.s3_identities import BUCKET, TEAM_A, keys_of
 

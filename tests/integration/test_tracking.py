@@ -14,7 +14,7 @@ from mlflow.exceptions import MlflowException
 
 from components.foundation.errors import TrackingError
 from components.foundation.tracking import StageRun, Tracker
-from pipelines.services import Endpoints
+from pipelines.local.services import Endpoints
 
 
 @pytest.fixture

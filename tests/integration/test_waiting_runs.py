@@ -28,7 +28,7 @@ from components.notify.component import notify as exit_handler
 from components.notify.notify import gather
 from components.prepare_data.component import start_run
 from components.prepare_data.prepare_data import run_prepare_data
-from pipelines.services import Endpoints
+from pipelines.local.services import Endpoints
 from tests.scripted_person import label_file
 from tests.unit.webhook_server import webhook
 

@@ -20,7 +20,7 @@ from components.foundation.run_context import create_run, open_stage
 from components.foundation.settings import resolve_settings
 from components.foundation.training_checkpoints import TrainingCheckpoints
 from components.notify.notify import Notification, gather
-from pipelines.services import Endpoints
+from pipelines.local.services import Endpoints
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import transformers
 
 from components.foundation.backbone import Backbone
 from components.foundation.base_model import make_tiny
-from pipelines.compiling import compile_to
-from pipelines.platform_file import read_platform
+from pipelines.cluster.compiling import compile_to
+from pipelines.cluster.platform_file import read_platform
 from tests.unit.kfp_server import KfpServer, kfp_server
 from tests.unit.kubeflow_command import ENVIRONMENT
 

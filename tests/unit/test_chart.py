@@ -14,8 +14,8 @@ import yaml
 from jsonschema import ValidationError
 
 from components.foundation.setting_sections import ServingSettings
-from pipelines.cluster_rights import RIGHTS as STEP_RIGHTS
-from pipelines.cluster_rights import Right
+from pipelines.doctor.cluster_rights import RIGHTS as STEP_RIGHTS
+from pipelines.doctor.cluster_rights import Right
 from pipelines.kubeflow.schedule_file import read_schedules
 from tests.custom_kinds import check
 from tests.unit.helm_chart import (

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from pipelines.platform_file import read_platform
+from pipelines.cluster.platform_file import read_platform
 from tests.unit.helm_chart import CHART, PLATFORMS, platform_values, render
 
 INSTALL = CHART.parent / "INSTALL.md"

@@ -18,9 +18,9 @@ import pytest
 import yaml
 from google.protobuf import json_format
 
-from pipelines.compiling import compile_to
-from pipelines.executors import Step, read_steps, row, table
-from pipelines.platform_file import read_platform, shipped_platforms
+from pipelines.cluster.compiling import compile_to
+from pipelines.cluster.executors import Step, read_steps, row, table
+from pipelines.cluster.platform_file import read_platform, shipped_platforms
 from pipelines.stages import STAGES
 
 COMPILED = Path(__file__).parents[2] / "pipelines" / "compiled"

@@ -18,12 +18,12 @@ import yaml
 from typer.testing import CliRunner
 
 from components.foundation.errors import ClusterError, SettingsError
-from pipelines import machine
 from pipelines.cli import app
-from pipelines.cluster_rights import RIGHTS, check_rights
-from pipelines.doctor import CHECKS, Patient, examine, table, well
-from pipelines.findings import Finding
-from pipelines.machine import check_disk, check_gpus, check_shm
+from pipelines.doctor import machine
+from pipelines.doctor.cluster_rights import RIGHTS, check_rights
+from pipelines.doctor.examination import CHECKS, Patient, examine, table, well
+from pipelines.doctor.findings import Finding
+from pipelines.doctor.machine import check_disk, check_gpus, check_shm
 from tests.unit.helm_chart import find, platform_values, render
 
 GIB = 1024**3

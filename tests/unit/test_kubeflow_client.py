@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from components.foundation.errors import ClusterError, ClusterUnavailableError, SettingsError
-from pipelines.doctor import Patient, examine, lines, well
+from pipelines.doctor.examination import Patient, examine, lines, well
 from pipelines.kubeflow.client import HOST_IN_CLUSTER, Access, access_from, connect
 from pipelines.kubeflow.versions import count_versions, upload_pipeline
 from tests.unit.kfp_server import KfpServer, kfp_server

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from pipelines.memory import PeakMemory, memory_of_tree
+from pipelines.local.memory import PeakMemory, memory_of_tree
 
 HOLD_200_MB = "b = bytearray(200_000_000); print('holding', flush=True); input()"
 

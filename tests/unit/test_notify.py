@@ -11,9 +11,9 @@ from kfp import dsl
 from components.notify import notify as stage
 from components.notify.component import notify as exit_handler
 from components.notify.notify import Notification, notify, uri_of_run
-from pipelines.compiling import compile_to
-from pipelines.executors import read_steps, table
-from pipelines.platform_file import read_platform
+from pipelines.cluster.compiling import compile_to
+from pipelines.cluster.executors import read_steps, table
+from pipelines.cluster.platform_file import read_platform
 from pipelines.stages import STAGES
 from tests.unit.webhook_server import webhook
 

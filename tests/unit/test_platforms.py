@@ -15,8 +15,8 @@ import yaml
 
 from components.foundation.errors import SettingsError
 from components.foundation.scheduling import check_pool_choice
-from pipelines.executors import Step, read_steps, steps_of
-from pipelines.platform_file import read_platform, shipped_platforms
+from pipelines.cluster.executors import Step, read_steps, steps_of
+from pipelines.cluster.platform_file import read_platform, shipped_platforms
 from pipelines.safe_rlhf import build_pipeline
 
 PLATFORMS = Path(__file__).parents[2] / "pipelines" / "platforms"

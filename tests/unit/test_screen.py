@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from components.foundation.errors import LabelsAwaited, NothingNew
 from components.foundation.exit_codes import ends_when_labels_are_awaited, ends_when_nothing_is_new
-from pipelines.screen import Screen
+from pipelines.local.screen import Screen
 
 OURS = "12:00:00 round 1 sft: started"
 PROGRESS = "progress ppo 3/16 steps 0.21/s 61 s left"

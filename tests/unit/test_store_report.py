@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from components.foundation.store_conformance import Outcome, conforms
-from pipelines.store_report import store_table
+from pipelines.doctor.store_report import store_table
 
 GOOD = Outcome("list", True, "ok", "list after a write", "it was seen", "")
 BAD = Outcome("create once", True, "failed", "PUT twice", "ignores IfNoneMatch", "two could win")

@@ -12,7 +12,7 @@ from typing import Any
 
 from kfp import kubernetes
 
-from pipelines.platform_file import Platform, Pool
+from pipelines.cluster.platform_file import Platform, Pool
 from pipelines.stages import STAGES
 
 Keys = tuple[str, ...]

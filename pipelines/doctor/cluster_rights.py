@@ -23,7 +23,7 @@ from urllib3.exceptions import HTTPError
 
 from components.foundation.errors import ClusterError
 from components.foundation.train_job.kubernetes_api import new_client
-from pipelines.findings import Finding
+from pipelines.doctor.findings import Finding
 
 _SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _TIMEOUT_SECONDS = (5, 10)

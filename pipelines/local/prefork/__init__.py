@@ -47,7 +47,7 @@ def _start_server(address: str) -> subprocess.Popen[bytes]:
         listener.bind(address)
         listener.listen()
         descriptor = listener.fileno()
-        command = [sys.executable, "-m", "pipelines.prefork.server", str(descriptor)]
+        command = [sys.executable, "-m", "pipelines.local.prefork.server", str(descriptor)]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=[descriptor])
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from pipelines.findings import Finding
+from pipelines.doctor.findings import Finding
 
 _GIB = 1024**3
 SHM_BYTES = 1 * _GIB

@@ -27,7 +27,7 @@ from pathlib import Path
 from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import IntegrityError, ServiceError, StoreError
 from components.foundation.results import read_record, to_json
-from pipelines.server_process import (
+from pipelines.local.server_process import (
     Server,
     free_ports,
     is_alive,
@@ -225,14 +225,14 @@ def _start_mlflow(folder: Path, artifacts_uri: str, s3_environment: Mapping[str,
         sys.executable,
         "-P",
         "-m",
-        "pipelines.mlflow_server",
+        "pipelines.local.mlflow_server",
         str(folder / "mlflow.db"),
         artifacts_uri,
         str(ports[0]),
     ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
     environment |= s3_environment
-    python_path = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]
+    python_path = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, python_path))
     return start_server(
         "the MLflow server", command, log=folder / "mlflow.log", ports=ports, environment=environment, lock=lock

@@ -14,11 +14,11 @@ from pathlib import Path
 from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import SaferlhfError, SettingsError
 from components.foundation.tracking import Tracker
-from pipelines.cluster_rights import check_rights
-from pipelines.findings import Finding
+from pipelines.doctor.cluster_rights import check_rights
+from pipelines.doctor.findings import Finding
+from pipelines.doctor.machine import check_cache, check_disk, check_gpus, check_shm
 from pipelines.kubeflow.client import EXPERIMENT, PIPELINE, access_from, connect
 from pipelines.kubeflow.versions import count_versions
-from pipelines.machine import check_cache, check_disk, check_gpus, check_shm
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kfp import compiler
 
-from pipelines.platform_file import Platform
+from pipelines.cluster.platform_file import Platform
 from pipelines.safe_rlhf import build_pipeline
 
 

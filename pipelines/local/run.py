@@ -35,11 +35,11 @@ from components.foundation.settings import Settings
 from components.foundation.tracking import RunStatus, Tracker
 from components.notify.notify import notify
 from components.prepare_data.take_over import commits_to_take_over
-from pipelines.memory import PeakMemory
-from pipelines.prefork import as_sys_executable, preforked_python
-from pipelines.screen import Screen
-from pipelines.services import local_services
-from pipelines.summary import RunFacts, closing_words, write_summary
+from pipelines.local.memory import PeakMemory
+from pipelines.local.prefork import as_sys_executable, preforked_python
+from pipelines.local.screen import Screen
+from pipelines.local.services import local_services
+from pipelines.local.summary import RunFacts, closing_words, write_summary
 
 _SAVING_SECONDS = 120
 """Patience with a step that was asked to stop: its rollout batch, and a checkpoint to S3."""

@@ -1,4 +1,4 @@
-"""The MLflow server as one process: `python -m pipelines.mlflow_server <database> <artifacts-uri> <port>`.
+"""The MLflow server as one process: `python -m pipelines.local.mlflow_server <database> <artifacts-uri> <port>`.
 
 `mlflow server` imports MLflow twice, in a parent and in the worker that it starts: on two cores that takes about
 twice as long, and the worker lives on when the parent is killed. This is the same application with the same

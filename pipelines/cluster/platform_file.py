@@ -28,7 +28,7 @@ from components.foundation.settings import resolve_settings
 from components.foundation.untrusted import read_yaml, shown
 from pipelines.stages import STAGES, ImageName
 
-_SHIPPED = Path(__file__).parent / "platforms"
+_SHIPPED = Path(__file__).parents[1] / "platforms"
 _IMAGE = re.compile(r"^[a-z0-9][a-z0-9._:/-]*@sha256:[0-9a-f]{64}$")
 
 ObjectName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]

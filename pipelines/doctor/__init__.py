@@ -1,0 +1,1 @@
+"""`saferlhf doctor`: is what a run needs there?"""

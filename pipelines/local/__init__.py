@@ -1,0 +1,1 @@
+"""A run on this machine: its servers, its steps, what its user sees."""
