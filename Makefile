@@ -15,7 +15,7 @@ SECONDS ?= 600
 TARGET  ?= data judge annotations settings manifest checkpoint pages
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test store-soak promotion-races long-haul outage chart-test lint vllm vllm-test results audit fuzz bench-start bench-card bench-bandit compiled images images-push \
+.PHONY: help install run test store-soak promotion-races long-haul outage chart-test lint vllm vllm-test results audit fuzz bench-start bench-store bench-card bench-bandit compiled images images-push \
 	images-pin images-test clean
 
 help: ## list the targets
@@ -106,6 +106,9 @@ results: install ## run three seeds (an hour) and write the README's results tab
 
 bench-start: install ## what starting costs: the command, each stage's imports, a tiny run outside of its stages
 	$(BIN)/python -m tests.benchmarks.start_up
+
+bench-store: install ## checkpoints into the store and back, against boto3 and `aws s3 cp` (SAFERLHF_AWS=aws)
+	$(BIN)/python -m tests.benchmarks.store
 
 bench-card: install ## six roles on one backbone: memory and seconds of a PPO step; SHAPE=7b for a GPU of 80 GB
 	$(BIN)/python -m tests.benchmarks.one_card $(or $(SHAPE),135m)

@@ -4,8 +4,10 @@ The same pipeline runs on a laptop (`pipelines/local/run.py`) and compiles to th
 platform, its steps are placed on that cluster's pools.
 """
 
+import functools
+import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -25,7 +27,8 @@ from pipelines.cluster.platform_file import Platform
 def build_pipeline(rounds: int, platform: Platform | None = None) -> Any:
     """The pipeline with so many rounds. Every parameter has a default: a run needs no input.
 
-    Where the platform file names a `form_pool`, the run form shows that pool's node selector and tolerations.
+    Where the platform file names a `form_pool`, the run form shows that pool's node selector and tolerations. A field
+    `set_SECTION_KEY` stands for the setting SECTION.KEY; empty, it leaves the profile's value.
     """
     placement = Placement(platform)
     alignment_round = build_round(placement)
@@ -34,16 +37,17 @@ def build_pipeline(rounds: int, platform: Platform | None = None) -> Any:
     pipeline = dsl.pipeline(name="safe-rlhf", description="Safe RLHF: reward, cost, and PPO with a Lagrange multiplier")
 
     def safe_rlhf(
-        run_id: str = "", run_uri: str = "", run_profile: str = "smol", run_seed: int = 0, run_set: str = settings
-    ) -> None:
-        safe_rlhf_on_pool(run_id, run_uri, run_profile, run_seed, run_set, shown.node_selector, shown.tolerations)
-
-    def safe_rlhf_on_pool(
         run_id: str = "",
         run_uri: str = "",
         run_profile: str = "smol",
         run_seed: int = 0,
         run_set: str = settings,
+        set_annotate_annotator: str = "",
+        set_base_model: str = "",
+        set_data_preferences: str = "",
+        set_ppo_kl_coefficient: str = "",
+        set_ppo_steps: str = "",
+        set_ppo_threshold_target: str = "",
         pool_node_selector: dict[str, str] = shown.node_selector,
         pool_tolerations: list[dict[str, Any]] = shown.tolerations,
     ) -> None:
@@ -58,11 +62,30 @@ def build_pipeline(rounds: int, platform: Platform | None = None) -> Any:
                 rounds=rounds,
                 pool_node_selector=pool_node_selector,
                 pool_tolerations=pool_tolerations,
+                annotate_annotator=set_annotate_annotator,
+                base_model=set_base_model,
+                data_preferences=set_data_preferences,
+                ppo_kl_coefficient=set_ppo_kl_coefficient,
+                ppo_steps=set_ppo_steps,
+                ppo_threshold_target=set_ppo_threshold_target,
             )
             choice = PoolChoice(pool_node_selector, pool_tolerations)
             _figure(start, [alignment_round] * rounds, placement, choice)
 
-    return pipeline(safe_rlhf_on_pool if placement.has_form_pool else safe_rlhf)
+    return pipeline(safe_rlhf if placement.has_form_pool else _without_pool(safe_rlhf))
+
+
+def _without_pool(function: Callable[..., None]) -> Callable[..., None]:
+    """The same without the fields of the pool: KFP makes the form from the signature."""
+
+    @functools.wraps(function)
+    def safe_rlhf(*fields: Any) -> None:
+        function(*fields)
+
+    signature = inspect.signature(function)
+    fields = [field for name, field in signature.parameters.items() if not name.startswith("pool_")]
+    safe_rlhf.__signature__ = signature.replace(parameters=fields)  # type: ignore[attr-defined]
+    return safe_rlhf
 
 
 def _notification(placement: Placement, run_uri: Any, run_id: Any) -> AbstractContextManager[Any]:

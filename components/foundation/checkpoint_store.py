@@ -23,19 +23,23 @@ import re
 import shutil
 import subprocess
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from components.foundation.errors import ConflictError, IntegrityError, MissingError, StoreError
 from components.foundation.results import from_json, to_json
-from components.foundation.s3 import ABSENT, S3, split_uri
+from components.foundation.s3 import ABSENT, S3, SMALL_BYTES, split_uri
 from components.foundation.store_conformance import probe
 from components.foundation.untrusted import shown
 
 MANIFEST_NAME = "MANIFEST.json"
 LATEST_NAME = "LATEST"
 FORMAT_VERSION = 1
+_TRANSFERS = 8
+"""As boto3 keeps ten connections."""
+
 _MOST_PATH_BYTES = 1024
 """As S3 has it."""
 
@@ -117,8 +121,7 @@ class CheckpointStore:
         )
         if self.exists(uri):
             return self._standing(manifest)
-        for file in manifest.files:
-            self._s3.upload(folder / file.path, f"{uri}/{file.path}")
+        _for_each(manifest.files, lambda file: self._s3.upload(folder / file.path, f"{uri}/{file.path}"))
         try:
             self.write_text(f"{uri}/{MANIFEST_NAME}", to_json(manifest))
         except ConflictError:
@@ -160,9 +163,8 @@ class CheckpointStore:
         """
         manifest = self.manifest(uri)
         try:
-            for file in manifest.files:
-                if not self._is_cached(file):
-                    self._download(f"{manifest.uri}/{file.path}", file)
+            missing = [file for file in manifest.files if not self._is_cached(file)]
+            _for_each(missing, lambda file: self._download(f"{manifest.uri}/{file.path}", file))
             return self._folder_view(manifest.files)
         except OSError as error:
             raise StoreError(
@@ -359,6 +361,20 @@ class CheckpointStore:
             shutil.rmtree(building, ignore_errors=True)
             shutil.rmtree(building.with_suffix(".old"), ignore_errors=True)
         return view
+
+
+def _for_each(files: Sequence[ManifestFile], transfer: Callable[[ManifestFile], None]) -> None:
+    """Transfer files: small ones beside each other, as most of their time is a wait; the others, in parts, in turn.
+
+    The first error ends it; what has begun by then is finished.
+    """
+    small = [file for file in files if file.size <= SMALL_BYTES]
+    with ThreadPoolExecutor(_TRANSFERS) as pool:
+        for _ in pool.map(transfer, small):
+            pass
+    for file in files:
+        if file.size > SMALL_BYTES:
+            transfer(file)
 
 
 def parse_manifest(text: str, uri: str) -> Manifest:

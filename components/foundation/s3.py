@@ -36,7 +36,9 @@ PATIENT: Mapping[str, Any] = {"retries": {"mode": "standard", "total_max_attempt
 ONE_TRY: Mapping[str, Any] = {"retries": {"mode": "standard", "total_max_attempts": 1}}
 """Settings of a client: how often a request is sent before its failure is told."""
 
-_MULTIPART_BYTES = 64 * 1024 * 1024
+SMALL_BYTES = 64 * 1024 * 1024
+"""The largest file that is sent in one request."""
+
 _READ_TRIES = 4
 _UNDECIDED_WAITS = (0.1, 0.4, 1.6)
 """Seconds before a write is repeated to which the store answered that another one was under way."""
@@ -138,12 +140,16 @@ class S3:
                     time.sleep(wait * random.uniform(0.5, 1.0))  # two writers must not go on in step
 
     def upload(self, path: Path, uri: str) -> None:
-        """File -> object, in parts and in parallel when it is big."""
+        """File -> object, in parts and in parallel when it has more than SMALL_BYTES."""
         from boto3.s3.transfer import TransferConfig
 
         bucket, key = split_uri(uri)
-        config = TransferConfig(multipart_threshold=_MULTIPART_BYTES, multipart_chunksize=_MULTIPART_BYTES // 2)
         with self.errors(uri):
+            if path.stat().st_size <= SMALL_BYTES:
+                with path.open("rb") as stream:
+                    self.client.put_object(Bucket=bucket, Key=key, Body=stream)
+                return
+            config = TransferConfig(multipart_threshold=SMALL_BYTES, multipart_chunksize=SMALL_BYTES // 2)
             self.client.upload_file(str(path), bucket, key, Config=config)
 
     def download(self, uri: str, path: Path, size: int) -> None:

@@ -18,13 +18,30 @@ def start_run(
     rounds: int,
     pool_node_selector: dict[str, str],
     pool_tolerations: list[dict[str, Any]],
+    annotate_annotator: str = "",
+    base_model: str = "",
+    data_preferences: str = "",
+    ppo_kl_coefficient: str = "",
+    ppo_steps: str = "",
+    ppo_threshold_target: str = "",
 ) -> str:
-    """Resolve the settings (`overrides` is a JSON list of key=value), check S3, MLflow and the pool, write run.json."""
+    """Resolve the settings, check S3, MLflow and the pool, write run.json.
+
+    `overrides` is a JSON list of key=value. The last six are settings too, and count more where not empty.
+    """
     from components.foundation.scheduling import check_pool_choice
     from components.prepare_data.start_run import run_start_run
 
     check_pool_choice(pool_node_selector, pool_tolerations)
-    return run_start_run(run_uri, run_id or kfp_run_id, profile, seed, overrides, rounds)
+    form = {
+        "annotate.annotator": annotate_annotator,
+        "base_model": base_model,
+        "data.preferences": data_preferences,
+        "ppo.kl_coefficient": ppo_kl_coefficient,
+        "ppo.steps": ppo_steps,
+        "ppo.threshold_target": ppo_threshold_target,
+    }
+    return run_start_run(run_uri, run_id or kfp_run_id, profile, seed, overrides, rounds, form)
 
 
 @dsl.component(base_image=SERVICE_IMAGE, packages_to_install=[], install_kfp_package=False)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from components.foundation.errors import SettingsError
 from components.foundation.logs import Place, configure_logging, set_place
@@ -16,7 +18,15 @@ from components.prepare_data.take_over import commits_to_take_over, take_over
 log = logging.getLogger("saferlhf")
 
 
-def run_start_run(run_uri: str, run_id: str, profile: str, seed: int, overrides: str, rounds: int) -> str:
+def run_start_run(
+    run_uri: str,
+    run_id: str,
+    profile: str,
+    seed: int,
+    overrides: str,
+    rounds: int,
+    form: Mapping[str, str] = MappingProxyType({}),
+) -> str:
     """Stage: settings -> the run's URI; the run's description is stored there.
 
     A run that finds its own place, as a schedule's do, goes on with the one of the very same settings that waits for
@@ -27,6 +37,8 @@ def run_start_run(run_uri: str, run_id: str, profile: str, seed: int, overrides:
         run_id: names the run in the store and in MLflow.
         overrides: JSON list of `key=value` strings.
         rounds: how many the pipeline was built with.
+        form: settings that have a field of their own in the run form, and what stands in it; an empty field says
+            nothing, and one that is filled in counts more than `overrides`.
 
     Raises:
         SettingsError: the run's id or a setting is refused, it asks for another number of rounds than the pipeline
@@ -35,7 +47,10 @@ def run_start_run(run_uri: str, run_id: str, profile: str, seed: int, overrides:
     configure_logging()
     set_place(Place(run_id, stage="start_run"))
     check_run_id(run_id)
-    settings = resolve_settings(profile, seed, [*_store(run_uri), f"rounds={rounds}", *_read_overrides(overrides)])
+    fields = [f"{key}={text}" for key, text in form.items() if text.strip()]
+    settings = resolve_settings(
+        profile, seed, [*_store(run_uri), f"rounds={rounds}", *_read_overrides(overrides), *fields]
+    )
     if settings.rounds != rounds:
         raise SettingsError(
             f"rounds={settings.rounds} is asked of a pipeline that was compiled with {rounds}: compile it anew"

@@ -15,6 +15,8 @@ import pytest
 from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import ConflictError, IntegrityError, StoreError
 from components.foundation.s3 import S3, split_uri
+from pipelines.local.services import Endpoints
+from tests.integration.s3_proxy import Forward, Reply, Request, proxied
 
 WEIGHTS = bytes(range(256)) * 40
 
@@ -174,6 +176,46 @@ def test_row_19_damage_on_the_way_is_cured_by_a_second_try(
 
     monkeypatch.setattr(S3, "download", download)
     assert contents(store.fetch(uri)) == contents(folder)
+
+
+def test_small_files_travel_beside_each_other(services: Endpoints, store: CheckpointStore, tmp_path: Path) -> None:
+    """No request is answered before four are under way."""
+    files, together = 8, threading.Barrier(4)
+    (tmp_path / "folder").mkdir()
+    for number in range(files):
+        (tmp_path / "folder" / f"part-{number}").write_text(f"text {number}")
+
+    def watch(request: Request, forward: Forward) -> Reply:
+        if "/part-" in request.path:
+            together.wait(timeout=60)
+        return forward(request)
+
+    with proxied(services.environment, watch) as environment:
+        behind = CheckpointStore(store.root_uri, tmp_path / "cache", environment)
+        uri = f"{store.root_uri}/step-1"
+        behind.commit(uri, tmp_path / "folder")
+        assert contents(behind.fetch(uri)) == contents(tmp_path / "folder")
+
+
+@pytest.mark.fault
+def test_one_file_that_cannot_be_stored_ends_the_commit(
+    services: Endpoints, store: CheckpointStore, tmp_path: Path
+) -> None:
+    folder, asked = make_folder(tmp_path / "folder"), []
+    for number in range(100):
+        (folder / f"part-{number:03}").write_text(f"text {number}")
+
+    def refuse(request: Request, forward: Forward) -> Reply:
+        asked.append(request.path)
+        return Reply.error(403, "AccessDenied") if request.method == "PUT" else forward(request)
+
+    uri = f"{store.root_uri}/step-1"
+    with proxied(services.environment, refuse) as environment:
+        behind = CheckpointStore(store.root_uri, tmp_path / "cache", environment)
+        with pytest.raises(StoreError, match=f"refuses {uri}/"):
+            behind.commit(uri, folder)
+    assert len(asked) < 50
+    assert not store.exists(uri)
 
 
 def test_what_is_cached_is_not_downloaded_again(store: CheckpointStore, tmp_path: Path, s3: Any) -> None:

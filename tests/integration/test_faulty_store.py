@@ -33,7 +33,7 @@ FAULT_SHARE = 0.05
 def test_mixed_operations_on_a_failing_network(
     services: Endpoints, s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3_module, "_MULTIPART_BYTES", 10 << 20)  # so that 11 MiB are sent in parts
+    monkeypatch.setattr(s3_module, "SMALL_BYTES", 10 << 20)  # so that 11 MiB are sent in parts
     root = f"s3://{BUCKET}/faulty-{SEED}"
     faults = Faults(SEED, FAULT_SHARE)
     begin = time.monotonic()
@@ -184,7 +184,7 @@ def test_a_latest_that_cannot_be_read_is_not_taken_for_none(
 def test_a_multipart_upload_whose_completion_lost_its_reply(
     store: CheckpointStore, services: Endpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3_module, "_MULTIPART_BYTES", 10 << 20)
+    monkeypatch.setattr(s3_module, "SMALL_BYTES", 10 << 20)
     content = bytes(11 << 20)
     with behind(store, services, "POST /weights", "lost reply") as client:
         client.commit(f"{store.root_uri}/step-1", folder_with(tmp_path / "folder", content))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from typing import Any
 
@@ -51,6 +52,27 @@ def test_what_is_given_counts_more(platform_store: str) -> None:
     there = f'["store.uri={other}"]'
     assert start(run_id="mine", overrides=there) == f"{other}/runs/mine"
     assert start(run_uri=f"{other}/runs/here", run_id="here", overrides=there) == f"{other}/runs/here"
+
+
+@pytest.mark.parametrize(
+    ("setting", "text", "value"),
+    [
+        ("annotate.annotator", "human", "human"),
+        ("base_model", "tiny-gpt2", "tiny-gpt2"),
+        ("data.preferences", 's3://mine/new = old, "x".jsonl', 's3://mine/new = old, "x".jsonl'),
+        ("ppo.kl_coefficient", "2e-1", "0.2"),
+        ("ppo.steps", " 3 ", "3"),
+        ("ppo.threshold_target", "0.3", "0.3"),
+    ],
+)
+def test_a_field_of_the_form_counts_more_than_the_list(
+    platform_store: str, setting: str, text: str, value: str
+) -> None:
+    in_list = json.dumps(["ppo.steps=7", "base_model=tiny-qwen2"])
+    settings = open_run(start(overrides=in_list, **{setting.replace(".", "_"): text})).settings.flat()
+    assert settings[setting] == value
+    others = {"ppo.steps": "7", "base_model": "tiny-qwen2"} | {setting: value}
+    assert {key: settings[key] for key in others} == others
 
 
 @pytest.mark.fault

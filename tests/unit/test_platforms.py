@@ -20,6 +20,15 @@ from pipelines.cluster.platform_file import read_platform, shipped_platforms
 from pipelines.safe_rlhf import build_pipeline
 
 PLATFORMS = Path(__file__).parents[2] / "pipelines" / "platforms"
+FORM_SETTINGS = (
+    "annotate.annotator",
+    "base_model",
+    "data.preferences",
+    "ppo.kl_coefficient",
+    "ppo.steps",
+    "ppo.threshold_target",
+)
+"""Those with a field of their own in the run form."""
 TRAINING = ("sft", "reward_model", "cost_model", "ppo_lagrangian")
 DIGEST = "sha256:" + "a1" * 32
 
@@ -288,8 +297,15 @@ def test_a_run_needs_no_input(shallow: Shallow, platform: str) -> None:
     inputs = pipeline.pipeline_spec.root.input_definitions.parameters
     assert all(definition.is_optional for definition in inputs.values())
     run = {"run_id", "run_uri", "run_profile", "run_seed", "run_set"}
+    run |= {f"set_{setting.replace('.', '_')}" for setting in FORM_SETTINGS}
     pool = {"pool_node_selector", "pool_tolerations"} if platform not in ("", "local") else set()
     assert set(inputs) == run | pool
+
+
+def test_a_field_of_the_form_is_the_setting_that_its_name_says(shallow: Shallow) -> None:
+    start = shallow(build_pipeline, 1, None).pipeline_spec.root.dag.tasks["start-run"].inputs.parameters
+    for name in (setting.replace(".", "_") for setting in FORM_SETTINGS):
+        assert start[name].component_input_parameter == f"set_{name}"
 
 
 def test_a_run_without_an_id_is_named_after_kubeflows(shallow: Shallow) -> None:
