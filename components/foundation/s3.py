@@ -39,6 +39,9 @@ ONE_TRY: Mapping[str, Any] = {"retries": {"mode": "standard", "total_max_attempt
 SMALL_BYTES = 64 * 1024 * 1024
 """The largest file that is sent in one request."""
 
+_ONE_REPLY_BYTES = 8 * 1024 * 1024
+"""The largest file that is asked for in one request: what takes longest with small ones is asking."""
+
 _READ_TRIES = 4
 _UNDECIDED_WAITS = (0.1, 0.4, 1.6)
 """Seconds before a write is repeated to which the store answered that another one was under way."""
@@ -92,6 +95,14 @@ class S3:
 
     def get(self, uri: str) -> tuple[str, str]:
         """(text, ETag) of a small object."""
+        body, etag = self._read(uri, MAX_TEXT_BYTES, "has {} bytes, and is no record of ours")
+        try:
+            return body.decode(), etag
+        except UnicodeDecodeError as error:
+            raise IntegrityError(f"{uri} is not text: {one_line(error)}") from error
+
+    def _read(self, uri: str, most: int, complaint: str) -> tuple[bytes, str]:
+        """(content, ETag) of an object of at most so many bytes; of a larger one, an IntegrityError complains."""
         from botocore.exceptions import FlexibleChecksumError, IncompleteReadError, ResponseStreamingError
         from urllib3.exceptions import ProtocolError
 
@@ -100,19 +111,15 @@ class S3:
             for tries_left in reversed(range(_READ_TRIES)):
                 try:
                     reply = self.client.get_object(Bucket=bucket, Key=key)
-                    if reply["ContentLength"] > MAX_TEXT_BYTES:
+                    if reply["ContentLength"] > most:
                         reply["Body"].close()
-                        raise IntegrityError(f"{uri} has {reply['ContentLength']} bytes, and is no record of ours")
-                    body = reply["Body"].read()
-                    break
+                        raise IntegrityError(f"{uri} {complaint.format(reply['ContentLength'])}")
+                    return reply["Body"].read(), reply["ETag"]
                 # a reply that broke off: boto3 repeats requests, but not the reading of what get_object returns
                 except (FlexibleChecksumError, IncompleteReadError, ResponseStreamingError, ProtocolError):
                     if not tries_left:
                         raise
-        try:
-            return body.decode(), reply["ETag"]
-        except UnicodeDecodeError as error:
-            raise IntegrityError(f"{uri} is not text: {one_line(error)}") from error
+        raise AssertionError("the last try raises")
 
     def put(self, uri: str, text: str, condition: Mapping[str, str]) -> None:
         """Write a small object if `condition` (ABSENT, {"IfMatch": etag}, or none) holds.
@@ -158,6 +165,10 @@ class S3:
         Raises:
             IntegrityError: the object has more than `size` bytes; the rest was not asked for.
         """
+        complaint = f"is damaged: it has more than the {size} bytes of its manifest"
+        if size <= _ONE_REPLY_BYTES:
+            path.write_bytes(self._read(uri, size, complaint)[0])
+            return
         bucket, key = split_uri(uri)
         received, lock = 0, threading.Lock()
 
@@ -166,7 +177,7 @@ class S3:
             with lock:
                 received += more
                 if received > size:
-                    raise IntegrityError(f"{uri} is damaged: it has more than the {size} bytes of its manifest")
+                    raise IntegrityError(f"{uri} {complaint}")
 
         with self.errors(uri):
             self.client.download_file(bucket, key, str(path), Callback=count)

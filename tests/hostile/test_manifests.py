@@ -188,19 +188,20 @@ def test_an_object_of_a_gigabyte_is_no_record(store: CheckpointStore, s3: Any) -
     assert said == f"IntegrityError {uri}/LATEST has 101000000 bytes, and is no record of ours"
 
 
+@pytest.mark.parametrize("size", [7, 9 * MEGABYTE], ids=["asked for in one request", "asked for in parts"])
 def test_an_object_that_is_larger_than_its_manifest_says_does_not_fill_the_disk(
-    store: CheckpointStore, s3: Any, tmp_path: Path
+    store: CheckpointStore, s3: Any, tmp_path: Path, size: int
 ) -> None:
     uri, folder = f"{store.root_uri}/step-1", tmp_path / "folder"
     folder.mkdir()
-    (folder / "model").write_bytes(b"weights")
+    (folder / "model").write_bytes(bytes(size))
     store.commit(uri, folder)
-    put(s3, f"{uri}/model", bytes(7 * MEGABYTE))
+    put(s3, f"{uri}/model", bytes(100 * MEGABYTE))
     imports = "from pathlib import Path; from components.foundation.checkpoint_store import CheckpointStore"
     fetch, cache = "CheckpointStore(sys.argv[1], cache_dir=Path(sys.argv[2])).fetch(sys.argv[3])", tmp_path / "small"
-    limits = {"more_bytes": 300 * MEGABYTE, "file_bytes": 2 * MEGABYTE}
+    limits = {"more_bytes": 300 * MEGABYTE, "file_bytes": 50 * MEGABYTE}
     said = bounded(imports, fetch, store.root_uri, cache, uri, **limits)
-    assert said == f"IntegrityError {uri}/model is damaged: it has more than the 7 bytes of its manifest"
+    assert said == f"IntegrityError {uri}/model is damaged: it has more than the {size} bytes of its manifest"
     assert not [path for path in cache.rglob("*") if path.is_file()]
 
 
