@@ -104,7 +104,7 @@ results: install ## run three seeds (an hour) and write the README's results tab
 	for seed in 0 1 2; do $(MAKE) run PROFILE=smol SEED=$$seed WORKDIR=runs/seed-$$seed || exit 1; done
 	$(BIN)/python -m tests.benchmarks.results runs/seed-0 runs/seed-1 runs/seed-2
 
-bench-start: install ## what starting costs: the command, each stage's imports, a tiny run outside of its stages
+bench-start: install ## (minutes) what starting costs: the command, each stage's imports, a tiny run outside of its stages
 	$(BIN)/python -m tests.benchmarks.start_up
 
 bench-store: install ## checkpoints into the store and back, against boto3 and `aws s3 cp` (SAFERLHF_AWS=aws)

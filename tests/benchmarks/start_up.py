@@ -20,7 +20,7 @@ from pathlib import Path
 from pipelines.local.prefork.server import MODULES
 from tests.benchmarks.machine import this_machine
 
-REPEATS = 3
+REPEATS = 3  # of each import; eight minutes in all on two cores
 COMMAND = "from pipelines.cli import main; main()"
 WITHOUT_FORKS = """
 import contextlib, sys
