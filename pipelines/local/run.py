@@ -36,7 +36,7 @@ from components.foundation.tracking import RunStatus, Tracker
 from components.notify.notify import notify
 from components.prepare_data.take_over import commits_to_take_over
 from pipelines.local.memory import PeakMemory
-from pipelines.local.prefork import as_sys_executable, preforked_python
+from pipelines.local.prefork import as_sys_executable, is_forked_step, preforked_python
 from pipelines.local.screen import Screen
 from pipelines.local.services import local_services
 from pipelines.local.summary import RunFacts, closing_words, write_summary
@@ -237,6 +237,7 @@ def _kill(processes: Sequence[psutil.Process]) -> None:
 
 
 def _is_step(process: psutil.Process) -> bool:
+    """Or KFP's shell around it, which a Ctrl-C has perhaps ended already."""
     with contextlib.suppress(psutil.Error):
-        return any("kfp" in part for part in process.cmdline())
+        return is_forked_step(process) or any("kfp" in part for part in process.cmdline())
     return False

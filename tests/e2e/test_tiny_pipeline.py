@@ -47,16 +47,24 @@ def run_tiny(workdir: Path, *settings: str, **environment: str) -> tuple[dict[st
 
 
 def interrupted(arguments: Sequence[str], line: str, number: signal.Signals) -> tuple[str, list[psutil.Process]]:
-    """Send a signal to a run as soon as it prints `line`; returns its id and the processes that it had."""
+    """Send a signal to a run as soon as it prints `line`; returns its id and the processes that it had.
+
+    SIGINT goes to all of its process group, as a terminal sends it.
+    """
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "MLFLOW_"))}
     with subprocess.Popen(
-        [str(SAFERLHF), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        [str(SAFERLHF), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
     ) as process:
         assert process.stdout is not None
         first = process.stdout.readline()
         assert any(line in text for text in process.stdout)
         children = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(number)
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     run_id = first.split()[-1]

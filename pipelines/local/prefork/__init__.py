@@ -16,6 +16,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
+_SERVER = "pipelines.local.prefork.server"
 _CLIENT = Path(__file__).with_name("client.py")
 _GPU_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 
@@ -47,8 +50,20 @@ def _start_server(address: str) -> subprocess.Popen[bytes]:
         listener.bind(address)
         listener.listen()
         descriptor = listener.fileno()
-        command = [sys.executable, "-m", "pipelines.local.prefork.server", str(descriptor)]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=[descriptor])
+        command = [sys.executable, "-m", _SERVER, str(descriptor)]
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[descriptor],
+            start_new_session=True,  # out of reach of a Ctrl-C: it would end steps that have not saved their state
+        )
+
+
+def is_forked_step(process: psutil.Process) -> bool:
+    """Whether a process is a step that a server has forked; it looks like its server, and is below it."""
+    parent = process.parent()
+    return _SERVER in process.cmdline() and parent is not None and _SERVER in parent.cmdline()
 
 
 @contextlib.contextmanager

@@ -14,7 +14,6 @@ import json
 import multiprocessing
 import os
 import runpy
-import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -62,7 +61,6 @@ def main(listening: int) -> None:
     Args:
         listening: descriptor of a socket that listens already: who asks before the imports are done waits for them.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the steps
     listener = socket.socket(fileno=listening)
     os.environ["_KFP_RUNTIME"] = "true"  # as for the steps: kfp imports less
     import_transformers()  # before others import all of it
@@ -113,7 +111,6 @@ def _run(request: _Request, sockets: Sequence[socket.socket]) -> None:
         inherited.close()
     for number, descriptor in enumerate(request.descriptors):
         os.dup2(descriptor, number)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(request.environment)
     os.chdir(request.folder)
