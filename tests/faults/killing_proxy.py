@@ -105,7 +105,11 @@ class _Connection(socketserver.BaseRequestHandler):
                     self.server.strike(trap.number)
                     return
                 for start in range(0, length, _PIECE):
-                    store.sendall(client.read(min(_PIECE, length - start)))
+                    try:
+                        piece = client.read(min(_PIECE, length - start))
+                    except ConnectionError:  # the process was killed at another request
+                        return
+                    store.sendall(piece)
 
     def _answers(self, store: socket.socket) -> None:
         try:

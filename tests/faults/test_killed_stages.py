@@ -41,7 +41,7 @@ POINTS = {
         ["step-2/MANIFEST.json", "step-2/state.json", "step-2/state.safetensors"],
     ),
 }
-"""Where the second checkpoint is cut off, and what of it is in the store then."""
+"""Where the second checkpoint is cut off, and what of it can be in the store then."""
 COMMIT_POINTS = ("before the commit", "in the middle of an object", "before the manifest", "before the pointer")
 """Where a stage's result is cut off. A training stage has all but the last in its checkpoints already."""
 COMMITS = [(stage, point) for stage in NEEDS for point in COMMIT_POINTS] + [(s, COMMIT_POINTS[-1]) for s in STAGES]
@@ -112,12 +112,18 @@ def test_row_01_a_stage_killed_at_a_point_of_its_checkpoint_ends_bit_for_bit_the
     trap, remains = POINTS[point]
     code, _ = victim.attempt(stage, trap)
     assert code == -signal.SIGKILL
-    assert victim.run.checkpoints(stage) == sorted(FIRST + remains)
+    stored = set(victim.run.checkpoints(stage))
+    assert stored.issuperset(FIRST)
+    found = sorted(stored.difference(FIRST))
+    if trap.in_the_middle:  # files travel beside each other: the rest may have arrived or not
+        assert set(found) <= set(remains)
+    else:
+        assert found == remains
     code, proxy = victim.attempt(stage)
     assert code == 0
     assert any(r == "GET" and path.endswith("checkpoints/step-1/state.safetensors") for r, path in proxy.requests)
     deleted = [path.partition("/checkpoints/")[2] for method, path in proxy.requests if method == "DELETE"]
-    assert sorted(deleted[: len(remains)]) == remains
+    assert sorted(deleted[: len(found)]) == found
     assert victim.run.digests(stage) == expected
     assert any(name.endswith(".safetensors") for name in expected)
     assert victim.run.checkpoints(stage) == []
