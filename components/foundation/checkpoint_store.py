@@ -331,15 +331,13 @@ class CheckpointStore:
             partial.unlink(missing_ok=True)
 
     def _download_checked(self, uri: str, file: ManifestFile, path: Path) -> None:
-        self._s3.download(uri, path, file.size)
-        size, digest = path.stat().st_size, _sha256(path)
+        digest = self._s3.download(uri, path, file.size)
+        size = path.stat().st_size
         if (size, digest) != (file.size, file.sha256):
             raise IntegrityError(
                 f"{uri} is damaged: it has {size} bytes with SHA-256 {digest}, but its manifest says "
                 f"{file.size} bytes with {file.sha256}; make the step again under another URI"
             )
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())  # or a power failure could leave a whole name on half a file
 
     def _folder_view(self, files: Sequence[ManifestFile]) -> Path:
         """A folder of hard links into the cache; the same files always give the same folder."""

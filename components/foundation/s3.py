@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import os
 import random
 import re
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +44,9 @@ SMALL_BYTES = 64 * 1024 * 1024
 
 _ONE_REPLY_BYTES = 8 * 1024 * 1024
 """The largest file that is asked for in one request: what takes longest with small ones is asking."""
+
+_SYNC_BYTES = 64 * 1024 * 1024
+"""What is downloaded is sent to the disk in pieces of at least so many bytes, while more arrives."""
 
 _READ_TRIES = 4
 _UNDECIDED_WAITS = (0.1, 0.4, 1.6)
@@ -159,28 +165,22 @@ class S3:
             config = TransferConfig(multipart_threshold=SMALL_BYTES, multipart_chunksize=SMALL_BYTES // 2)
             self.client.upload_file(str(path), bucket, key, Config=config)
 
-    def download(self, uri: str, path: Path, size: int) -> None:
-        """Object -> file.
+    def download(self, uri: str, path: Path, size: int) -> str:
+        """Object -> file, which is on the disk when this returns; the SHA-256 of what arrived.
 
         Raises:
             IntegrityError: the object has more than `size` bytes; the rest was not asked for.
         """
         complaint = f"is damaged: it has more than the {size} bytes of its manifest"
-        if size <= _ONE_REPLY_BYTES:
-            path.write_bytes(self._read(uri, size, complaint)[0])
-            return
-        bucket, key = split_uri(uri)
-        received, lock = 0, threading.Lock()
-
-        def count(more: int) -> None:  # in boto3's threads; what is fetched again is first taken back
-            nonlocal received
-            with lock:
-                received += more
-                if received > size:
-                    raise IntegrityError(f"{uri} {complaint}")
-
-        with self.errors(uri):
-            self.client.download_file(bucket, key, str(path), Callback=count)
+        with path.open("wb", buffering=0) as stream, ThreadPoolExecutor(1) as syncing:
+            file = _DurableFile(stream, size, IntegrityError(f"{uri} {complaint}"), syncing)
+            if size <= _ONE_REPLY_BYTES:
+                file.write(self._read(uri, size, complaint)[0])
+            else:
+                bucket, key = split_uri(uri)
+                with self.errors(uri):
+                    self.client.download_fileobj(bucket, key, file)  # type: ignore[arg-type]
+            return file.finish()
 
     def list(self, prefix_uri: str) -> list[str]:
         """URIs of all objects whose URI starts so."""
@@ -273,6 +273,52 @@ class S3:
             return self.get(uri)[0] == text
         except MissingError:
             return False
+
+
+class _DurableFile:
+    """A file that is written from its beginning to its end, and hashed and sent to the disk on the way.
+
+    It has no `seek`: boto3 then writes parts in their order, each once, from one thread.
+
+    Args:
+        too_large: is raised when more than `size` bytes are written.
+        syncing: one thread.
+    """
+
+    def __init__(self, stream: FileIO, size: int, too_large: Exception, syncing: ThreadPoolExecutor) -> None:
+        self._stream, self._room, self._too_large, self._executor = stream, size, too_large, syncing
+        self._digest = hashlib.sha256()
+        self._unsynced = 0
+        self._syncing: Future[None] | None = None
+
+    def write(self, data: bytes) -> None:
+        self._room -= len(data)
+        if self._room < 0:
+            raise self._too_large
+        self._digest.update(data)
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._stream.write(rest) :]
+        self._unsynced += len(data)
+        if self._unsynced >= _SYNC_BYTES and (self._syncing is None or self._syncing.done()):
+            self._sync()
+
+    def finish(self) -> str:
+        """The SHA-256 of what was written; all of it is on the disk."""
+        self._sync()
+        self._wait()
+        return self._digest.hexdigest()
+
+    def _sync(self) -> None:
+        """Begin to send what was written to the disk: a power failure could leave a whole name on half a file."""
+        self._wait()
+        self._unsynced = 0
+        self._syncing = self._executor.submit(os.fsync, self._stream.fileno())
+
+    def _wait(self) -> None:
+        """Until what was sent is there. A failure is told once, to whoever waits: it must not get lost."""
+        if self._syncing is not None:
+            self._syncing.result()
 
 
 def split_uri(uri: str) -> tuple[str, str]:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -161,21 +164,48 @@ def test_row_19_a_damaged_object_is_refused_by_name(
     assert (store.fetch(uri) / "model.safetensors").read_bytes() == WEIGHTS
 
 
+@pytest.mark.parametrize("copies", [1, 1000], ids=["asked for in one request", "asked for in parts"])
 def test_row_19_damage_on_the_way_is_cured_by_a_second_try(
+    services: Endpoints, store: CheckpointStore, tmp_path: Path, copies: int
+) -> None:
+    folder, damaged = make_folder(tmp_path / "folder", WEIGHTS * copies), []
+
+    def damage(request: Request, forward: Forward) -> Reply:
+        reply = forward(request)
+        if request.method == "GET" and request.path.endswith("/model.safetensors") and not damaged:
+            damaged.append(request.path)
+            reply = replace(reply, body=reply.body[:-1] + bytes([reply.body[-1] ^ 1]))
+        return reply
+
+    uri = f"{store.root_uri}/step-1"
+    with proxied(services.environment, damage) as environment:
+        behind = CheckpointStore(store.root_uri, tmp_path / "cache", environment)
+        behind.commit(uri, folder)
+        assert contents(behind.fetch(uri)) == contents(folder)
+    assert damaged
+
+
+@pytest.mark.fault
+def test_a_disk_that_fails_while_a_file_arrives_is_heard(
     store: CheckpointStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The system tells of it once, to whoever syncs next; that is long before the file's end."""
     uri = f"{store.root_uri}/step-1"
-    folder = make_folder(tmp_path / "folder")
-    store.commit(uri, folder)
-    real_download, damages = S3.download, [b"damage"]
+    store.commit(uri, make_folder(tmp_path / "folder", WEIGHTS * 1000))
+    real_sync, failures = os.fsync, [OSError(errno.EIO, "Input/output error")]
 
-    def download(self: S3, uri: str, path: Path, size: int) -> None:
-        real_download(self, uri, path, size)
-        if damages:
-            path.write_bytes(damages.pop())
+    def sync(file: int) -> None:
+        if failures and os.fstat(file).st_size > len(WEIGHTS):
+            raise failures.pop()
+        real_sync(file)
 
-    monkeypatch.setattr(S3, "download", download)
-    assert contents(store.fetch(uri)) == contents(folder)
+    monkeypatch.setattr("components.foundation.s3._SYNC_BYTES", len(WEIGHTS))
+    monkeypatch.setattr(os, "fsync", sync)
+    cache = tmp_path / "other-cache"
+    with pytest.raises(StoreError, match=r"cannot be kept in the cache .*Input/output error"):
+        CheckpointStore(store.root_uri, cache).fetch(uri)
+    assert not list(cache.rglob("*.partial"))
+    assert not failures
 
 
 def test_small_files_travel_beside_each_other(services: Endpoints, store: CheckpointStore, tmp_path: Path) -> None:
