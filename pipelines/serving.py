@@ -11,28 +11,19 @@ from typing import Annotated, Any
 import typer
 import yaml
 from kubernetes.client import Configuration
-from kubernetes.client.exceptions import ApiException
 from kubernetes.config import list_kube_config_contexts, load_kube_config
 from kubernetes.config.config_exception import ConfigException
 
 from components.foundation.champion_log import CHAMPION, POLICY_MODEL, ChampionLog
 from components.foundation.errors import ClusterError
 from components.foundation.tracking import Tracker
-from components.foundation.train_job.kubernetes_api import Backoff, Cluster, KubernetesApi, explain, new_client
-from components.promote.serving import (
-    GROUP,
-    PLURAL,
-    VERSION,
-    handed_over_uri,
-    inference_service,
-    served_policy,
-    to_yaml,
-)
+from components.foundation.train_job.kubernetes_api import Backoff, Cluster, KubernetesApi, new_client
+from components.promote.deployment import apply_service
+from components.promote.serving import handed_over_uri, inference_service, served_policy, to_yaml
 from pipelines.registry import WorkDir, open_registry, resolved, run_of, store_of
 
 serve_app = typer.Typer(help="Hand a policy over to KServe.", no_args_is_help=True)
 
-FIELD_MANAGER = "saferlhf"
 WhichVersion = Annotated[str, typer.Option(help="number of a registered policy, or champion")]
 CanaryShare = Annotated[
     float | None, typer.Option(min=0, max=1, help="of the traffic; default: as handed over, or serving.canary_share")
@@ -89,48 +80,6 @@ def service_of(tracker: Tracker, version: str, canary_share: float | None) -> di
     settings = run_of(tracker, number).settings.serving
     share = settings.canary_share if canary_share is None else canary_share
     return inference_service(served_policy(store, number, tags), settings, share)
-
-
-def apply_service(api: KubernetesApi, service: dict[str, Any]) -> dict[str, Any]:
-    """Server-side apply: fields that are ours become as given, and those that we gave up are removed.
-
-    A conflict (409) means that the object was being changed at that moment, and the same call is made again.
-
-    Returns:
-        the object as the cluster has it.
-
-    Raises:
-        ClusterError: the cluster has no KServe or no such namespace, refuses, or conflicts without end.
-    """
-    name = service["metadata"]["name"]
-    what = f"InferenceService {api.namespace}/{name}"
-    for failures in range(1, api.backoff.attempts + 1):
-        try:
-            answer: dict[str, Any] = api.call(
-                f"applying {what}",
-                api.client.call_api,
-                f"/apis/{GROUP}/{VERSION}/namespaces/{api.namespace}/{PLURAL}/{name}",
-                "PATCH",
-                expected={404, 409},
-                header_params={"Content-Type": "application/apply-patch+yaml", "Accept": "application/json"},
-                query_params=[("fieldManager", FIELD_MANAGER), ("force", "true")],
-                body=service,
-                response_type="object",
-                auth_settings=["BearerToken"],
-                _return_http_data_only=True,
-            )
-            return answer
-        except ApiException as error:
-            if error.status != 409:
-                raise ClusterError(
-                    f"{what}: the cluster has no such API or namespace ({explain(error)}): install KServe 0.11 or "
-                    "newer, or name the namespace with --namespace"
-                ) from error
-            last = explain(error)
-        api.backoff.sleep(api.backoff.seconds(failures))
-    raise ClusterError(
-        f"{what}: conflicted {api.backoff.attempts} times, at last with: {last}; see who else changes it"
-    )
 
 
 @contextmanager

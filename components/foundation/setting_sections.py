@@ -201,6 +201,9 @@ class ServingSettings(Section):
     cpu: float = Field(4, gt=0, description="cores of a replica, requested and at most")
     memory: str = Field("16Gi", pattern=r"^[1-9][0-9]*(Mi|Gi|Ti|M|G|T)$", description="the same")
     gpus: int = Field(1, ge=0, description="of a replica; with 0, vLLM must be built for CPUs")
+    apply: bool = Field(
+        False, description="a promotion also gives it to the cluster and namespace of the run; else it is only written"
+    )
     trial_seconds: float = Field(
         300, gt=0, description="patience with the exported model that is asked one question before it is registered"
     )

@@ -43,6 +43,7 @@ def run_start_run(
     Raises:
         SettingsError: the run's id or a setting is refused, it asks for another number of rounds than the pipeline
             has, or the run that it starts from cannot be taken over.
+        ClusterError: `serving.apply` is set, and this is no pod of a cluster.
     """
     configure_logging()
     set_place(Place(run_id, stage="start_run"))
@@ -55,6 +56,10 @@ def run_start_run(
         raise SettingsError(
             f"rounds={settings.rounds} is asked of a pipeline that was compiled with {rounds}: compile it anew"
         )
+    if settings.serving.apply:
+        from components.foundation.train_job.kubernetes_api import in_cluster
+
+        in_cluster()  # refused now, and not after the last round
     own_uri = run_uri or usual_uri(settings, run_id)
     waiting = None if run_uri else run_to_go_on_with(settings, own_uri)
     if waiting is not None:

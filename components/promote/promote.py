@@ -23,6 +23,8 @@ from components.foundation.results import (
     to_json,
 )
 from components.foundation.run_context import RunContext, finished_uri, open_stage
+from components.foundation.train_job.kubernetes_api import Backoff, KubernetesApi, in_cluster
+from components.promote.deployment import deploy_champion
 from components.promote.promotion import (
     CHALLENGER,
     decide_on_version,
@@ -85,6 +87,10 @@ def run_set_alias(run_uri: str, version: str, alias: str) -> str:
     """Stage: let `champion` or `challenger` name the version; returns the alias that names it in the end.
 
     Another run's policy may have become champion since the gate let this one pass: `promote` decides again.
+
+    Raises:
+        ClusterError: the new champion could not be given to the cluster (`serving.apply`). It is champion all the
+            same, and the stage may be repeated.
     """
     with open_stage(run_uri, PROMOTE, 0) as stage:
         context = stage.context
@@ -96,6 +102,8 @@ def run_set_alias(run_uri: str, version: str, alias: str) -> str:
             result = replace(gate, version=version, alias=CHALLENGER)
         context.store.write_text(f"{run_uri}/promotion.json", to_json(result), overwrite=True)
         log.info("%s version %s is now %s", POLICY_MODEL, version, result.alias)
+        if result.alias == CHAMPION and context.settings.serving.apply:
+            deploy_champion(context.store, KubernetesApi(in_cluster(), Backoff()))
         return result.alias
 
 

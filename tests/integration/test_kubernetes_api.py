@@ -243,9 +243,9 @@ def test_a_pod_finds_its_cluster_by_its_service_account(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
-        ("KUBERNETES_SERVICE_HOST", "needs a pod with a service account"),
+        ("KUBERNETES_SERVICE_HOST", "need a pod with a service account"),
         ("token", "Service token file does not exist"),
-        ("namespace", "needs a pod with a service account"),
+        ("namespace", "need a pod with a service account"),
         ("KFP_POD_UID", "KFP_POD_UID not set"),
     ],
 )

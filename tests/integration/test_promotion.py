@@ -12,19 +12,25 @@ from typing import Any
 
 import pytest
 import yaml
+from kubernetes.client import Configuration
 from typer.testing import CliRunner
 
 from components.foundation.champion_log import CHAMPION, POLICY_MODEL, ChampionEntry, ChampionLog
 from components.foundation.checkpoint_store import CheckpointStore
-from components.foundation.errors import ConflictError, GateError, IntegrityError, TrackingError
-from components.foundation.results import to_json
+from components.foundation.errors import ClusterError, ConflictError, GateError, IntegrityError, TrackingError
+from components.foundation.results import PromotionResult, to_json
 from components.foundation.run_context import RunContext, RunDescription
 from components.foundation.setting_sections import ServingSettings
 from components.foundation.tracking import Tracker
-from components.promote import promotion
+from components.foundation.train_job.kubernetes_api import Backoff, Cluster, KubernetesApi, new_client
+from components.promote import deployment, promotion
+from components.promote.deployment import deploy_champion
+from components.promote.promote import run_set_alias
 from components.promote.promotion import CHALLENGER, PREVIOUS_CHAMPION, promote, rollback
 from pipelines.cli import app
 from pipelines.local.services import Endpoints
+from tests.integration.kubernetes_server import KubernetesServer
+from tests.integration.kubernetes_state import Fault
 from tests.integration.promotions import SETTINGS, clear_aliases, context_of, race, registered
 
 RACES = int(os.environ.get("SAFERLHF_PROMOTION_RACES", "80"))
@@ -166,6 +172,92 @@ def test_each_champion_is_handed_over_and_a_rollback_takes_all_traffic_at_once(
         assert service["metadata"]["annotations"]["saferlhf/manifest-sha256"] == digest
     shares = [service["spec"]["predictor"].get("canaryTrafficPercent") for service in services]
     assert shares == [None, 25, None]
+
+
+@pytest.fixture
+def cluster(server: KubernetesServer) -> Cluster:
+    return Cluster(new_client(Configuration(host=server.url)), "team", "set-alias", "a-uid")
+
+
+def source_of(context: RunContext, version: str) -> str:
+    return context.tracker.version_tags(POLICY_MODEL, version)["source"]
+
+
+def served(server: KubernetesServer) -> str:
+    """The model that the cluster serves."""
+    uri: str = server.services["saferlhf-policy"]["spec"]["predictor"]["model"]["storageUri"]
+    return uri
+
+
+def test_a_new_champion_is_given_to_the_cluster_where_the_run_asks_for_it(
+    context: RunContext,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    server: KubernetesServer,
+    cluster: Cluster,
+) -> None:
+    """What the cluster refuses fails the step, with the champion in its place; the step again completes it."""
+    monkeypatch.setattr("components.promote.promote.in_cluster", lambda: cluster)
+    settings = SETTINGS.model_copy(update={"serving": ServingSettings(apply=True)})
+    versions = [registered(context, tmp_path, h) for h in (0.5, 0.7, 0.3)]
+    runs = [f"{context.store.root_uri}/runs/of-{version}" for version in versions]
+    for run, version in zip(runs, versions, strict=True):
+        parent = context.tracker.start_pipeline_run(version, version, {})
+        run_id = run.rpartition("/")[2]
+        context.store.write_text(f"{run}/run.json", to_json(RunDescription(run_id, parent, settings.model_dump_json())))
+        gate = PromotionResult("promote", [], POLICY_MODEL, version, "", against="")
+        context.store.write_text(f"{run}/gate.json", to_json(gate))
+    assert run_set_alias(runs[0], versions[0], CHAMPION) == CHAMPION
+    assert served(server) == source_of(context, versions[0])
+    server.fault(Fault("PATCH", status=403))
+    with pytest.raises(ClusterError, match="refused with 403"):
+        run_set_alias(runs[1], versions[1], CHAMPION)
+    assert context.tracker.aliases(POLICY_MODEL)[CHAMPION] == versions[1]
+    assert served(server) == source_of(context, versions[0])
+    assert run_set_alias(runs[1], versions[1], CHAMPION) == CHAMPION
+    assert served(server) == source_of(context, versions[1])
+    asked = len(server.requests)
+    assert run_set_alias(runs[2], versions[2], CHAMPION) == CHALLENGER
+    assert len(server.requests) == asked
+
+
+@pytest.mark.fault
+def test_of_two_promotions_that_deploy_at_once_the_last_champion_is_served(
+    context: RunContext,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    server: KubernetesServer,
+    cluster: Cluster,
+) -> None:
+    """The second one is through before the first one's service reaches the cluster."""
+    api = KubernetesApi(cluster, Backoff(attempts=1))
+    good, better = (registered(context, tmp_path, h) for h in (0.5, 0.7))
+    promote(context, good)
+    apply, applied = deployment.apply_service, []
+
+    def overtaken(api: KubernetesApi, service: dict[str, Any]) -> dict[str, Any]:
+        if not applied:
+            applied.append("overtaken")
+            promote(context, better)
+            deploy_champion(context.store, api)
+        applied.append(service["metadata"]["annotations"]["saferlhf/version"])
+        return apply(api, service)
+
+    monkeypatch.setattr(deployment, "apply_service", overtaken)
+    deploy_champion(context.store, api)
+    assert applied == ["overtaken", better, good, better]
+    assert served(server) == source_of(context, better)
+
+
+@pytest.mark.fault
+def test_a_champion_that_was_not_handed_over_yet_is_left_to_whoever_promoted_it(
+    context: RunContext, tmp_path: Path, server: KubernetesServer, cluster: Cluster
+) -> None:
+    good, better = (registered(context, tmp_path, h) for h in (0.5, 0.7))
+    promote(context, good)
+    ChampionLog(context.store, POLICY_MODEL).append(ChampionEntry(2, better, good, "promote", [], "run", "now"))
+    deploy_champion(context.store, KubernetesApi(cluster, Backoff(attempts=1)))
+    assert server.services == {}
 
 
 @pytest.mark.fault

@@ -12,8 +12,9 @@ from kubernetes.client import Configuration
 from components.foundation.errors import ClusterError
 from components.foundation.setting_sections import ServingSettings
 from components.foundation.train_job.kubernetes_api import Backoff, Cluster, KubernetesApi, new_client
+from components.promote.deployment import apply_service
 from components.promote.serving import ServedPolicy, inference_service
-from pipelines.serving import apply_service, cluster_of_context
+from pipelines.serving import cluster_of_context
 from tests.custom_kinds import check
 from tests.integration.kubernetes_server import KubernetesServer, kubeconfig
 from tests.integration.kubernetes_state import INFERENCE_SERVICE_SPEC, Fault, prune

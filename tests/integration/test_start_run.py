@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from components.foundation.checkpoint_store import CheckpointStore
-from components.foundation.errors import SettingsError
+from components.foundation.errors import ClusterError, SettingsError
 from components.foundation.run_context import open_run
 from components.prepare_data.component import start_run
 from pipelines.local.services import Endpoints
@@ -73,6 +73,16 @@ def test_a_field_of_the_form_counts_more_than_the_list(
     assert settings[setting] == value
     others = {"ppo.steps": "7", "base_model": "tiny-qwen2"} | {setting: value}
     assert {key: settings[key] for key in others} == others
+
+
+@pytest.mark.fault
+def test_a_run_that_is_to_deploy_and_cannot_is_refused_before_anything_is_written(
+    platform_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    with pytest.raises(ClusterError, match=r"serving\.apply, need a pod with a service account"):
+        start(run_id="elsewhere", overrides=json.dumps(["serving.apply=true"]))
+    assert not CheckpointStore(platform_store).has_text(f"{platform_store}/runs/elsewhere/run.json")
 
 
 @pytest.mark.fault

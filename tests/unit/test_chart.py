@@ -191,6 +191,19 @@ def test_the_chart_grants_what_doctor_asks_for_and_no_more(platform: str) -> Non
     assert granted == set(STEP_RIGHTS)
 
 
+def test_a_promotion_may_deploy_where_the_chart_says_so_and_nothing_else() -> None:
+    objects = render(platform_values("gke", serving={"apply": True}))
+    (rule,) = find(objects, "Role", "saferlhf-serving")["rules"]
+    assert rule == {
+        "apiGroups": ["serving.kserve.io"],
+        "resources": ["inferenceservices"],
+        "verbs": ["create", "patch"],
+    }
+    binding = find(objects, "RoleBinding", "saferlhf-serving")
+    assert binding["roleRef"]["name"] == "saferlhf-serving"
+    assert [subject["name"] for subject in binding["subjects"]] == ["saferlhf"]
+
+
 @each_platform
 def test_every_rule_says_why(platform: str) -> None:
     text = render_text(platform_values(platform))["saferlhf/templates/rbac.yaml"]

@@ -15,7 +15,7 @@ S3_ACTIONS = {  # what a call of boto3's needs
     "get_paginator": {"s3:ListBucket"},
     "head_object": {"s3:GetObject"},
     "get_object": {"s3:GetObject"},
-    "download_file": {"s3:GetObject"},
+    "download_fileobj": {"s3:GetObject"},
     "put_object": {"s3:PutObject"},
     "upload_file": {"s3:PutObject", "s3:AbortMultipartUpload"},
     "delete_object": {"s3:DeleteObject"},

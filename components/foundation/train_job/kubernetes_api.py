@@ -81,8 +81,8 @@ def in_cluster(environment: Mapping[str, str] = os.environ, service_account: Pat
         namespace = (service_account / "namespace").read_text(encoding="utf-8").strip()
     except (ConfigException, OSError) as error:
         raise ClusterError(
-            f"training on several nodes needs a pod with a service account, and this process has none: {error} "
-            f"(looked in {service_account}); run the pipeline on a cluster, or unset SAFERLHF_TRAIN_JOB"
+            "training on several nodes, and serving.apply, need a pod with a service account, and this process has "
+            f"none: {error} (looked in {service_account}); run the pipeline on a cluster, or without them"
         ) from error
     pod = {name: environment.get(name, "") for name in ("KFP_POD_NAME", "KFP_POD_UID")}
     missing = [name for name, value in pod.items() if not value]
