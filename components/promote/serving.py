@@ -2,7 +2,7 @@
 
     <store>/registry/<model>-serving/000001.yaml   of entry 1 of the log, written once, with If-None-Match
 
-Whoever deploys reads the newest one. `deployment.py` gives it to a cluster, for `saferlhf serve apply` and `serving.apply`.
+Whoever deploys reads the newest one. `deployment.py` gives it to a cluster.
 """
 
 from __future__ import annotations
