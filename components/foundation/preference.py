@@ -13,6 +13,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from components.foundation.errors import DataError
+from components.foundation.s3 import S3
 from components.foundation.untrusted import one_line, shown
 
 KINDS = ("red_team", "benign", "lookalike")
@@ -183,10 +185,12 @@ def parse_record(kind: type[Record], row: Any) -> Record | str:
 
 
 def load_records(source: str, kind: type[Record], builtin_file: Path | None = None) -> LoadResult[Record]:
-    """Read `builtin`, a .jsonl / .jsonl.gz / .parquet file, or `datasets:NAME[:SPLIT]`.
+    """Read `builtin`, a .jsonl / .jsonl.gz / .parquet file, `s3://BUCKET/FILE` (such a file), or
+    `datasets:NAME[:SPLIT]`.
 
     Raises:
         DataError: the file is missing, too large, of an unknown type, or cannot be opened.
+        StoreError: the store does not give it.
     """
     if source == "builtin":
         if builtin_file is None:
@@ -194,6 +198,8 @@ def load_records(source: str, kind: type[Record], builtin_file: Path | None = No
         return _collect(source, kind, jsonl_rows(builtin_file))
     if source.startswith("datasets:"):
         return _collect(source, kind, _dataset_rows(source))
+    if source.startswith("s3://"):
+        return _from_store(source, kind)
     path = Path(source)
     try:
         found = path.is_file()
@@ -205,7 +211,25 @@ def load_records(source: str, kind: type[Record], builtin_file: Path | None = No
         return _collect(source, kind, jsonl_rows(path))
     if path.suffix == ".parquet":
         return _collect(source, kind, _parquet_rows(path))
-    raise DataError(f"cannot read {source}: use .jsonl, .jsonl.gz, .parquet, or datasets:NAME[:SPLIT]")
+    raise _unknown_type(source)
+
+
+def _from_store(uri: str, kind: type[Record]) -> LoadResult[Record]:
+    """The records of an object; what is wrong with it is told of its address, not of our copy."""
+    name = uri.rpartition("/")[2]
+    if not name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
+        raise _unknown_type(uri)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        S3().download_file(uri, path, MAX_FILE_BYTES)
+        try:
+            return dataclasses.replace(load_records(str(path), kind), source=uri)
+        except DataError as error:
+            raise DataError(str(error).replace(str(path), uri)) from error
+
+
+def _unknown_type(source: str) -> DataError:
+    return DataError(f"cannot read {source}: use .jsonl, .jsonl.gz, .parquet, or datasets:NAME[:SPLIT]")
 
 
 def check_bad_share(result: LoadResult[Any], max_share: float) -> None:
@@ -226,7 +250,7 @@ def check_bad_share(result: LoadResult[Any], max_share: float) -> None:
 
 
 def read_jsonl(path: Path, kind: type[Record]) -> list[Record]:
-    """Read a file that `write_jsonl` wrote.
+    """Read a file that `results.write_records` wrote.
 
     Raises:
         DataError: a row is bad, which cannot happen unless somebody changed the file.

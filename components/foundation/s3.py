@@ -182,6 +182,19 @@ class S3:
                     self.client.download_fileobj(bucket, key, file)  # type: ignore[arg-type]
             return file.finish()
 
+    def download_file(self, uri: str, path: Path, most: int) -> None:
+        """Object of a size that nobody wrote down -> file.
+
+        Raises:
+            IntegrityError: it has more than `most` bytes; nothing was asked for.
+        """
+        bucket, key = split_uri(uri)
+        with self.errors(uri):
+            size = self.client.head_object(Bucket=bucket, Key=key)["ContentLength"]
+        if size > most:
+            raise IntegrityError(f"{uri} has {size} bytes, and at most {most} are read: give it in parts")
+        self.download(uri, path, size)
+
     def list(self, prefix_uri: str) -> list[str]:
         """URIs of all objects whose URI starts so."""
         bucket, prefix = split_uri(prefix_uri)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from components.foundation.errors import SettingsError
+from components.foundation.errors import ClusterError, SettingsError
 from components.foundation.logs import Place, configure_logging, set_place
 from components.foundation.run_context import RUN_ID, create_run, usual_uri
 from components.foundation.settings import Settings, resolve_settings
@@ -43,7 +43,7 @@ def run_start_run(
     Raises:
         SettingsError: the run's id or a setting is refused, it asks for another number of rounds than the pipeline
             has, or the run that it starts from cannot be taken over.
-        ClusterError: `serving.apply` is set, and this is no pod of a cluster.
+        ClusterError: `serving.apply` is set, and this is no pod of a cluster, or may not do it.
     """
     configure_logging()
     set_place(Place(run_id, stage="start_run"))
@@ -57,9 +57,7 @@ def run_start_run(
             f"rounds={settings.rounds} is asked of a pipeline that was compiled with {rounds}: compile it anew"
         )
     if settings.serving.apply:
-        from components.foundation.train_job.kubernetes_api import in_cluster
-
-        in_cluster()  # refused now, and not after the last round
+        _check_may_deploy()
     own_uri = run_uri or usual_uri(settings, run_id)
     waiting = None if run_uri else run_to_go_on_with(settings, own_uri)
     if waiting is not None:
@@ -74,6 +72,24 @@ def _open(run_uri: str, run_id: str, settings: Settings) -> None:
     commits = commits_to_take_over(run_uri, settings)
     take_over(create_run(run_uri, run_id, settings), commits)
     log.info("run %s, settings %s", run_id, settings.digest()[:12])
+
+
+def _check_may_deploy() -> None:
+    """Refuse now what the promotion could not do after the last round.
+
+    Raises:
+        ClusterError: this is no pod of a cluster, or its account lacks a right.
+    """
+    from components.foundation.train_job.kubernetes_api import in_cluster
+    from components.foundation.train_job.rights import Right, lacking
+
+    cluster = in_cluster()
+    needed = [Right(verb, "inferenceservices", "serving.kserve.io") for verb in ("create", "patch")]
+    if missing := lacking(cluster.client, cluster.namespace, needed):
+        raise ClusterError(
+            f"serving.apply=true, and in namespace {cluster.namespace} this account may not "
+            f"{', '.join(map(str, missing))}: install the chart with serving.apply=true, or leave the setting out"
+        )
 
 
 def check_run_id(run_id: str) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from dataclasses import dataclass
 from typing import TypeVar
 
 from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import IntegrityError
+from components.foundation.redaction import without_password
 from components.foundation.results import (
     Evaluation,
     HeldOutAnswer,
@@ -22,7 +22,6 @@ from components.foundation.results import (
 from components.foundation.run_context import RunContext, finished_uri
 
 T = TypeVar("T")
-_URI_PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def gather(context: RunContext) -> ReportData:
         ),
         confidence=settings.evaluate.confidence,
         max_unsafe_rate=settings.gate.max_unsafe_rate,
-        settings={key: _URI_PASSWORD.sub("", value) for key, value in settings.flat().items()},
+        settings={key: without_password(value) for key, value in settings.flat().items()},
         sft=_record(Evaluation, store, evaluation_uris[0], "evaluation.json"),
         rounds=rounds,
         answers=[_records(HeldOutAnswer, store, uri, "answers.jsonl") for uri in evaluation_uris],

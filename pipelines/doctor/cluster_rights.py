@@ -1,44 +1,23 @@
-"""What Kubernetes lets us do: it is asked, right by right, with a SelfSubjectAccessReview."""
+"""Does Kubernetes let a step do what training on several nodes needs?"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from kubernetes.client import (
-    AuthorizationV1Api,
-    Configuration,
-    V1ResourceAttributes,
-    V1SelfSubjectAccessReview,
-    V1SelfSubjectAccessReviewSpec,
-)
-from kubernetes.client.exceptions import ApiException
+from kubernetes.client import Configuration
 from kubernetes.config import list_kube_config_contexts, load_kube_config
 from kubernetes.config.config_exception import ConfigException
 from kubernetes.config.incluster_config import InClusterConfigLoader
-from urllib3.exceptions import HTTPError
 
 from components.foundation.errors import ClusterError
 from components.foundation.train_job.kubernetes_api import new_client
+from components.foundation.train_job.rights import Right, lacking
 from pipelines.doctor.findings import Finding
 
 _SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-_TIMEOUT_SECONDS = (5, 10)
-
-
-@dataclass(frozen=True)
-class Right:
-    """A verb on a resource; `resource` may be `pods/log`."""
-
-    verb: str
-    resource: str
-    group: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.verb} {self.resource}{f'.{self.group}' if self.group else ''}"
 
 
 RIGHTS = (
@@ -64,32 +43,14 @@ def check_rights(environment: Mapping[str, str] = os.environ, service_account: P
             "set KUBECONFIG to check the rights on a cluster",
         )
     configuration, namespace = found
-    api = AuthorizationV1Api(new_client(configuration))
-    try:
-        lacking = [right for right in RIGHTS if not _allowed(api, right, namespace)]
-    except (ApiException, HTTPError) as error:
-        reason = f"{error.status} {error.reason}" if isinstance(error, ApiException) else type(error).__name__
-        raise ClusterError(
-            f"Kubernetes at {configuration.host} does not say what we may do ({reason}): check the address, and that "
-            "the account's token is accepted"
-        ) from error
-    if lacking:
+    missing = lacking(new_client(configuration), namespace, RIGHTS)
+    if missing:
         return Finding(
             "failed",
-            f"in namespace {namespace} this account may not {', '.join(map(str, lacking))}",
+            f"in namespace {namespace} this account may not {', '.join(map(str, missing))}",
             "stages on several nodes need it: install the chart with rbac.create=true, and start runs with its account",
         )
     return Finding("ok", f"all {len(RIGHTS)} rights that TrainJobs need are granted in namespace {namespace}")
-
-
-def _allowed(api: AuthorizationV1Api, right: Right, namespace: str) -> bool:
-    resource, _, subresource = right.resource.partition("/")
-    attributes = V1ResourceAttributes(
-        namespace=namespace, verb=right.verb, group=right.group, resource=resource, subresource=subresource or None
-    )
-    review = V1SelfSubjectAccessReview(spec=V1SelfSubjectAccessReviewSpec(resource_attributes=attributes))
-    answer = api.create_self_subject_access_review(review, _request_timeout=_TIMEOUT_SECONDS)
-    return bool(answer.status.allowed)
 
 
 def _connection(environment: Mapping[str, str], service_account: Path) -> tuple[Configuration, str] | None:

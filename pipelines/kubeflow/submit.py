@@ -72,13 +72,25 @@ def submit(wish: Submission, access: Access) -> SubmittedRun:
     if wish.rounds:
         wish = replace(wish, choice=replace(wish.choice, overrides=(*wish.choice.overrides, f"rounds={wish.rounds}")))
     # the pipeline's rounds are not known yet: so many as there can be
-    resolve_settings(wish.choice.profile, wish.choice.seed, ["rounds=20", *wish.choice.overrides])
+    settings = resolve_settings(wish.choice.profile, wish.choice.seed, ["rounds=20", *wish.choice.overrides])
+    refuse_files_of_this_folder(settings.data)
     with tempfile.TemporaryDirectory() as folder:
         wish = _compiled_for_platform(wish, Path(folder) / "pipeline.yaml")
         local = read_compiled(wish.file) if wish.file else None
         if local is not None:
             run_parameters(local, wish.choice)
         return _start(connect(access), wish, local)
+
+
+def refuse_files_of_this_folder(data: DataSettings) -> None:
+    """Raises: SettingsError where a source is a file beside us, which the run's pods would look for in vain."""
+    for name in _SOURCES:
+        source = getattr(data, name)
+        if source != BUILTIN and not source.startswith(("/", "s3://", "datasets:")):
+            raise SettingsError(
+                f"data.{name}={source} is a file of this machine, and the run's pods do not see it: put it into the "
+                "store and give its s3:// address (or the path of a volume that the pods have)"
+            )
 
 
 def run_name(settings: Settings, environment: dict[str, str], now: datetime) -> str:

@@ -41,6 +41,7 @@ from pipelines.local.screen import Screen
 from pipelines.local.services import local_services
 from pipelines.local.summary import RunFacts, closing_words, write_summary
 
+_STEP_PROGRAM = "kfp.dsl.executor_main"
 _SAVING_SECONDS = 120
 """Patience with a step that was asked to stop: its rollout batch, and a checkpoint to S3."""
 _WORDS: dict[RunStatus, str] = {
@@ -239,5 +240,5 @@ def _kill(processes: Sequence[psutil.Process]) -> None:
 def _is_step(process: psutil.Process) -> bool:
     """Or KFP's shell around it, which a Ctrl-C has perhaps ended already."""
     with contextlib.suppress(psutil.Error):
-        return is_forked_step(process) or any("kfp" in part for part in process.cmdline())
+        return is_forked_step(process) or any(_STEP_PROGRAM in part for part in process.cmdline())
     return False

@@ -77,7 +77,7 @@ def interrupted(arguments: Sequence[str], line: str, number: signal.Signals) -> 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("work")
+    return tmp_path_factory.mktemp("kfp-work")
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,15 @@ import uuid
 from typing import Any
 
 import pytest
+from kubernetes.client import Configuration
 
 from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import ClusterError, SettingsError
 from components.foundation.run_context import open_run
+from components.foundation.train_job.kubernetes_api import Cluster, new_client
 from components.prepare_data.component import start_run
 from pipelines.local.services import Endpoints
+from tests.access_reviews import reviewer
 
 
 def start(**given: Any) -> str:
@@ -83,6 +86,27 @@ def test_a_run_that_is_to_deploy_and_cannot_is_refused_before_anything_is_writte
     with pytest.raises(ClusterError, match=r"serving\.apply, need a pod with a service account"):
         start(run_id="elsewhere", overrides=json.dumps(["serving.apply=true"]))
     assert not CheckpointStore(platform_store).has_text(f"{platform_store}/runs/elsewhere/run.json")
+
+
+@pytest.mark.fault
+def test_a_run_that_may_not_deploy_is_refused_with_what_it_lacks(
+    platform_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = {"patch"}
+    with reviewer(lambda right: right["verb"] not in refused) as (url, asked):
+        cluster = Cluster(new_client(Configuration(host=url)), "team", "start-run", "a-uid")
+        monkeypatch.setattr("components.foundation.train_job.kubernetes_api.in_cluster", lambda: cluster)
+        to_deploy = {"run_id": "deploys", "overrides": json.dumps(["serving.apply=true"])}
+        words = "in namespace team this account may not patch inferenceservices.serving.kserve.io: install the chart"
+        with pytest.raises(ClusterError, match=words):
+            start(**to_deploy)
+        assert not CheckpointStore(platform_store).has_text(f"{platform_store}/runs/deploys/run.json")
+        refused.clear()
+        assert open_run(start(**to_deploy)).settings.serving.apply
+    assert {(right["verb"], right["resource"]) for right in asked} == {
+        ("create", "inferenceservices"),
+        ("patch", "inferenceservices"),
+    }
 
 
 @pytest.mark.fault

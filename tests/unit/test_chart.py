@@ -261,10 +261,12 @@ def test_who_reaches_whom() -> None:
 def test_each_way_out_of_the_namespace_is_named() -> None:
     """Ports and peers of the steps' egress, by hand, for a store and a judge elsewhere."""
     others = {
+        "models": {"to": [{"ipBlock": {"cidr": "10.9.0.3/32"}}], "port": 3128},
         "judge": {"to": [{"ipBlock": {"cidr": "10.9.0.1/32"}}], "port": 8443},
         "webhook": {"to": [{"ipBlock": {"cidr": "10.9.0.2/32"}}], "port": 9443},
     }
-    spec = find(render(platform_values("on-prem", networkPolicy=others)), "NetworkPolicy", "saferlhf-steps")["spec"]
+    objects = render(platform_values("on-prem", networkPolicy=others))
+    spec = find(objects, "NetworkPolicy", "saferlhf-steps")["spec"]
     kubeflow = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kubeflow"}}}
     ways = [([entry["port"] for entry in rule["ports"]], rule["to"][0]) for rule in spec["egress"]]
     assert ([443], {"ipBlock": {"cidr": "10.20.0.0/24"}}) in ways
@@ -272,7 +274,14 @@ def test_each_way_out_of_the_namespace_is_named() -> None:
     assert ([443, 6443], {"ipBlock": {"cidr": "0.0.0.0/0"}}) in ways
     assert ([8443], {"ipBlock": {"cidr": "10.9.0.1/32"}}) in ways
     assert ([9443], {"ipBlock": {"cidr": "10.9.0.2/32"}}) in ways
-    assert len(ways) == 7  # and cluster DNS, and MLflow
+    assert ([3128], {"ipBlock": {"cidr": "10.9.0.3/32"}}) in ways
+    assert len(ways) == 8  # and cluster DNS, and MLflow
+    jobs = find(objects, "NetworkPolicy", "saferlhf-train-jobs")["spec"]["egress"]
+    assert {"to": [{"ipBlock": {"cidr": "10.9.0.3/32"}}], "ports": [{"port": 3128}]} in jobs
+    closed = render(platform_values("on-prem", networkPolicy=others | {"models": {"to": [], "port": 3128}}))
+    for name in ("saferlhf-steps", "saferlhf-train-jobs"):
+        rules = find(closed, "NetworkPolicy", name)["spec"]["egress"]
+        assert not [rule for rule in rules if rule.get("ports") == [{"port": 3128}]]
 
 
 def test_without_network_policies_there_are_none() -> None:

@@ -393,6 +393,16 @@ def test_an_address_that_is_none_is_explained(url: str) -> None:
         judge_at(url).judge_answers([(PROMPT, "Boil it.")])
 
 
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "url", ["http://me:hidden@127.0.0.1:9/v1", "http://hidden@127.0.0.1/v1", "ftp://a:hidden@b/v1"]
+)
+def test_a_password_in_the_address_is_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(SettingsError, match=r"annotate\.judge_url=(http|ftp)://(127|b)") as error:
+        judge_at(url)
+    assert "hidden" not in str(error.value)
+
+
 def test_the_key_is_read_from_the_named_variable(server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_OWN_KEY", KEY)
     monkeypatch.setenv("SAFERLHF_JUDGE_KEY", "another")

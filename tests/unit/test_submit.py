@@ -111,6 +111,7 @@ def test_the_link_is_of_the_ui_where_that_is_elsewhere(
     [
         (["FILE", "--set", "ppo.stepz=1"], "unknown setting 'ppo.stepz'"),
         (["FILE", "--set", "ppo.steps=-1"], "ppo.steps=-1 is refused"),
+        (["FILE", "--set", "data.prompts=mine/prompts.jsonl"], "data.prompts=mine/prompts.jsonl is a file of this"),
         (["FILE", "--profile", "huge"], "unknown profile 'huge'"),
         (["FILE", "--rounds", "3"], "rounds=3 is asked of FILE, which was compiled with 1: compile it anew"),
         (["FILE", "--version", "latest"], "say what to run: a compiled YAML, or --version"),

@@ -22,6 +22,7 @@ from components.foundation.errors import AnnotationError, SettingsError
 from components.foundation.judging import AnswerJudgement, AnswerPair, PairJudgement
 from components.foundation.judging.rules import declines
 from components.foundation.preference import PromptRecord
+from components.foundation.redaction import without_password
 from components.foundation.untrusted import one_line
 
 _RETRY_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
@@ -178,7 +179,15 @@ def _address(url: str) -> str:
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as error:
-        raise SettingsError(f"annotate.judge_url={url} is no address ({error}): write http://HOST:PORT/v1") from error
+        shown_url = without_password(url)
+        raise SettingsError(
+            f"annotate.judge_url={shown_url} is no address ({error}): write http://HOST:PORT/v1"
+        ) from None
+    if parsed.userinfo:
+        raise SettingsError(
+            f"annotate.judge_url={without_password(url)} was given with a user or password, and settings are no place "
+            "for them: the variable that annotate.judge_key_env names holds the key"
+        )
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise SettingsError(f"annotate.judge_url={url} is no HTTP address: write http://HOST:PORT/v1")
     return url.rstrip("/") + "/"
