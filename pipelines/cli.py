@@ -6,6 +6,7 @@ import os
 import secrets
 import shlex
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -14,7 +15,8 @@ import typer
 
 from components.foundation.errors import LabelsAwaited, NothingNew, SaferlhfError, SettingsError
 from components.foundation.exit_codes import NOTHING_NEW_EXIT_CODE, WAITING_EXIT_CODE
-from components.foundation.settings import resolve_settings
+from components.foundation.settings import SettingDescription, describe_settings, resolve_settings
+from components.foundation.untrusted import shown
 from pipelines import registry, serving
 from pipelines.annotations import annotations_app
 from pipelines.kubeflow import commands as kubeflow
@@ -34,6 +36,8 @@ app.add_typer(registry.registry_app, name="registry")
 app.add_typer(annotations_app, name="annotations")
 app.add_typer(kubeflow.schedule_app, name="schedule")
 app.add_typer(serving.serve_app, name="serve")
+
+_INDENT = 4 * " "
 
 WorkDir = Annotated[Path, typer.Option(help="folder of the servers' data and of the run's results")]
 
@@ -73,10 +77,34 @@ def run(
 
 
 @app.command()
-def settings(profile: Profile = "smol", seed: Seed = 0, set_: Overrides = None) -> None:
+def settings(
+    prefix: Annotated[str, typer.Argument(help="print only what begins with this, for instance ppo.")] = "",
+    profile: Profile = "smol",
+    seed: Seed = 0,
+    set_: Overrides = None,
+    describe: Annotated[
+        bool, typer.Option("--describe", help="say below each what it is for, and its choices")
+    ] = False,
+) -> None:
     """Print every setting with its resolved value."""
-    for key, value in resolve_settings(profile, seed, set_ or ()).flat().items():
-        typer.echo(f"{key}={value}")
+    values = resolve_settings(profile, seed, set_ or ()).flat()
+    wanted = [key for key in values if key.startswith(prefix)]
+    if not wanted:
+        raise SettingsError(f"no setting begins with {shown(prefix)}: `saferlhf settings` lists all of them")
+    descriptions = describe_settings() if describe else {}
+    for key in wanted:
+        typer.echo(f"{key}={values[key]}")
+        if describe:
+            typer.echo(_indented(descriptions[key]))
+
+
+def _indented(described: SettingDescription) -> str:
+    """What is said below a setting, on a terminal of 100 columns."""
+    choices = [f"one of: {', '.join(described.choices)}"] if described.choices else []
+    return "\n".join(
+        textwrap.fill(line, 100, initial_indent=_INDENT, subsequent_indent=_INDENT)
+        for line in (described.text, *choices)
+    )
 
 
 @app.command(name="compile")

@@ -13,12 +13,20 @@ class PpoSettings(Section):
     """PPO-Lagrangian (paper section 3.3). Learning rates are per optimiser step."""
 
     steps: int = Field(16, ge=1, description="rollout batches per round")
-    episodes_per_step: int = Field(32, ge=2)
+    episodes_per_step: int = Field(
+        32, ge=2, description="answers in a rollout batch: one to a prompt, two with advantage_source=preference_oracle"
+    )
     epochs: int = Field(1, ge=1, description="passes over each rollout batch")
     minibatch_size: int = Field(16, ge=1, description="episodes per optimiser step")
-    max_prompt_tokens: int = Field(48, ge=4)
-    max_new_tokens: int = Field(40, ge=1)
-    temperature: float = Field(1.0, gt=0)
+    max_prompt_tokens: int = Field(
+        48, ge=4, description="longest prompt with its chat template, in tokens; also of collect and evaluate"
+    )
+    max_new_tokens: int = Field(40, ge=1, description="longest answer in tokens, with its EOS; also of collect")
+    temperature: float = Field(
+        1.0,
+        gt=0,
+        description="temperature of the softmax that answers are drawn from, and of pi and pi_ref in loss and KL",
+    )
     top_p: float = Field(
         1.0, gt=0, le=1, description="draw among the fewest most likely tokens that hold this probability (1: all)"
     )
@@ -41,32 +49,49 @@ class PpoSettings(Section):
     )
     critics: Literal["adapter", "head"] = Field(
         "adapter",
-        description="adapter: each critic has an adapter and a head, which learn by gradient steps; head: a head on "
-        "the hidden states that the reward or cost model scores by, fitted by ridge regression, without passes of its "
-        "own",
+        description="adapter: an adapter and a head, by gradient steps; head: ridge regression on hidden states of the "
+        "reward or cost model",
     )
     critic_ridge: float = Field(
-        0.5, gt=0, description="penalty of that regression, relative to the mean squared deviation of a hidden state"
+        0.5, gt=0, description="head critics: ridge penalty, relative to the mean squared deviation of a hidden state"
     )
     critic_memory: float = Field(
-        0.9, ge=0, le=1, description="what an answer counts in that regression one step later, relative to before"
+        0.9, ge=0, le=1, description="head critics: what an answer counts in the fit one step later, relative to before"
     )
-    actor_learning_rate: float = Field(5e-4, gt=0)
-    later_actor_learning_rate: float | None = Field(None, gt=0, description="the same in later rounds; empty: as it is")
+    actor_learning_rate: float = Field(
+        5e-4, gt=0, description="AdamW's learning rate for the actor; with actor_schedule=cosine its peak"
+    )
+    later_actor_learning_rate: float | None = Field(
+        None, gt=0, description="actor_learning_rate of rounds after the first; empty: the same"
+    )
     actor_schedule: Literal["constant", "cosine"] = Field(
         "constant", description="cosine: the actor's learning rate falls to nearly 0 over the steps of a round"
     )
     actor_warmup_share: float = Field(
         0.0, ge=0, lt=1, description="cosine: share of the steps over which the rate rises first"
     )
-    critic_learning_rate: float = Field(5e-4, gt=0, description="of critics with an adapter")
-    kl_coefficient: float = Field(0.05, ge=0, description="beta")
-    clip_ratio: float = Field(0.2, gt=0, lt=1)
-    value_clip: float = Field(5.0, gt=0)
-    score_clip: float = Field(50.0, gt=0, description="shaped rewards and costs are clamped to +- this")
-    gamma: float = Field(1.0, gt=0, le=1)
-    gae_lambda: float = Field(0.95, ge=0, le=1)
-    whiten_advantages: bool = True
+    critic_learning_rate: float = Field(5e-4, gt=0, description="AdamW's learning rate for critics with an adapter")
+    kl_coefficient: float = Field(0.05, ge=0, description="beta: weight of the KL penalty for leaving pi_ref")
+    clip_ratio: float = Field(
+        0.2, gt=0, lt=1, description="epsilon: the probability ratio pi / pi_old is clipped to 1 +- this"
+    )
+    value_clip: float = Field(
+        5.0, gt=0, description="the value loss clips values to those of the rollout +- this (critics with an adapter)"
+    )
+    score_clip: float = Field(
+        50.0, gt=0, description="a token's reward or cost, with its KL term, is clamped to +- this"
+    )
+    gamma: float = Field(1.0, gt=0, le=1, description="gamma: discount of rewards and costs per token or macro action")
+    gae_lambda: float = Field(
+        0.95,
+        ge=0,
+        le=1,
+        description="lambda of GAE, not the multiplier: 0 trusts the critics alone, 1 the answers' returns; "
+        "preference_oracle: always 1",
+    )
+    whiten_advantages: bool = Field(
+        True, description="scale advantages to mean 0 and variance 1 over the rollout batch's answer tokens"
+    )
     macro_action: Literal["none", "ngram", "perplexity"] = Field(
         "none",
         description="what takes a decision: a token, a run of macro_action_length tokens, or a run of tokens while "
@@ -77,33 +102,42 @@ class PpoSettings(Section):
         "sft", description="which policy the KL penalty holds on to: the SFT model or the policy of the round before"
     )
     missing_eos_penalty: float = Field(1.0, ge=0, description="taken from the reward of an answer cut off at the limit")
-    max_gradient_norm: float = Field(1.0, gt=0)
+    max_gradient_norm: float = Field(
+        1.0, gt=0, description="gradients are scaled down to this L2 norm, for the actor and each critic by itself"
+    )
     cost_aggregation: Literal["mean", "rectified", "floored"] = Field(
         "mean",
-        description="what an answer costs: its score; rectified: counted from 0 up, so safe answers cannot pay for "
-        "unsafe ones; floored: counted from a floor up that is calibrated on the cost model's scores",
+        description="cost C of an answer. mean: its score; rectified: max(score, 0), so safe ones pay for no unsafe "
+        "ones; floored: max(score, floor)",
     )
     cost_floor_target: float = Field(
-        0.15, ge=0, lt=1, description="where a calibrated floor lies between the mean cost of safe and unsafe answers"
+        0.15,
+        ge=0,
+        lt=1,
+        description="the floor is mean_safe + this x (mean_unsafe - mean_safe), of cost scores of labelled answers",
     )
     threshold: float | None = Field(None, description="cost threshold d; empty: calibrated from the cost model")
     threshold_target: float = Field(0.1, gt=0, lt=1, description="share of unsafe answers that a calibrated d allows")
     threshold_answers: Literal["held_out", "newest"] = Field(
         "held_out",
-        description="whose scores calibrate d (and a floor): answers of held-out pairs of all rounds, or the answers "
-        "that the newest round collected, which are like those that d will be held against",
+        description="answers whose scores calibrate d (and a floor): of held-out pairs of all rounds, or those of the "
+        "newest collection",
     )
     lagrangian: Literal["dual_ascent", "pid"] = Field(
         "dual_ascent",
         description="how lambda follows the violation of the threshold: by log-space ascent or PID control",
     )
-    pid_proportional: float = Field(1.0, ge=0, description="Kp of PID control")
-    pid_integral: float = Field(0.1, gt=0, description="Ki of PID control")
-    pid_derivative: float = Field(1.0, ge=0, description="Kd of PID control")
+    pid_proportional: float = Field(1.0, ge=0, description="Kp of PID control: weight of the violation J_C - d")
+    pid_integral: float = Field(
+        0.1, gt=0, description="Ki of PID control: weight of the violations' sum, which is never below 0"
+    )
+    pid_derivative: float = Field(
+        1.0, ge=0, description="Kd of PID control: weight of a rise of J_C since the step before"
+    )
     advantage_source: Literal["models", "preference_oracle"] = Field(
         "models",
-        description="whose word the policy is updated by: reward and cost model with their critics, or the annotator's "
-        "comparisons of two answers a prompt; then lambda steps in [0, lambda_max], and the cost is the unsafe share",
+        description="what judges answers: reward and cost model, or the annotator, by comparing two to a prompt; then "
+        "J_C is the unsafe share",
     )
     oracle_comparisons: int = Field(
         1, ge=1, description="how often the annotator compares each pair (the rules always say the same)"
@@ -116,17 +150,27 @@ class PpoSettings(Section):
         gt=0,
         description="the paper's baseline instead of a multiplier: maximise reward - this x cost, with one critic",
     )
-    lambda_init: float = Field(1.0, gt=0)
+    lambda_init: float = Field(
+        1.0, gt=0, description="multiplier lambda at the start of round 1; of every round with lambda_start=init"
+    )
     lambda_start: Literal["init", "previous"] = Field(
         "previous",
         description="where lambda starts in later rounds: at lambda_init, or where the round before left it",
     )
-    lambda_learning_rate: float = Field(0.1, gt=0)
-    lambda_min: float = Field(0.05, gt=0)
-    lambda_max: float = Field(20.0, gt=0)
-    cost_window: int = Field(128, ge=1, description="episodes in the moving average of the cost")
+    lambda_learning_rate: float = Field(
+        0.1,
+        gt=0,
+        description="eta: log lambda += eta (J_C - d) at every step of dual_ascent; preference_oracle: lambda itself",
+    )
+    lambda_min: float = Field(
+        0.05, gt=0, description="floor of lambda after every step; with preference_oracle the floor is 0"
+    )
+    lambda_max: float = Field(20.0, gt=0, description="ceiling of lambda after every step")
+    cost_window: int = Field(128, ge=1, description="J_C is the mean cost of so many newest answers")
     ptx_coefficient: float = Field(
-        0.0, ge=0, description="weight of the language-model loss on harmless demonstrations in the actor's update"
+        0.0,
+        ge=0,
+        description="weight of the language-model loss on harmless demonstrations (PTX) in the actor's update",
     )
     red_team_share: float = Field(0.6, ge=0, le=1, description="share of red-team prompts in a rollout batch")
     max_skipped_updates: int = Field(

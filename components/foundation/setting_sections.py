@@ -30,12 +30,22 @@ class Section(BaseModel):
 class DataSettings(Section):
     """Where records come from: `builtin`, a .jsonl/.jsonl.gz/.parquet file, or `datasets:NAME[:SPLIT]`."""
 
-    preferences: str = BUILTIN
-    demonstrations: str = BUILTIN
-    prompts: str = BUILTIN
-    held_out: str = BUILTIN
+    preferences: str = Field(
+        BUILTIN,
+        description="pairs for the reward and cost model: builtin, a .jsonl, .jsonl.gz or .parquet file, or "
+        "datasets:NAME[:SPLIT]",
+    )
+    demonstrations: str = Field(
+        BUILTIN, description="answers that SFT (and ppo.ptx_coefficient) imitates: a source like data.preferences"
+    )
+    prompts: str = Field(
+        BUILTIN, description="what the policy is asked in collection and PPO: a source like data.preferences"
+    )
+    held_out: str = Field(BUILTIN, description="what it is asked in evaluation alone: a source like data.preferences")
     max_bad_share: float = Field(0.05, ge=0, le=1, description="stop when more than this share of rows is bad")
-    validation_share: float = Field(0.15, gt=0, lt=1, description="preference pairs held out from RM and CM")
+    validation_share: float = Field(
+        0.15, gt=0, lt=1, description="share of the preferences held out from the reward and cost model, by prompt"
+    )
     history: Literal["accumulate", "replace"] = Field(
         "accumulate", description="what a round's models learn from: all preferences so far, or the round's own alone"
     )
@@ -45,13 +55,15 @@ class DataSettings(Section):
     min_new_pairs: int = Field(
         0, ge=0, description="end early with fewer preference pairs that the champion's run did not have (0: go on)"
     )
-    min_new_share: float = Field(0.0, ge=0, le=1, description="the same, as a share of the run's pairs (0: go on)")
+    min_new_share: float = Field(
+        0.0, ge=0, le=1, description="like min_new_pairs, as a share of the run's preference pairs (0: go on)"
+    )
 
 
 class StartSettings(Section):
     """Start from an earlier run's results in the same store; `saferlhf run` and `submit` have options for it."""
 
-    from_run: str = Field("", description="its id")
+    from_run: str = Field("", description="id of the earlier run; empty: start anew")
     from_round: int = Field(0, ge=0, le=20, description="first round to run anew; what is before it is taken over")
 
     @model_validator(mode="after")
@@ -64,35 +76,39 @@ class StartSettings(Section):
 class LoraSettings(Section):
     """Low-rank adapters: one per role on the shared backbone."""
 
-    rank: int = Field(16, ge=1)
-    alpha: int = Field(32, gt=0)
+    rank: int = Field(16, ge=1, description="r: rank of the update B A of a linear layer's weights")
+    alpha: int = Field(32, gt=0, description="the update is scaled by alpha / r")
     top_layers: int = Field(
         0,
         ge=0,
-        description="adapt only the last so many layers (0: all); what lies below is computed once for all roles",
+        description="adapt the last so many layers alone (0: all; SFT adapts all); roles share what is computed below",
     )
 
 
 class SftSettings(Section):
-    epochs: int = Field(1, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
-    batch_size: int = Field(16, ge=1)
-    warmup_share: float = Field(0.03, ge=0, lt=1)
-    max_length: int = Field(128, ge=8, description="in tokens; half is for the prompt, half for the answer")
+    epochs: int = Field(1, ge=1, description="passes over the demonstrations")
+    learning_rate: float = Field(1e-3, gt=0, description="AdamW's learning rate, at the peak of a cosine schedule")
+    batch_size: int = Field(16, ge=1, description="demonstrations per optimiser step")
+    warmup_share: float = Field(
+        0.03, ge=0, lt=1, description="share of the optimiser steps over which the rate rises linearly first"
+    )
+    max_length: int = Field(128, ge=8, description="longest prompt and answer in tokens, half of it for each")
 
 
 class PreferenceModelSettings(Section):
     """Training of the reward model or the cost model (they differ by their loss)."""
 
-    epochs: int = Field(1, ge=1)
-    learning_rate: float = Field(5e-4, gt=0)
+    epochs: int = Field(1, ge=1, description="passes over the pairs")
+    learning_rate: float = Field(
+        5e-4, gt=0, description="AdamW's learning rate, at the peak of a cosine schedule with 5 % warm-up"
+    )
     batch_size: int = Field(16, ge=1, description="pairs per optimiser step")
     start: Literal["sft", "previous"] = Field(
         "sft", description="begin each round anew on the SFT model, or go on from the model of the round before"
     )
     max_pairs: int = Field(0, ge=0, description="train on at most so many pairs, drawn anew each round (0: all)")
     later_max_pairs: int = Field(
-        0, ge=0, description="the same for rounds after the first (0: as many as in the first)"
+        0, ge=0, description="like max_pairs, for rounds after the first (0: as many as in the first)"
     )
     unsafe_share: float | None = Field(
         None, ge=0, le=1, description="share of the drawn pairs that hold an unsafe answer; empty: as they come"
@@ -102,36 +118,50 @@ class PreferenceModelSettings(Section):
     severity_weight: float = Field(
         0.0, ge=0, description="an unsafe answer's sign term counts 1 + this x its severity, 1 to 3 (cost model)"
     )
-    max_length: int = Field(128, ge=8)
+    max_length: int = Field(128, ge=8, description="longest prompt and answer in tokens, half of it for each")
     min_accuracy: float = Field(0.55, ge=0, le=1, description="held-out ranking accuracy below this blocks PPO")
     min_auc: float = Field(0.65, ge=0, le=1, description="held-out unsafe/safe AUC below this blocks PPO (cost model)")
 
 
 class CollectSettings(Section):
-    prompts_per_round: int = Field(96, ge=2)
-    answers_per_prompt: int = Field(2, ge=2)
-    temperature: float = Field(1.0, gt=0)
+    prompts_per_round: int = Field(
+        96,
+        ge=2,
+        description="prompts that the policy answers; after round 1, up to half are ones that got an unsafe answer",
+    )
+    answers_per_prompt: int = Field(2, ge=2, description="answers to each prompt; every two that differ make a pair")
+    temperature: float = Field(1.0, gt=0, description="temperature of the softmax that these answers are drawn from")
 
 
 class AnnotateSettings(Section):
     annotator: Literal["rules", "judge", "human"] = Field(
-        "rules", description="human: the run ends as waiting until people's labels are imported"
+        "rules",
+        description="rules: written rules; judge: the model at judge_url; human: the run waits for imported labels",
     )
     judge_url: str = Field("", description="base URL of an OpenAI-compatible endpoint, ending in /v1")
-    judge_model: str = ""
-    judge_key_env: str = Field("SAFERLHF_JUDGE_KEY", description="environment variable that holds the API key")
+    judge_model: str = Field("", description="name of the model to ask at judge_url")
+    judge_key_env: str = Field(
+        "SAFERLHF_JUDGE_KEY", description="environment variable that holds the endpoint's API key"
+    )
     min_usable_share: float = Field(0.8, ge=0, le=1, description="refuse the batch when fewer replies are usable")
-    overlap_share: float = Field(0.2, ge=0, le=1, description="of the items, for several people (human)")
-    overlap_annotators: int = Field(3, ge=2, le=100, description="how many label such an item (human)")
+    overlap_share: float = Field(0.2, ge=0, le=1, description="share of the items that several people label (human)")
+    overlap_annotators: int = Field(3, ge=2, le=100, description="how many people label such an item (human)")
     gold_share: float = Field(0.1, ge=0, le=1, description="known items to mix in, as a share of the pairs (human)")
     exclude_careless: bool = Field(False, description="leave out the labels of annotators with a flag (human)")
 
 
 class EvaluateSettings(Section):
-    temperature: float = Field(1.0, ge=0, description="of the answers; 0 is greedy")
-    max_new_tokens: int = Field(40, ge=1)
-    batch_size: int = Field(64, ge=1)
-    confidence: float = Field(0.95, gt=0.5, lt=1)
+    temperature: float = Field(
+        1.0, ge=0, description="temperature of the softmax that answers are drawn from; 0 is greedy"
+    )
+    max_new_tokens: int = Field(40, ge=1, description="longest answer in tokens, with its EOS")
+    batch_size: int = Field(64, ge=1, description="answers that are drawn or scored at once")
+    confidence: float = Field(
+        0.95,
+        gt=0.5,
+        lt=1,
+        description="level of all two-sided confidence intervals, also of those that the gate looks at",
+    )
 
 
 class CheckpointSettings(Section):
@@ -140,7 +170,7 @@ class CheckpointSettings(Section):
     every_steps: int = Field(
         0, ge=0, description="save after every so many optimiser or rollout steps (0: not by steps)"
     )
-    every_minutes: float = Field(2.0, ge=0, description="save when so much time has passed (0: not by time)")
+    every_minutes: float = Field(2.0, ge=0, description="save when so many minutes have passed (0: not by time)")
 
 
 class DistributedSettings(Section):
@@ -151,8 +181,8 @@ class DistributedSettings(Section):
         None,
         ge=0,
         le=3,
-        description="what ZeRO partitions over several ranks: 0 nothing, 1 optimiser states, 2 gradients too, "
-        "3 weights too; empty: 2; one rank has nothing to share",
+        description="what ZeRO partitions over ranks: 0 nothing, 1 optimiser states, 2 gradients too, 3 weights too; "
+        "empty: 2",
     )
     activation_checkpointing: bool = Field(
         False,
@@ -176,10 +206,12 @@ class GateSettings(Section):
         0.9,
         gt=0,
         le=1,
-        description="at least this share of its and the champion's prompts must have been judged for both",
+        description="at least this share of the policy's and champion's prompts must have been judged for both",
     )
     max_over_refusal_rate: float = Field(0.25, ge=0, le=1, description="limit for the measured over-refusal rate")
-    regressions: str = Field(BUILTIN, description="prompts that no later policy may get wrong again: see data.*")
+    regressions: str = Field(
+        BUILTIN, description="prompts that no later policy may get wrong again: a source like data.preferences"
+    )
     max_regressions: int = Field(
         0, ge=0, description="of the regression prompts that the champion got right, at most so many may be wrong now"
     )
@@ -191,23 +223,36 @@ class GateSettings(Section):
 class ServingSettings(Section):
     """The KServe InferenceService that a champion is handed over as, and the one question before registration."""
 
-    name: str = Field("saferlhf-policy", pattern=r"^[a-z]([-a-z0-9]{0,48}[a-z0-9])?$", description="of the service")
+    name: str = Field(
+        "saferlhf-policy", pattern=r"^[a-z]([-a-z0-9]{0,48}[a-z0-9])?$", description="name of the InferenceService"
+    )
     service_account: str = Field(
-        "saferlhf-serving", pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$", description="it may read the store"
+        "saferlhf-serving",
+        pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$",
+        description="service account of its pods: it may read the store",
     )
     canary_share: float = Field(
-        1.0, ge=0, le=1, description="of the traffic that a new champion gets at first; the last one keeps the rest"
+        1.0,
+        ge=0,
+        le=1,
+        description="share of the traffic that a new champion gets at first; the last one keeps the rest",
     )
-    cpu: float = Field(4, gt=0, description="cores of a replica, requested and at most")
-    memory: str = Field("16Gi", pattern=r"^[1-9][0-9]*(Mi|Gi|Ti|M|G|T)$", description="the same")
-    gpus: int = Field(1, ge=0, description="of a replica; with 0, vLLM must be built for CPUs")
+    cpu: float = Field(4, gt=0, description="CPU cores of a replica, requested and at most")
+    memory: str = Field(
+        "16Gi", pattern=r"^[1-9][0-9]*(Mi|Gi|Ti|M|G|T)$", description="memory of a replica, requested and at most"
+    )
+    gpus: int = Field(1, ge=0, description="GPUs of a replica; with 0, vLLM must be built for CPUs")
     apply: bool = Field(
         False, description="a promotion also gives it to the cluster and namespace of the run; else it is only written"
     )
     trial_seconds: float = Field(
-        300, gt=0, description="patience with the exported model that is asked one question before it is registered"
+        300, gt=0, description="seconds that the exported model has to answer one question before it is registered"
     )
 
 
 class StoreSettings(Section):
-    uri: str = Field("s3://saferlhf/pipeline", pattern=r"^s3://[a-z0-9][a-z0-9.-]{2,62}(/[A-Za-z0-9._/-]*)?$")
+    uri: str = Field(
+        "s3://saferlhf/pipeline",
+        pattern=r"^s3://[a-z0-9][a-z0-9.-]{2,62}(/[A-Za-z0-9._/-]*)?$",
+        description="s3://BUCKET/PREFIX that holds every run; on a cluster, SAFERLHF_STORE_URI is its default",
+    )

@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args, get_origin
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
@@ -46,18 +46,24 @@ _MOST_CHARACTERS = 20_000
 class Settings(Section):
     """All settings of one pipeline run."""
 
-    profile: str = "smol"
-    seed: int = Field(0, ge=0)
-    rounds: int = Field(3, ge=1, le=20)
+    profile: str = Field("smol", description="name of the set of defaults: --profile chooses it")
+    seed: int = Field(0, ge=0, description="seed of every random choice in the run")
+    rounds: int = Field(
+        3,
+        ge=1,
+        le=20,
+        description="alignment rounds; each collects answers, trains both preference models and the policy, evaluates",
+    )
     base_model: str = Field(
         "smollm2-135m-instruct",
         min_length=1,
         description="smollm2-135m-instruct, tiny[-llama|-gpt2|-qwen2|-gemma], a folder, s3://..., or a Hugging Face id",
     )
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
-        "auto", description="of weights and activations; auto: bfloat16 where the hardware has it, else float32"
+        "auto",
+        description="precision of weights and activations; auto: bfloat16 where the hardware has it, else float32",
     )
-    experiment: str = Field("safe-rlhf", min_length=1, description="MLflow experiment")
+    experiment: str = Field("safe-rlhf", min_length=1, description="name of the MLflow experiment")
     finetune: Literal["lora", "full"] = Field(
         "lora", description="lora: a role is an adapter on shared weights; full: a copy of the whole model"
     )
@@ -161,6 +167,32 @@ class RecordedSettings:
         except (ValueError, RecursionError) as error:
             reason = one_line(error)
         raise SettingsError(f"these are no settings: {reason}")
+
+
+@dataclass(frozen=True)
+class SettingDescription:
+    """What a setting is for, and what it may be where there are few choices.
+
+    Attributes:
+        text: one line.
+        choices: all values that are allowed; empty where they are not listed.
+    """
+
+    text: str
+    choices: tuple[str, ...]
+
+
+def describe_settings(section: type[Section] = Settings, prefix: str = "") -> dict[str, SettingDescription]:
+    """`section.key` -> its description, in the order of `Settings.flat`."""
+    described: dict[str, SettingDescription] = {}
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            described |= describe_settings(kind, f"{prefix}{name}.")
+        else:
+            choices = get_args(kind) if get_origin(kind) is Literal else ()
+            described[f"{prefix}{name}"] = SettingDescription(field.description or "", choices)
+    return described
 
 
 def resolve_settings(profile: str, seed: int = 0, overrides: Iterable[str] = ()) -> Settings:
