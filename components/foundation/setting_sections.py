@@ -28,12 +28,12 @@ class Section(BaseModel):
 
 
 class DataSettings(Section):
-    """Where records come from: `builtin`, a .jsonl/.jsonl.gz/.parquet file, or `datasets:NAME[:SPLIT]`."""
+    """Where records come from: `builtin`, a .jsonl/.jsonl.gz/.parquet file (also in S3), `datasets:NAME[:SPLIT]`."""
 
     preferences: str = Field(
         BUILTIN,
-        description="pairs for the reward and cost model: builtin, a .jsonl, .jsonl.gz or .parquet file, or "
-        "datasets:NAME[:SPLIT]",
+        description="pairs for the reward and cost model: builtin, a .jsonl, .jsonl.gz or .parquet file, s3://... "
+        "or datasets:NAME[:SPLIT]",
     )
     demonstrations: str = Field(
         BUILTIN, description="answers that SFT (and ppo.ptx_coefficient) imitates: a source like data.preferences"
