@@ -35,7 +35,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 run: install ## run the whole pipeline here (PROFILE=smol|tiny WORKDIR=runs SEED=0 SET="key=value ...")
 	$(BIN)/saferlhf run --profile $(PROFILE) --workdir $(WORKDIR) --seed $(SEED) $(foreach s,$(SET),--set $(s))
 
-test: install lint ## check style and types, run all tests
+test: install lint ## check style and types, run all tests but those of images-test and vllm-test
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 2 --dist loadgroup \
 		--at-least golden=110 --at-least end_to_end=22 --at-least fault=600
 
@@ -101,7 +101,7 @@ $(FUZZ_VENV)/.installed: $(VENV)/.installed
 		> $$($(FUZZ_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/packages.pth
 	@touch $@
 
-results: install ## run three seeds (an hour) and write the README's results table
+results: install ## run three seeds (25 to 90 minutes each, by the machine) and write the README's results table
 	for seed in 0 1 2; do $(MAKE) run PROFILE=smol SEED=$$seed WORKDIR=runs/seed-$$seed || exit 1; done
 	$(BIN)/python -m tests.benchmarks.results runs/seed-0 runs/seed-1 runs/seed-2
 
@@ -125,13 +125,13 @@ $(TRL_VENV)/.installed: requirements.lock
 		$$(grep -E '^(accelerate|datasets|peft|transformers)==' requirements.lock)
 	@touch $@
 
-bench: ## (an hour) every benchmark but bench-card
+bench: ## (an hour) every benchmark but bench-card and bench-bandit
 	$(MAKE) bench-start bench-store bench-rollout bench-trainers
 
 bench-card: install ## six roles on one backbone: memory and seconds of a PPO step; SHAPE=7b for a GPU of 80 GB
 	$(BIN)/python -m tests.benchmarks.one_card $(or $(SHAPE),135m)
 
-bench-bandit: install ## fixed cost weights against the multiplier: draw the picture of ppo_lagrangian's README
+bench-bandit: install ## fixed cost weights against the multiplier: draw the picture of ppo_lagrangian's README, print its table
 	$(BIN)/python -m tests.benchmarks.fixed_nu -o components/ppo_lagrangian/fixed_nu.svg
 
 compiled: install ## compile the pipeline for every platform in pipelines/platforms into pipelines/compiled
@@ -143,7 +143,7 @@ compiled: install ## compile the pipeline for every platform in pipelines/platfo
 images: ## build the container images (IMAGE="service trainer rollout" REGISTRY=localhost)
 	images/build.sh build $(IMAGE)
 
-images-push: ## push them and print their digests (REGISTRY=registry.example.com/team)
+images-push: ## push them and print their digests, as options of `saferlhf compile` (REGISTRY=registry.example.com/team)
 	images/build.sh push $(IMAGE)
 
 images-pin: ## write the registry's present digests of the base images into images/bases.env

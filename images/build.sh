@@ -2,7 +2,7 @@
 # Builds, pushes and pins the container images with podman, buildah or docker, whichever is there.
 #
 #   images/build.sh build [service|trainer|rollout ...]     all three without a name
-#   images/build.sh push  [service|trainer|rollout ...]     to REGISTRY; prints what to put into the compiled pipeline
+#   images/build.sh push  [service|trainer|rollout ...]     to REGISTRY; prints options of `saferlhf compile`
 #   images/build.sh pin                                     lets bases.env name what its tags mean in the registry now
 #
 # Environment: REGISTRY (localhost), TAG (the commit), BUILDER, PIP_CONF (a pip.conf, mounted as a secret),
@@ -66,7 +66,7 @@ push() {
         "$builder" push ${REGISTRY_OPTIONS:-} --digestfile "$digests" "$image" >&2
     fi || fail "$image was not pushed"
     digest=$(cat "$digests") && rm "$digests"
-    echo "SAFERLHF_${name^^}_IMAGE=$registry/saferlhf/$name@$digest"
+    echo "--image-$name $registry/saferlhf/$name@$digest"
 }
 
 pin() {

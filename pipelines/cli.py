@@ -132,7 +132,9 @@ def compile_(
     typer.echo(f"wrote {output}")
     typer.echo(f"start its runs with the service account {cluster.service_account}")
     if cluster.has_placeholder_images:
-        typer.echo("its images are examples: give yours with --image-trainer, -rollout and -service", err=True)
+        typer.echo(
+            "its images are examples: give yours with --image-trainer, --image-rollout and --image-service", err=True
+        )
 
 
 @app.command()

@@ -1,4 +1,7 @@
-"""Container images of the components; the local runner ignores them, a cluster pulls them."""
+"""Container images of the components where no platform file names others: KFP's runner for containers takes these.
+
+`saferlhf run` starts no containers, and `saferlhf compile` takes the images of its platform.
+"""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def digest_in(registry: str, name: str, tag: str) -> str:
 
 def test_push_prints_the_digest_that_the_registry_has(registry: str, pushed: str) -> None:
     digest = digest_in(registry, "saferlhf/service", "1")
-    assert pushed == f"SAFERLHF_SERVICE_IMAGE={registry}/saferlhf/service@{digest}"
+    assert pushed == f"--image-service {registry}/saferlhf/service@{digest}"
 
 
 def test_pin_writes_the_digests_that_the_tags_have_now(

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.kubeflow_command import saferlhf
+
 IMAGES = Path(__file__).resolve().parents[2] / "images"
 NAMES = ("service", "trainer", "rollout")
 
@@ -37,6 +39,20 @@ def test_the_images_are_built_on_their_bases() -> None:
     assert done.returncode == 0, done.stderr
     built = [line.partition(",")[0] for line in done.stdout.splitlines()]
     assert built == [f"built r.example/saferlhf/{name}:t" for name in NAMES]
+
+
+def test_push_prints_options_that_compile_takes(tmp_path: Path) -> None:
+    """A builder that pushes nothing, and says that the registry gave this digest."""
+    digest, builder = f"sha256:{'5' * 64}", tmp_path / "builder"
+    builder.write_text(f'#!/bin/sh\n[ "$1" = info ] || printf {digest} > "$3"\n')
+    builder.chmod(0o755)
+    done = build("push", BUILDER=str(builder), TAG="t", REGISTRY="r.example")
+    names = {name: f"r.example/saferlhf/{name}@{digest}" for name in NAMES}
+    assert done.stdout.splitlines() == [f"--image-{name} {image}" for name, image in names.items()]
+    output = tmp_path / "p.yaml"
+    status, said = saferlhf("compile", "--platform", "gke", "-o", str(output), "--rounds", "1", *done.stdout.split())
+    assert status == 0 and "examples" not in said
+    assert set(re.findall(r"image: (\S+)", output.read_text())) == set(names.values())
 
 
 @pytest.mark.fault
