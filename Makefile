@@ -17,7 +17,7 @@ TARGET  ?= data judge annotations settings manifest checkpoint pages
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test store-soak promotion-races long-haul outage chart-test lint vllm vllm-test results audit fuzz bench bench-start bench-store bench-rollout \
-	bench-trainers bench-card bench-bandit compiled images images-push images-pin images-test clean
+	bench-trainers bench-card bench-growth independent-judge bench-bandit compiled images images-push images-pin images-test clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -125,11 +125,17 @@ $(TRL_VENV)/.installed: requirements.lock
 		$$(grep -E '^(accelerate|datasets|peft|transformers)==' requirements.lock)
 	@touch $@
 
-bench: ## (an hour) every benchmark but bench-card and bench-bandit
+bench: ## (an hour) every benchmark but bench-card, bench-growth and bench-bandit
 	$(MAKE) bench-start bench-store bench-rollout bench-trainers
 
 bench-card: install ## six roles on one backbone: memory and seconds of a PPO step; SHAPE=7b for a GPU of 80 GB
 	$(BIN)/python -m tests.benchmarks.one_card $(or $(SHAPE),135m)
+
+bench-growth: install ## (20 minutes) a step over episodes, tokens, layers, ranks; what 7B and 70B would take on H100s, as arithmetic
+	$(BIN)/python -m tests.benchmarks.growth
+
+independent-judge: install ## finished runs, judged by a model that took no part in them (LABELS=FILE RUNS="FOLDER ...")
+	$(BIN)/python -m tests.benchmarks.independent_judge $(LABELS) $(RUNS)
 
 bench-bandit: install ## fixed cost weights against the multiplier: draw the picture of ppo_lagrangian's README, print its table
 	$(BIN)/python -m tests.benchmarks.fixed_nu -o components/ppo_lagrangian/fixed_nu.svg
