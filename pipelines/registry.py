@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +11,7 @@ import typer
 
 from components.foundation.champion_log import CHAMPION, POLICY_MODEL, ChampionLog
 from components.foundation.checkpoint_store import CheckpointStore
-from components.foundation.errors import SettingsError, StoreError
+from components.foundation.errors import SettingsError, StoreError, TrackingError
 from components.foundation.lineage import lineage_text
 from components.foundation.results import Evaluation, read_record
 from components.foundation.run_context import RunContext, open_earlier_run
@@ -74,13 +74,13 @@ def _regression_lines(tags: Mapping[str, str]) -> list[str]:
 
 def figures(tracker: Tracker, version: str) -> str:
     """What the evaluation of a policy measured, with bounds; says so where that cannot be had."""
-    tags = tracker.version_tags(POLICY_MODEL, version)
-    if "evaluation_uri" not in tags:
-        return f"version {version}: registered without an evaluation"
     try:
+        tags = tracker.version_tags(POLICY_MODEL, version)
+        if "evaluation_uri" not in tags:
+            return f"version {version}: registered without an evaluation"
         folder = store_of(tags["source"]).fetch(tags["evaluation_uri"])
         measured = read_record(Evaluation, folder / "evaluation.json")
-    except StoreError as error:  # what is shown beside a decision does not undo it
+    except (StoreError, TrackingError) as error:  # what is shown beside a decision does not undo it
         return f"version {version}: its evaluation cannot be read ({error})"
     rates = {
         "unsafe rate": measured.unsafe_rate,
@@ -138,11 +138,12 @@ def lineage(
 
 def _tell_what_serves(tracker: Tracker, version: str) -> None:
     """Print where the InferenceService of the champion is."""
-    store = store_of(tracker.version_tags(POLICY_MODEL, version)["source"])
-    entry = ChampionLog(store, POLICY_MODEL).latest()
-    if entry is not None:
-        uri = handed_over_uri(store, POLICY_MODEL, entry.number)
-        typer.echo(f"to serve it: {uri}, or `saferlhf serve apply`")
+    where = ""
+    with suppress(StoreError, TrackingError):  # as above
+        store = store_of(tracker.version_tags(POLICY_MODEL, version)["source"])
+        entry = ChampionLog(store, POLICY_MODEL).latest()
+        where = f"{handed_over_uri(store, POLICY_MODEL, entry.number)}, or " if entry is not None else ""
+    typer.echo(f"to serve it: {where}`saferlhf serve apply`")
 
 
 @contextmanager

@@ -7,12 +7,13 @@ else was faster, 4 copy the entry to MLflow's aliases, `previous_champion` first
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from components.foundation.champion_log import CHAMPION, POLICY_MODEL, ChampionEntry, ChampionLog, champion_version
-from components.foundation.errors import ConflictError, GateError, SettingsError
+from components.foundation.errors import ConflictError, GateError, SettingsError, StoreError, TrackingError
 from components.foundation.results import (
     Evaluation,
     HeldOutAnswer,
@@ -25,10 +26,11 @@ from components.foundation.run_context import RunContext
 from components.foundation.statistics import wilson
 from components.foundation.tracking import Tracker
 from components.promote.gate import CHALLENGE, PROMOTE, Comparison, RegressionResults, compare, decide
-from components.promote.serving import hand_over
+from components.promote.serving import hand_over, is_handed_over
 
 PREVIOUS_CHAMPION, CHALLENGER = "previous_champion", "challenger"
 ROLLBACK = "rollback"
+_NOBODY_BEFORE = "there is no champion before the present one to roll back to"
 log = logging.getLogger("saferlhf")
 
 
@@ -46,9 +48,8 @@ def promote(context: RunContext, version: str, against: str | None = None) -> Pr
         champion = champion_version(context.tracker, last)
         against = champion if against is None else against
         if champion == version:
-            copy_aliases(context.tracker, champions)
             if last is not None:  # in case that an earlier promotion was cut off
-                hand_over(context, POLICY_MODEL, last, _canary_share(context, last))
+                _follow(context, champions, last)
             reasons = last.reasons if last is not None else ["passed: it is the champion already"]
             return PromotionResult(PROMOTE, reasons, POLICY_MODEL, version, CHAMPION)
         decision, reasons = decide_on_version(context, version, champion, raced=champion != against)
@@ -62,13 +63,15 @@ def promote(context: RunContext, version: str, against: str | None = None) -> Pr
         except ConflictError:
             log.info("another version became champion meanwhile: version %s is measured against it", version)
             continue
-        copy_aliases(context.tracker, champions)
-        hand_over(context, POLICY_MODEL, entry, _canary_share(context, entry))
+        _follow(context, champions, entry)
         return PromotionResult(PROMOTE, reasons, POLICY_MODEL, version, CHAMPION, champion)
 
 
 def rollback(context: RunContext, to_version: str, reason: str) -> ChampionEntry:
-    """Let an earlier champion be champion again; without `to_version` the one before the present.
+    """Let an earlier champion be champion again; without `to_version` the one that the present one was promoted over.
+
+    So what was rolled back from never comes back by a second call, only by its name. A call that was cut off can be
+    repeated: it is completed.
 
     Raises:
         GateError: there is no such earlier champion.
@@ -76,10 +79,15 @@ def rollback(context: RunContext, to_version: str, reason: str) -> ChampionEntry
     """
     champions = ChampionLog(context.store, POLICY_MODEL)
     entries = champions.entries()
-    if not entries or not entries[-1].previous:
-        raise GateError("there is no champion before the present one to roll back to")
+    if not entries:
+        raise GateError(_NOBODY_BEFORE)
     now = entries[-1]
-    target = to_version or now.previous
+    if now.action == ROLLBACK and not to_version and not is_handed_over(context.store, POLICY_MODEL, now.number):
+        _follow(context, champions, now)
+        return now
+    target = to_version or _promoted_over(entries)
+    if not target:
+        raise GateError(_NOBODY_BEFORE)
     if target == now.version:
         raise GateError(f"version {target} is champion now: name another one to roll back to")
     if target not in {entry.version for entry in entries} | {entry.previous for entry in entries}:
@@ -88,8 +96,7 @@ def rollback(context: RunContext, to_version: str, reason: str) -> ChampionEntry
         now.number + 1, target, now.version, ROLLBACK, [reason], run_of_version(context.tracker, target), _now()
     )
     champions.append(entry)
-    copy_aliases(context.tracker, champions)
-    hand_over(context, POLICY_MODEL, entry, _canary_share(context, entry))
+    _follow(context, champions, entry)
     return entry
 
 
@@ -167,6 +174,28 @@ def _compare(context: RunContext, ours: Path, champions: Path | None, opponent: 
         return replace(unknown, obstacle=f"was judged by {their_judge}, and the policy by {our_judge}")
     our_answers, their_answers = (read_records(HeldOutAnswer, folder / "answers.jsonl") for folder in (ours, champions))
     return compare(opponent, our_answers, their_answers, confidence, min_common)
+
+
+def _follow(context: RunContext, champions: ChampionLog, entry: ChampionEntry) -> None:
+    """What follows from an entry of the log: the aliases, and the manifest that serves the champion.
+
+    Raises:
+        StoreError, TrackingError: not all of it could be done; the message says that the entry stands all the same.
+    """
+    try:
+        copy_aliases(context.tracker, champions)
+        hand_over(context, POLICY_MODEL, entry, _canary_share(context, entry))
+    except (StoreError, TrackingError) as error:
+        raise type(error)(
+            f"{POLICY_MODEL} version {entry.version} is champion by entry {entry.number} of the log, but not all that "
+            f"follows from it was done: {error}; `saferlhf promote {entry.version}` completes it"
+        ) from error
+
+
+def _promoted_over(entries: Sequence[ChampionEntry]) -> str:
+    """Who was champion when the present one was promoted; '' where nobody was, or nobody knows."""
+    present = entries[-1].version
+    return next((e.previous for e in reversed(entries) if e.version == present and e.action == PROMOTE), "")
 
 
 def _canary_share(context: RunContext, entry: ChampionEntry) -> float:

@@ -109,7 +109,7 @@ def hand_over(context: RunContext, model: str, entry: ChampionEntry, canary_shar
     An entry that has its manifest keeps it: it is of the same version, whoever wrote it.
     """
     uri = handed_over_uri(context.store, model, entry.number)
-    if context.store.has_text(uri):
+    if is_handed_over(context.store, model, entry.number):
         return uri
     policy = served_policy(context.store, entry.version, context.tracker.version_tags(model, entry.version))
     try:
@@ -118,6 +118,11 @@ def hand_over(context: RunContext, model: str, entry: ChampionEntry, canary_shar
         return uri
     log.info("to serve %s version %s: %s", model, entry.version, uri)
     return uri
+
+
+def is_handed_over(store: CheckpointStore, model: str, number: int) -> bool:
+    """Whether all was done that follows from an entry: its manifest is written last."""
+    return store.has_text(handed_over_uri(store, model, number))
 
 
 def handed_over_uri(store: CheckpointStore, model: str, number: int) -> str:

@@ -21,7 +21,7 @@ from components.foundation.results import (
     to_json,
     write_records,
 )
-from components.foundation.run_context import RunContext
+from components.foundation.run_context import RunContext, RunDescription
 from components.foundation.settings import resolve_settings
 from components.foundation.tracking import Tracker
 from components.promote.promotion import PREVIOUS_CHAMPION, promote
@@ -79,6 +79,14 @@ def registered(
     experiment = context.tracker.start_pipeline_run(name, name, {})
     tags = {"run_id": name, "evaluation_uri": uri, "held_out_digest": evaluation.held_out_digest}
     return context.tracker.register_model(POLICY_MODEL, f"{uri}/model", experiment, tags)
+
+
+def of_a_run(context: RunContext, version: str) -> str:
+    """The version, whose run has a record as commands look for it."""
+    run_id = context.tracker.version_tags(POLICY_MODEL, version)["run_id"]
+    description = RunDescription(run_id, "", SETTINGS.model_dump_json())
+    context.store.write_text(f"{context.store.root_uri}/runs/{run_id}/run.json", to_json(description))
+    return version
 
 
 def attempt_to_promote(root: str, tracking_uri: str, cache: Path, environment: dict[str, str], version: str) -> Attempt:

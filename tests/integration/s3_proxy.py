@@ -1,4 +1,4 @@
-"""An HTTP proxy between boto3 and a real S3 server, which lets a test meddle with requests and replies.
+"""An HTTP proxy between boto3 and a real S3 server (or MLflow and its own), which lets a test meddle with what passes.
 
 Signatures stay valid: the server sees the Host header that the client has signed.
 """
@@ -138,11 +138,18 @@ class S3Proxy(ThreadingHTTPServer):
 @contextlib.contextmanager
 def proxied(environment: dict[str, str], meddler: Meddler) -> Iterator[dict[str, str]]:
     """The environment for which the S3 server of `environment` lies behind a proxy."""
-    proxy = S3Proxy(environment["AWS_ENDPOINT_URL"], meddler)
+    with proxy_to(environment["AWS_ENDPOINT_URL"], meddler) as url:
+        yield environment | {"AWS_ENDPOINT_URL": url}
+
+
+@contextlib.contextmanager
+def proxy_to(server_url: str, meddler: Meddler) -> Iterator[str]:
+    """The URL of a proxy to a server."""
+    proxy = S3Proxy(server_url, meddler)
     thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
-        yield environment | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.server_port}"}
+        yield f"http://127.0.0.1:{proxy.server_port}"
     finally:
         proxy.shutdown()
         thread.join()

@@ -21,6 +21,8 @@ from components.prepare_data.prepare_data import run_prepare_data
 from pipelines.cli import app
 from tests.integration.stand_in_stages import commit, record_as_another_version, start
 
+IMAGE = f"sha256:{'5' * 64}"
+
 
 def lineage(what: str) -> tuple[int, str]:
     result = CliRunner().invoke(app, ["lineage", what])
@@ -33,8 +35,10 @@ def registered(context: RunContext, policy_uri: str) -> str:
 
 
 @pytest.fixture
-def run(store: CheckpointStore) -> RunContext:
-    """People labelled its one round."""
+def run(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> RunContext:
+    """People labelled its one round. Its images and its code are those that the steps' environment names."""
+    monkeypatch.setenv("SAFERLHF_IMAGE_DIGEST", IMAGE)
+    monkeypatch.setenv("SAFERLHF_GIT_SHA", "5f2c9a1e77b0" + "0" * 28)
     context = start(store.root_uri, f"lineage-{uuid.uuid4().hex[:8]}", "annotate.annotator=human", rounds=1)
     last = commit(context, "sft", 0, [run_prepare_data(context.run_uri)])
     for stage, file in (("collect", "answers.jsonl"), ("annotate", LABELS_FILE), ("ppo_lagrangian", "trace.json")):
@@ -56,6 +60,9 @@ def test_a_run_id_leads_to_data_labels_base_model_and_every_setting(run: RunCont
     assert (status, said) == lineage(version)
     lines = said.splitlines()
     assert (status, lines[0]) == (0, policy)
+    made_by = [line.strip() for line in lines if line.lstrip().startswith("settings ") and ", git " in line]
+    assert len(made_by) == 5  # commits
+    assert {line.partition(", ")[2] for line in made_by} == {f"git 5f2c9a1e77b0, image {IMAGE}"}
     for stage, round_number in (("prepare_data", 0), ("annotate", 1)):
         manifest = run.store.manifest(finished_uri(run, stage, round_number))
         for file in manifest.files:

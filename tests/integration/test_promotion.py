@@ -17,11 +17,10 @@ from typer.testing import CliRunner
 
 from components.foundation.champion_log import CHAMPION, POLICY_MODEL, ChampionEntry, ChampionLog
 from components.foundation.checkpoint_store import CheckpointStore
-from components.foundation.errors import ClusterError, ConflictError, GateError, IntegrityError, TrackingError
+from components.foundation.errors import ClusterError, ConflictError, GateError, IntegrityError
 from components.foundation.results import PromotionResult, to_json
 from components.foundation.run_context import RunContext, RunDescription
 from components.foundation.setting_sections import ServingSettings
-from components.foundation.tracking import Tracker
 from components.foundation.train_job.kubernetes_api import Backoff, Cluster, KubernetesApi, new_client
 from components.promote import deployment, promotion
 from components.promote.deployment import deploy_champion
@@ -31,7 +30,7 @@ from pipelines.cli import app
 from pipelines.local.services import Endpoints
 from tests.integration.kubernetes_server import KubernetesServer
 from tests.integration.kubernetes_state import Fault
-from tests.integration.promotions import SETTINGS, clear_aliases, context_of, race, registered
+from tests.integration.promotions import SETTINGS, clear_aliases, context_of, of_a_run, race, registered
 
 RACES = int(os.environ.get("SAFERLHF_PROMOTION_RACES", "80"))
 RACES_SEED = int(os.environ.get("SAFERLHF_PROMOTION_SEED", "0"))
@@ -52,14 +51,6 @@ def command(*arguments: str) -> tuple[int, str]:
     """A command of `saferlhf`: its exit status, and what it said."""
     result = CliRunner().invoke(app, list(arguments))
     return result.exit_code, result.output + (str(result.exception) if result.exception else "")
-
-
-def of_a_run(context: RunContext, version: str) -> str:
-    """The version, whose run has a record as commands look for it."""
-    run_id = context.tracker.version_tags(POLICY_MODEL, version)["run_id"]
-    description = RunDescription(run_id, "", SETTINGS.model_dump_json())
-    context.store.write_text(f"{context.store.root_uri}/runs/{run_id}/run.json", to_json(description))
-    return version
 
 
 def figures_of(version: str, unsafe: str = "0.100 (0.000 to 0.200)") -> str:
@@ -293,25 +284,6 @@ def test_row_15_of_processes_that_race_the_best_policy_is_champion_each_time(
     assert race(context, services.tracking_uri, tmp_path, racers=racers, times=times, seed=RACES_SEED) == times
 
 
-@pytest.mark.fault
-def test_a_registry_that_goes_away_in_mid_promotion_is_caught_up_with_the_next_time(
-    context: RunContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    good, better = (registered(context, tmp_path, h) for h in (0.5, 0.7))
-    promote(context, good)
-
-    def away(*_: str) -> None:
-        raise TrackingError("cannot reach MLflow")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Tracker, "set_alias", away)
-        with pytest.raises(TrackingError):
-            promote(context, better)
-    assert context.tracker.aliases(POLICY_MODEL) == {CHAMPION: good}
-    assert promote(context, better).alias == CHAMPION
-    assert context.tracker.aliases(POLICY_MODEL) == {CHAMPION: better, PREVIOUS_CHAMPION: good}
-
-
 def test_rollback_names_the_champion_before_and_can_be_rolled_back_itself(context: RunContext, tmp_path: Path) -> None:
     good, better = (registered(context, tmp_path, h) for h in (0.5, 0.7))
     promote(context, good)
@@ -322,6 +294,20 @@ def test_rollback_names_the_champion_before_and_can_be_rolled_back_itself(contex
     rollback(context, better, "they were wrong")
     assert context.tracker.aliases(POLICY_MODEL) == {CHAMPION: better, PREVIOUS_CHAMPION: good}
     assert [e.action for e in ChampionLog(context.store, POLICY_MODEL).entries()] == ["promote"] * 2 + ["rollback"] * 2
+
+
+def test_a_second_rollback_goes_further_back_and_not_to_what_was_rolled_back_from(
+    context: RunContext, tmp_path: Path
+) -> None:
+    first, second, third = (registered(context, tmp_path, h) for h in (0.5, 0.7, 0.9))
+    for version in (first, second, third):
+        promote(context, version)
+    assert [rollback(context, "", "complaints").version for _ in range(2)] == [second, first]
+    with pytest.raises(GateError, match="no champion before"):
+        rollback(context, "", "complaints")
+    assert context.tracker.aliases(POLICY_MODEL) == {CHAMPION: first, PREVIOUS_CHAMPION: second}
+    promote(context, third)
+    assert rollback(context, "", "complaints").version == first  # over which it was promoted this time
 
 
 @pytest.mark.fault

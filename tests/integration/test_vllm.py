@@ -1,4 +1,4 @@
-"""The vLLM engine with a real vLLM, against the transformers engine on the same weights.
+"""A real vLLM: its engine against the transformers engine on the same weights, and one question before registration.
 
 Needs an environment with vLLM (`make vllm`), named by SAFERLHF_VLLM_PYTHON; run by `make vllm-test`.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import string
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -18,10 +19,12 @@ import httpx
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from components.evaluate.trial import QUESTION, try_model
 from components.foundation.backbone import Backbone
 from components.foundation.base_model import make_tiny
-from components.foundation.errors import RolloutError
+from components.foundation.errors import ModelError, RolloutError
 from components.foundation.language_model import import_transformers
 from components.foundation.policy import ACTOR
 from components.foundation.ppo_settings import PpoSettings
@@ -51,6 +54,9 @@ GREEDY = Sampling(temperature=0.0, max_new_tokens=16, seed=0)
 SAMPLED = Sampling(temperature=0.8, max_new_tokens=24, seed=3)
 TRUNCATED = Sampling(temperature=0.8, max_new_tokens=24, seed=3, top_p=0.7, top_k=20)
 LONG = Sampling(temperature=1.0, max_new_tokens=400, seed=0)
+
+POLICY = "s3://bucket/store/runs/one/round-3/ppo_lagrangian/step-16"
+LETTERS = string.ascii_letters
 
 Load = Callable[[], Backbone]
 
@@ -220,3 +226,40 @@ def test_what_vllm_cannot_run_is_told_with_its_own_words(folder: Path, load: Loa
         pytest.raises(RolloutError, match=r"ended while it was starting(.|\n)*NoSuchModel"),
     ):
         engine.generate(PROMPTS, GREEDY)
+
+
+@pytest.fixture
+def exported(load: Load, tmp_path: Path) -> Path:
+    """A trained policy as a run exports it, but for its head, which lets it say letters and nothing else."""
+    backbone = load()
+    train(backbone, 6)
+    backbone.merge_role(ACTOR)
+    backbone.export(tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    mute = torch.ones(len(weights["lm_head.weight"]), dtype=torch.bool)
+    mute[backbone.tokenizer.convert_tokens_to_ids(list(LETTERS))] = False
+    weights["lm_head.weight"][mute] = 0.0
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    return tmp_path / "model"
+
+
+def trial_servers() -> list[psutil.Process]:
+    """Children of this process that serve a policy for its one question."""
+    return [process for process in psutil.Process().children() if "--served-model-name" in process.cmdline()]
+
+
+def test_an_exported_policy_is_loaded_by_vllms_server_and_answers_its_one_question(exported: Path) -> None:
+    result = try_model(POLICY, exported, 300.0)
+    assert (result.policy_uri, result.server, result.question) == (POLICY, "vllm", QUESTION)
+    assert len(result.answer) == 32 and set(result.answer) <= set(LETTERS)  # so many tokens, each of them one letter
+    assert trial_servers() == []
+
+
+@pytest.mark.fault
+def test_an_export_that_vllm_cannot_load_is_not_registered_and_vllms_reason_is_told(exported: Path) -> None:
+    (exported / "config.json").write_text('{"model_type": "llama", "architectures": ["NoSuchModel"]}')
+    with pytest.raises(
+        ModelError, match=rf"{POLICY}/model failed in vLLM(.|\n)*NoSuchModel(.|\n)*it is not registered"
+    ):
+        try_model(POLICY, exported, 300.0)
+    assert trial_servers() == []

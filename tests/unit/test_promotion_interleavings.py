@@ -6,6 +6,7 @@ writer has. What the real ones do is in `tests/integration/test_promotion.py`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from typing import Any, cast
 import pytest
 
 from components.foundation.champion_log import CHAMPION, POLICY_MODEL, ChampionEntry, ChampionLog
-from components.foundation.errors import ConflictError
+from components.foundation.errors import ConflictError, GateError
 from components.foundation.results import PromotionResult, from_json
 from components.foundation.run_context import RunContext
 from components.foundation.tracking import Tracker
@@ -120,8 +121,8 @@ def promoting(version: str, against: str | None = None) -> Program[Registry]:
     return lambda world: promote(context_of(world), version, against)
 
 
-def rolling_back() -> Program[Registry]:
-    return lambda world: rollback(context_of(world), "", "complaints")
+def rolling_back(reason: str = "complaints") -> Program[Registry]:
+    return lambda world: rollback(context_of(world), "", reason)
 
 
 @pytest.fixture(autouse=True)
@@ -233,6 +234,31 @@ def test_row_15_in_every_order_a_rollback_meets_the_champion_that_it_saw_or_says
             assert versions in (["1", "2", "1", "3"], ["1", "2", "3", "2"]), state.trace
         assert promoted.alias == CHAMPION
     assert lost > 0
+
+
+def test_row_15_in_every_order_two_rollbacks_do_not_bring_back_what_both_rolled_back_from() -> None:
+    start = alone(alone(Registry(), promoting("1")), promoting("2"))
+    programs = [rolling_back(), rolling_back("it is rude")]
+    kinds = set()
+    for state in final_states(replace(start, losses=1), programs):
+        check_log(state)
+        check_copies(state.shared, state.trace)
+        assert [entry.version for entry in state.shared.log()] == ["1", "2", "1"], state.trace
+        kinds |= {type(result_of(p, answers)) for p, answers in zip(programs, state.answers, strict=True)}
+    assert kinds == {ChampionEntry, ConflictError, GateError}  # who is slower is refused, or completes what is there
+
+
+def test_row_15_a_rollback_that_dies_anywhere_is_completed_when_repeated() -> None:
+    start = alone(alone(Registry(), promoting("1")), promoting("2"))
+    ends = 0
+    for state in final_states(replace(start, losses=1), [rolling_back()], deaths=1):
+        after = state.shared
+        with contextlib.suppress(GateError):  # all was done, and there is no champion before
+            after = alone(state.shared, rolling_back())
+        assert [entry.version for entry in after.log()] == ["1", "2", "1"], state.trace
+        check_copies(after, state.trace)
+        ends += 1
+    assert ends > 1
 
 
 @pytest.mark.parametrize("versions", [("1", "2"), ("2", "2")])

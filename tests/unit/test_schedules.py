@@ -255,8 +255,20 @@ def test_one_schedule_that_does_not_fit_the_server_stops_all(
 
 
 @pytest.mark.fault
-def test_a_file_that_is_refused_makes_no_call(kfp: KfpServer, apply: Apply) -> None:
-    assert apply(BOTH.replace("0 0 3 1 * *", "0 3 1 * *"))[0] == 1
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("0 0 3 1 * *", "0 3 1 * *", "has 5 fields, and KFP wants 6, seconds first: write '0 0 3 1 * *'"),
+        (
+            "00:00:00Z}",
+            "00:00:00Z, end: 2026-11-01T00:00:00Z}",
+            "end 2026-11-01T00:00:00+00:00 is not after start 2026",
+        ),
+    ],
+)
+def test_a_file_that_is_refused_makes_no_call(kfp: KfpServer, apply: Apply, old: str, new: str, sentence: str) -> None:
+    status, said = apply(BOTH.replace(old, new))
+    assert (status, sentence in said) == (1, True), said
     assert kfp.calls == []
 
 
