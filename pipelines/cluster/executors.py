@@ -96,6 +96,7 @@ def row(step: Step) -> dict[str, str]:
         "tolerates": _tolerations(step.pod),
         "shm": next((mount.size_limit for mount in step.pod.empty_dir_mounts if mount.mount_path == "/dev/shm"), "-"),
         "queue": step.pod.pod_metadata.labels.get("kueue.x-k8s.io/queue-name", "-"),
+        "priority": step.pod.pod_metadata.labels.get("kueue.x-k8s.io/priority-class", "-"),
         "retries": f"{retry.max_retry_count} after {back_off}s x {retry.backoff_factor:g} in {within // 3600}h",
         "timeout": f"{step.pod.active_deadline_seconds}s",
         "cached": "yes" if step.task.caching_options.enable_cache else "no",

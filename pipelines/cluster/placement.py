@@ -28,7 +28,7 @@ _STORE_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 _TRACKING_KEYS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 _JUDGE_KEYS = ("SAFERLHF_JUDGE_KEY",)
 _WEBHOOK_KEYS = ("SAFERLHF_WEBHOOK_URL",)
-_QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+_QUEUE_LABEL, _PRIORITY_LABEL = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,8 @@ def _resources(task: Any, pool: Pool) -> None:
         kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=pool.shm)
     if pool.queue is not None:
         kubernetes.add_pod_label(task, _QUEUE_LABEL, pool.queue)
+    if pool.priority is not None:
+        kubernetes.add_pod_label(task, _PRIORITY_LABEL, pool.priority)
 
 
 def _nodes(task: Any, pool: Pool, platform: Platform) -> None:
@@ -203,6 +205,7 @@ def _train_job(stage: str, platform: Platform) -> dict[str, Any]:
             for toleration in platform.tolerations(pool)
         ],
         "queue": pool.queue or "",
+        "priority": pool.priority or "",
         "deadline_seconds": place.timeout_seconds,
         "retries": place.retries,
     }

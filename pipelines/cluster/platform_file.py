@@ -32,6 +32,7 @@ _SHIPPED = Path(__file__).parents[1] / "platforms"
 _IMAGE = re.compile(r"^[a-z0-9][a-z0-9._:/-]*@sha256:[0-9a-f]{64}$")
 
 ObjectName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
+NameInLabel = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$")]
 Cpu = Annotated[str, BeforeValidator(str), Field(pattern=r"^(\d+(\.\d+)?|\d+m)$")]
 Memory = Annotated[str, BeforeValidator(str), Field(pattern=r"^\d+(Ki|Mi|Gi|Ti|M|G|T)?$")]
 Duration = Annotated[str, BeforeValidator(str), Field(pattern=r"^[1-9][0-9]{0,7}[smh]$")]
@@ -117,13 +118,20 @@ class Pool(NodeMarks):
     shm: Memory | None = Field(None, description="size of /dev/shm; it counts as memory of the step")
     affinity: Affinity = Affinity()
     capacity: Literal["on_demand", "spot"] = "on_demand"
-    queue: ObjectName | None = Field(None, description="Kueue LocalQueue")
+    queue: NameInLabel | None = Field(None, description="Kueue LocalQueue")
+    priority: NameInLabel | None = Field(None, description="Kueue WorkloadPriorityClass: who goes first in the queue")
     nodes: int = Field(1, ge=1, description="more than one: the stage's ranks are a TrainJob over so many nodes")
 
     @model_validator(mode="after")
     def _shm_within_memory(self) -> Pool:
         if self.shm is not None and parse_quantity(self.shm) >= parse_quantity(self.memory.limit):
             raise ValueError(f"shm={self.shm} must be less than memory.limit={self.memory.limit}, which it is part of")
+        return self
+
+    @model_validator(mode="after")
+    def _priority_is_of_a_queue(self) -> Pool:
+        if self.priority is not None and self.queue is None:
+            raise ValueError(f"priority={self.priority} is Kueue's, which orders what waits in a queue: name the queue")
         return self
 
     @property

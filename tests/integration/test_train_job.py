@@ -43,6 +43,7 @@ def test_the_manifest_is_the_one_that_was_reviewed(server: KubernetesServer, run
         replace(
             SPEC,
             queue="saferlhf",
+            priority="high",
             shared_memory="16Gi",
             node_selector={"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"},
             tolerations=[Toleration("nvidia.com/gpu"), Toleration("pool", "training", "NoExecute")],

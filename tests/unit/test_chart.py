@@ -14,6 +14,7 @@ import yaml
 from jsonschema import ValidationError
 
 from components.foundation.setting_sections import ServingSettings
+from pipelines.cluster.platform_file import read_platform
 from pipelines.doctor.cluster_rights import RIGHTS as STEP_RIGHTS
 from pipelines.doctor.cluster_rights import Right
 from pipelines.kubeflow.schedule_file import read_schedules
@@ -68,7 +69,7 @@ def test_every_values_file_is_linted_without_a_warning(platform: str) -> None:
 
 
 ALL_OPTIONS = {
-    "priorityClass": {"create": True},
+    "priorityClass": {"create": True, "name": "saferlhf"},
     "kueue": {"create": True, "clusterQueue": "gpus"},
     "serving": {"create": True, "existingSecret": "reader"},
     "schedule": {"enabled": True},
@@ -76,22 +77,26 @@ ALL_OPTIONS = {
 }
 
 
+CUSTOM_KINDS = {"LocalQueue": "spec", "PodMonitor": "spec", "PrometheusRule": "spec", "WorkloadPriorityClass": ""}
+"""Those that are not Kubernetes' own, and where their fields are."""
+
+
 @each_platform
 def test_every_object_is_what_the_cluster_expects(platform: str) -> None:
     """As the values file is, and with all that can be switched on: no kind is left out."""
     everything = render(platform_values(platform, **ALL_OPTIONS))
-    assert {"LocalQueue", "PodMonitor", "PrometheusRule", "PriorityClass"} <= {entry["kind"] for entry in everything}
+    assert {*CUSTOM_KINDS, "PriorityClass"} <= {entry["kind"] for entry in everything}
     for entry in [*rendered(platform), *everything]:
         check(entry)
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("kind", ["LocalQueue", "PodMonitor", "PrometheusRule"])
-def test_a_field_that_a_kind_does_not_have_is_noticed(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "place"), CUSTOM_KINDS.items())
+def test_a_field_that_a_kind_does_not_have_is_noticed(kind: str, place: str) -> None:
     everything = render(platform_values("eks", **ALL_OPTIONS))
     entry = next(entry for entry in everything if entry["kind"] == kind)
     with pytest.raises(ValidationError, match="'colour' was unexpected"):
-        check(entry | {"spec": entry["spec"] | {"colour": "red"}})
+        check(entry | ({place: entry[place] | {"colour": "red"}} if place else {"colour": "red"}))
 
 
 @each_platform
@@ -441,10 +446,32 @@ def test_the_keys_made_for_trying_out_are_long_and_new_each_time() -> None:
 
 def test_priority_and_queue_only_where_they_are_asked_for() -> None:
     objects = render(platform_values("on-prem", priorityClass={"value": 5_000_000}))
-    assert find(objects, "PriorityClass", "saferlhf-training")["value"] == 5_000_000
+    for kind in ("PriorityClass", "WorkloadPriorityClass"):
+        assert find(objects, kind, "saferlhf")["value"] == 5_000_000
     queue = find(objects, "LocalQueue", "saferlhf")
     assert (queue["apiVersion"], queue["spec"]) == ("kueue.x-k8s.io/v1beta2", {"clusterQueue": "gpus"})
-    assert not names(rendered("try"), "PriorityClass") | names(rendered("try"), "LocalQueue")
+    without = render(platform_values("on-prem", kueue={"create": False}))
+    assert (names(without, "PriorityClass"), names(without, "WorkloadPriorityClass")) == ({"saferlhf"}, set())
+    assert not {"PriorityClass", "WorkloadPriorityClass", "LocalQueue"} & {entry["kind"] for entry in rendered("try")}
+
+
+def test_the_servers_have_the_priority_class_and_no_hook_waits_for_one_that_is_not_there() -> None:
+    """A hook before the install would be refused: the class is made with the release's other objects."""
+    objects = render(platform_values("try", priorityClass={"name": "theirs"}))
+    classes = {pod.name: pod.spec.get("priorityClassName") for pod in pods(objects)}
+    servers = {"Deployment/saferlhf-mlflow", "StatefulSet/saferlhf-s3"}
+    assert {name for name, used in classes.items() if used == "theirs"} == servers
+    assert {used for name, used in classes.items() if name not in servers} == {None}
+    assert not names(objects, "PriorityClass"), "it is somebody else's"
+    assert not any("priorityClassName" in pod.spec for pod in pods(rendered("eks")))
+
+
+@each_platform
+def test_queue_and_priority_of_a_shipped_platform_file_are_what_its_values_file_makes(platform: str) -> None:
+    """A pod that names a class which is not there waits for ever."""
+    pools = read_platform({"on-prem": "on_prem", "try": "local"}.get(platform, platform)).pools.values()
+    assert {pool.queue for pool in pools if pool.queue} == names(rendered(platform), "LocalQueue")
+    assert {pool.priority for pool in pools if pool.priority} == names(rendered(platform), "WorkloadPriorityClass")
 
 
 def test_where_the_pods_may_run_and_other_images() -> None:

@@ -87,6 +87,9 @@ REFUSALS: list[tuple[Change, str]] = [
     (lambda t: t["pools"]["small"]["cpu"].update(request="half"), "pools.small.cpu.request='half' is refused"),
     (lambda t: t["pools"]["small"]["cpu"].update(request=0), "must have 0 < request <= limit"),
     (lambda t: t["pools"]["ppo"].update(shm="160Gi"), "shm=160Gi must be less than memory.limit=160Gi"),
+    (lambda t: t["pools"]["small"].update(priority="high"), "priority=high is Kueue's, which orders what waits in a"),
+    (lambda t: t["pools"]["train"].update(priority="High"), "pools.train.priority='High' is refused"),
+    (lambda t: t["pools"]["train"].update(queue="q" * 64), "pools.train.queue='qqq"),
     (lambda t: t["pools"]["train"].update(gpus=8), "unknown field 'pools.train.gpus'"),
     (lambda t: t["pools"]["generate"].update(nodes=2), "stage collect runs on one node, and pool 'generate' has nodes"),
     (
@@ -202,9 +205,18 @@ def test_required_affinity_is_one_term_and_preferences_have_weights(tree: Tree, 
     assert [term.HasField("weight") and term.weight for term in terms] == [False, 7]
 
 
+def test_the_priority_of_a_pool_is_kueues_label_on_its_steps(tree: Tree, compiled: Compiled) -> None:
+    tree["pools"]["train"]["priority"] = "high"
+    labels = {step.stage: dict(step.pod.pod_metadata.labels) for step in compiled(tree)}
+    queue = {"kueue.x-k8s.io/queue-name": "saferlhf"}
+    assert labels["sft"] == labels["cost_model"] == queue | {"kueue.x-k8s.io/priority-class": "high"}
+    assert (labels["ppo_lagrangian"], labels["annotate"]) == (queue, {})
+
+
 def test_a_stage_over_several_nodes_is_followed_from_a_small_pod(tree: Tree, compiled: Compiled) -> None:
     """Its own pod asks for no accelerator; it is told what to ask for in a TrainJob."""
-    tree["pools"]["ppo"] |= {"nodes": 4, "accelerator": {"count": 8}, "affinity": {}, "capacity": "spot"}
+    several = {"nodes": 4, "accelerator": {"count": 8}, "affinity": {}, "capacity": "spot", "priority": "high"}
+    tree["pools"]["ppo"] |= several
     tree["form_pool"], tree["config_map"] = "train", "elsewhere"
     steps = compiled(tree)
     step = step_of(steps, "ppo_lagrangian")
@@ -243,9 +255,11 @@ def test_a_stage_over_several_nodes_is_followed_from_a_small_pod(tree: Tree, com
             {"key": "cloud.google.com/gke-spot", "value": "true", "effect": "NoSchedule"},
         ],
         "queue": "saferlhf",
+        "priority": "high",
         "deadline_seconds": 86400,
         "retries": 5,
     }
+    assert not step.pod.pod_metadata.labels, "what waits in the queue is the job"
     assert "SAFERLHF_PROCESSES" not in environment_of(step)
     assert "SAFERLHF_TRAIN_JOB" not in environment_of(step_of(steps, "sft"))
 

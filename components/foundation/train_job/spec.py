@@ -27,7 +27,7 @@ DIGEST_ANNOTATION = "saferlhf/spec-digest"
 NODE = "node"
 """Name of the runtime's replicated job, and of its container."""
 
-_QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+_QUEUE_LABEL, _PRIORITY_LABEL = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
 _MANAGER = "saferlhf/train-job"
 _LONGEST_NAME = 45
 """JobSet names pods `<name>-node-0-<index>-<5 characters>`, in 63 characters; this leaves four digits for the index."""
@@ -79,6 +79,7 @@ class TrainJobSpec:
             instance `{"cpu": "16", "memory": "200Gi", "nvidia.com/gpu": "8"}`.
         shared_memory: size of /dev/shm, which NCCL and data loaders use, for instance `16Gi`; empty: the runtime's.
         queue: Kueue LocalQueue that admits all nodes at once; empty: none.
+        priority: Kueue WorkloadPriorityClass, by which it goes before others of the queue; empty: none.
         deadline_seconds: how long the job may run, queueing not counted.
         retries: how often a preempted job is started again.
     """
@@ -100,6 +101,7 @@ class TrainJobSpec:
     node_selector: Mapping[str, str] = field(default_factory=dict)
     tolerations: Sequence[Toleration] = ()
     queue: str = ""
+    priority: str = ""
     deadline_seconds: int = 24 * 3600
     retries: int = 3
     runtime: str = "torch-distributed"
@@ -185,6 +187,8 @@ def _owned_by_nobody(spec: TrainJobSpec) -> Json:
     labels = {"app.kubernetes.io/name": "saferlhf", "app.kubernetes.io/component": spec.stage.replace("_", "-")}
     if spec.queue:
         labels[_QUEUE_LABEL] = spec.queue
+    if spec.priority:
+        labels[_PRIORITY_LABEL] = spec.priority
     return {
         "apiVersion": f"{GROUP}/{VERSION}",
         "kind": "TrainJob",
