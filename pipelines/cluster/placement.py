@@ -172,9 +172,9 @@ def _nodes(task: Any, pool: Pool, platform: Platform) -> None:
 def _affinity(task: Any, pool: Pool) -> None:
     """Required lines make one term, since Kubernetes takes several terms for alternatives."""
     if pool.affinity.required:
-        kubernetes.add_node_affinity(task, [line.model_dump() for line in pool.affinity.required])
+        kubernetes.add_node_affinity(task, [line.expression() for line in pool.affinity.required])
     for line in pool.affinity.preferred:
-        kubernetes.add_node_affinity(task, [line.model_dump(exclude={"weight"})], weight=line.weight)
+        kubernetes.add_node_affinity(task, [line.expression()], weight=line.weight)
 
 
 def _train_job(stage: str, platform: Platform) -> dict[str, Any]:
@@ -200,10 +200,8 @@ def _train_job(stage: str, platform: Platform) -> dict[str, Any]:
         "service_account": platform.service_account,
         "user_id": platform.user_id,
         "node_selector": platform.node_selector(pool),
-        "tolerations": [
-            {"key": toleration.key or "", "value": toleration.value or "", "effect": toleration.effect or ""}
-            for toleration in platform.tolerations(pool)
-        ],
+        "tolerations": [toleration.manifest() for toleration in platform.tolerations(pool)],
+        "affinity": pool.affinity.model_dump(),
         "queue": pool.queue or "",
         "priority": pool.priority or "",
         "deadline_seconds": place.timeout_seconds,

@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from components.foundation.errors import SettingsError
-from components.foundation.scheduling import LabelKey, LabelValue, NodeSelector, Toleration, explain
+from components.foundation.scheduling import Affinity, NodeSelector, Toleration, explain
 from components.foundation.settings import resolve_settings
 from components.foundation.untrusted import read_yaml, shown
 from pipelines.stages import STAGES, ImageName
@@ -75,31 +75,6 @@ class MemoryRange(_Range):
 class Accelerator(_Part):
     resource: Annotated[str, Field(pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$")] = "nvidia.com/gpu"
     count: int = Field(ge=0, description="devices of a step; on several nodes, of each node")
-
-
-class NodeRequirement(_Part):
-    """One line of a node affinity."""
-
-    key: LabelKey
-    operator: Literal["In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"] = "In"
-    values: list[LabelValue] = []
-
-    @model_validator(mode="after")
-    def _values_fit_operator(self) -> NodeRequirement:
-        if bool(self.values) == (self.operator in ("Exists", "DoesNotExist")):
-            raise ValueError(f"{self.key}: operator {self.operator} does not go with values {self.values}")
-        return self
-
-
-class PreferredNode(NodeRequirement):
-    weight: int = Field(ge=1, le=100)
-
-
-class Affinity(_Part):
-    """Nodes that must (all lines hold) and that should (by weight) be chosen."""
-
-    required: list[NodeRequirement] = []
-    preferred: list[PreferredNode] = []
 
 
 class NodeMarks(_Part):
@@ -250,10 +225,10 @@ class Platform(_Part):
             if pool.nodes > 1 and not trains:
                 raise ValueError(f"stage {name} runs on one node, and pool {place.pool!r} has nodes={pool.nodes}")
         for name, pool in self.pools.items():
-            if pool.nodes > 1 and (pool.affinity != Affinity() or name == self.form_pool):
+            if pool.nodes > 1 and name == self.form_pool:
                 raise ValueError(
-                    f"pool {name!r} has nodes={pool.nodes}, and a TrainJob takes its nodes from node_selector and "
-                    "tolerations in this file: it can have no affinity, and not be form_pool"
+                    f"pool {name!r} has nodes={pool.nodes}, and a TrainJob takes its nodes from this file: "
+                    "it cannot be form_pool"
                 )
             if pool.capacity == "spot" and self.spot is None:
                 raise ValueError(

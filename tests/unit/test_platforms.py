@@ -15,7 +15,7 @@ import yaml
 
 from components.foundation.errors import SettingsError
 from components.foundation.scheduling import check_pool_choice
-from pipelines.cluster.executors import Step, read_steps, steps_of
+from pipelines.cluster.executors import Step, read_steps, row, steps_of
 from pipelines.cluster.platform_file import read_platform, shipped_platforms
 from pipelines.safe_rlhf import build_pipeline
 
@@ -94,9 +94,8 @@ REFUSALS: list[tuple[Change, str]] = [
     (lambda t: t["pools"]["generate"].update(nodes=2), "stage collect runs on one node, and pool 'generate' has nodes"),
     (
         lambda t: (t["pools"]["train"].update(nodes=2), t.update(form_pool="train")),
-        "pool 'train' has nodes=2, and a TrainJob takes its nodes from node_selector",
+        "pool 'train' has nodes=2, and a TrainJob takes its nodes from this file: it cannot be form_pool",
     ),
-    (lambda t: t["pools"]["ppo"].update(nodes=2), "it can have no affinity, and not be form_pool"),
     (lambda t: t.pop("spot"), "pool 'generate' is spot capacity, and nothing says how spot nodes are marked"),
     (lambda t: t["pools"]["train"].update(capacity="cheap"), "pools.train.capacity='cheap' is refused"),
     (
@@ -215,8 +214,9 @@ def test_the_priority_of_a_pool_is_kueues_label_on_its_steps(tree: Tree, compile
 
 def test_a_stage_over_several_nodes_is_followed_from_a_small_pod(tree: Tree, compiled: Compiled) -> None:
     """Its own pod asks for no accelerator; it is told what to ask for in a TrainJob."""
-    several = {"nodes": 4, "accelerator": {"count": 8}, "affinity": {}, "capacity": "spot", "priority": "high"}
-    tree["pools"]["ppo"] |= several
+    line = {"key": "zone", "values": ["a"]}
+    tree["pools"]["ppo"] |= {"nodes": 4, "accelerator": {"count": 8}, "capacity": "spot", "priority": "high"}
+    tree["pools"]["ppo"]["affinity"] = {"required": [line], "preferred": [line | {"weight": 7}]}
     tree["form_pool"], tree["config_map"] = "train", "elsewhere"
     steps = compiled(tree)
     step = step_of(steps, "ppo_lagrangian")
@@ -251,14 +251,20 @@ def test_a_stage_over_several_nodes_is_followed_from_a_small_pod(tree: Tree, com
             "cloud.google.com/gke-spot": "true",
         },
         "tolerations": [
-            {"key": "nvidia.com/gpu", "value": "", "effect": "NoSchedule"},
-            {"key": "cloud.google.com/gke-spot", "value": "true", "effect": "NoSchedule"},
+            {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
+            {"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"},
         ],
+        "affinity": {
+            "required": [line | {"operator": "In"}],
+            "preferred": [line | {"operator": "In", "weight": 7}],
+        },
         "queue": "saferlhf",
         "priority": "high",
         "deadline_seconds": 86400,
         "retries": 5,
     }
+    assert row(step)["accelerator"] == "4 nodes x 8 x nvidia.com/gpu"
+    assert not step.pod.node_affinity
     assert not step.pod.pod_metadata.labels, "what waits in the queue is the job"
     assert "SAFERLHF_PROCESSES" not in environment_of(step)
     assert "SAFERLHF_TRAIN_JOB" not in environment_of(step_of(steps, "sft"))

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from components.foundation.errors import ClusterError, SettingsError
-from components.foundation.scheduling import explain
+from components.foundation.scheduling import Affinity, Toleration, explain
 from components.foundation.train_job.kubernetes_api import Cluster, Json
 from components.foundation.untrusted import shown
 
@@ -53,15 +53,6 @@ PLATFORM_ENVIRONMENT = (
     EnvReference("MLFLOW_TRACKING_PASSWORD", "secret", "saferlhf-mlflow"),
 )
 """What every rank needs to reach the store and MLflow."""
-
-
-@dataclass(frozen=True)
-class Toleration:
-    """A node's taint that the job may ignore; an empty value tolerates every value of the key."""
-
-    key: str
-    value: str = ""
-    effect: str = "NoSchedule"
 
 
 @dataclass(frozen=True)
@@ -100,6 +91,7 @@ class TrainJobSpec:
     user_id: int = 10001
     node_selector: Mapping[str, str] = field(default_factory=dict)
     tolerations: Sequence[Toleration] = ()
+    affinity: Affinity = field(default_factory=Affinity)
     queue: str = ""
     priority: str = ""
     deadline_seconds: int = 24 * 3600
@@ -246,14 +238,11 @@ def _pod_patch(spec: TrainJobSpec) -> Json:
     if spec.node_selector:
         pod["nodeSelector"] = dict(spec.node_selector)
     if spec.tolerations:
-        pod["tolerations"] = [_toleration(toleration) for toleration in spec.tolerations]
+        pod["tolerations"] = [toleration.manifest() for toleration in spec.tolerations]
+    if spec.affinity != Affinity():
+        pod["affinity"] = spec.affinity.manifest()
     if spec.shared_memory:
         memory = {"medium": "Memory", "sizeLimit": spec.shared_memory}
         pod["volumes"] = [{"name": "shared-memory", "emptyDir": memory}]
         container["volumeMounts"] = [{"name": "shared-memory", "mountPath": "/dev/shm"}]
     return pod | {"containers": [container]}
-
-
-def _toleration(toleration: Toleration) -> Json:
-    match = {"operator": "Equal", "value": toleration.value} if toleration.value else {"operator": "Exists"}
-    return {"key": toleration.key, "effect": toleration.effect, **match}
