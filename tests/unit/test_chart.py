@@ -53,6 +53,9 @@ RIGHTS = {
 }
 
 
+KUBEFLOW = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kubeflow"}}}
+
+
 @functools.cache
 def rendered(platform: str) -> list[dict[str, Any]]:
     return render(platform_values(platform))
@@ -161,8 +164,6 @@ def test_the_rights_are_exactly_these(platform: str) -> None:
     objects = rendered(platform)
     assert not names(objects, "ClusterRole") | names(objects, "ClusterRoleBinding")
     expected = {name: dict(rights) for name, rights in RIGHTS.items()}
-    if platform == "eks":  # IAM instead of keys
-        del expected["saferlhf-steps"]["", "secrets"]
     if platform == "on-prem":  # default-editor has them
         del expected["saferlhf-steps"]
     if platform == "try":  # no profiles
@@ -176,7 +177,7 @@ def test_the_rights_are_exactly_these(platform: str) -> None:
         assert found == rights
         for rule in rules:
             if rule["resources"][0] in {"configmaps", "secrets"}:
-                assert rule["resourceNames"] in (["kfp-launcher"], ["saferlhf-s3"])
+                assert rule["resourceNames"] in (["kfp-launcher"], ["mlpipeline-minio-artifact"])
         (subject,) = find(objects, "RoleBinding", name)["subjects"]
         steps = "default-editor" if platform == "on-prem" else "saferlhf"
         assert subject["name"] == ("saferlhf-upload" if name == "saferlhf-upload" else steps)
@@ -272,15 +273,15 @@ def test_each_way_out_of_the_namespace_is_named() -> None:
     }
     objects = render(platform_values("on-prem", networkPolicy=others))
     spec = find(objects, "NetworkPolicy", "saferlhf-steps")["spec"]
-    kubeflow = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kubeflow"}}}
     ways = [([entry["port"] for entry in rule["ports"]], rule["to"][0]) for rule in spec["egress"]]
     assert ([443], {"ipBlock": {"cidr": "10.20.0.0/24"}}) in ways
-    assert ([8888, 8887, 8080], kubeflow) in ways
+    assert ([8888, 8887, 8080], KUBEFLOW) in ways
+    assert ([8333], KUBEFLOW) in ways
     assert ([443, 6443], {"ipBlock": {"cidr": "0.0.0.0/0"}}) in ways
     assert ([8443], {"ipBlock": {"cidr": "10.9.0.1/32"}}) in ways
     assert ([9443], {"ipBlock": {"cidr": "10.9.0.2/32"}}) in ways
     assert ([3128], {"ipBlock": {"cidr": "10.9.0.3/32"}}) in ways
-    assert len(ways) == 8  # and cluster DNS, and MLflow
+    assert len(ways) == 9  # and cluster DNS, and MLflow
     jobs = find(objects, "NetworkPolicy", "saferlhf-train-jobs")["spec"]["egress"]
     assert {"to": [{"ipBlock": {"cidr": "10.9.0.3/32"}}], "ports": [{"port": 3128}]} in jobs
     closed = render(platform_values("on-prem", networkPolicy=others | {"models": {"to": [], "port": 3128}}))
@@ -317,14 +318,30 @@ def test_the_platform_config_map_holds_the_addresses_that_steps_read() -> None:
 def test_kfps_launcher_is_told_where_the_store_is(
     platform: str, endpoint: str, plain: bool, credentials: dict[str, Any] | None
 ) -> None:
-    data = find(rendered(platform), "ConfigMap", "kfp-launcher")["data"]
+    objects = render(platform_values(platform, kfp={"launcher": {"create": True}}))
+    data = find(objects, "ConfigMap", "kfp-launcher")["data"]
     store = find(rendered(platform), "ConfigMap", "saferlhf-platform")["data"]["SAFERLHF_STORE_URI"]
     keys = {"secretName": "saferlhf-s3", "accessKeyKey": "AWS_ACCESS_KEY_ID", "secretKeyKey": "AWS_SECRET_ACCESS_KEY"}
     default = yaml.safe_load(data["providers"])["s3"]["default"]
     assert data["defaultPipelineRoot"] == f"{store}/kfp"
     assert (default["endpoint"], default["disableSSL"], default["forcePathStyle"]) == (endpoint, plain, plain)
     assert default["credentials"] == (credentials or {"fromEnv": False, "secretRef": keys})
-    assert "kfp-launcher" not in names(rendered("on-prem"), "ConfigMap")
+    rules = find(objects, "Role", "saferlhf-steps")["rules"]
+    readable = [rule["resourceNames"] for rule in rules if rule["resources"] == ["secrets"]]
+    assert readable == ([] if credentials else [["saferlhf-s3"]])
+    egress = find(objects, "NetworkPolicy", "saferlhf-steps")["spec"]["egress"]
+    assert not [rule for rule in egress if rule["ports"] == [{"port": 8333}] and rule["to"] == [KUBEFLOW]]
+
+
+@each_platform
+def test_kubeflows_own_launcher_configuration_is_left_alone(platform: str) -> None:
+    """Kubeflow 2.17 has a kfp-launcher in each profile and in its own namespace: Helm would refuse to install."""
+    objects = rendered(platform)
+    assert "kfp-launcher" not in names(objects, "ConfigMap")
+    egress = find(objects, "NetworkPolicy", "saferlhf-steps")["spec"]["egress"]
+    assert {"to": [KUBEFLOW], "ports": [{"port": 8333}]} in egress
+    keyless = render(platform_values("eks", kfp={"launcher": {"existingSecret": ""}}))
+    assert not [rule for rule in find(keyless, "Role", "saferlhf-steps")["rules"] if rule["resources"] == ["secrets"]]
 
 
 def test_iam_roles_are_on_the_accounts_of_steps_and_of_mlflow() -> None:
@@ -491,6 +508,7 @@ def test_where_the_pods_may_run_and_other_images() -> None:
         assert pod.spec["imagePullSecrets"] == [{"name": "registry"}]
         servers = pod.name in {"Deployment/saferlhf-mlflow", "StatefulSet/saferlhf-s3"}
         assert {container["image"] for container in pod.containers} == {other if servers else IMAGE}
+    assert find(objects, "ServiceAccount", "saferlhf")["imagePullSecrets"] == [{"name": "registry"}], "of the steps"
     assert find(objects, "PersistentVolumeClaim", "saferlhf-mlflow")["spec"]["storageClassName"] == "fast"
     (claim,) = find(objects, "StatefulSet", "saferlhf-s3")["spec"]["volumeClaimTemplates"]
     assert claim["spec"]["storageClassName"] == "fast"

@@ -88,6 +88,15 @@ envFrom:
 {{- end -}}
 {{- end }}
 
+{{/* The Secret that the ConfigMap kfp-launcher names, ours or Kubeflow's; empty: none. Argument: root. */}}
+{{- define "saferlhf.launcherSecret" -}}
+{{- if .Values.kfp.launcher.create -}}
+{{- include "saferlhf.s3Secret" . -}}
+{{- else -}}
+{{- .Values.kfp.launcher.existingSecret -}}
+{{- end -}}
+{{- end }}
+
 {{- define "saferlhf.s3Endpoint" -}}
 {{- if .Values.seaweedfs.enabled -}}
 http://saferlhf-s3.{{ .Release.Namespace }}.svc.cluster.local:8333
