@@ -93,6 +93,16 @@ def test_every_object_is_what_the_cluster_expects(platform: str) -> None:
         check(entry)
 
 
+def test_an_image_alone_makes_a_chart_that_the_cluster_takes() -> None:
+    """values.yaml as it is, with the one value that nobody can guess."""
+    values = {"images": {"service": IMAGE}}
+    assert helm.lint(CHART, values, strict=True, namespace=NAMESPACE)["errors"] == []
+    objects = render(values)
+    for entry in objects:
+        check(entry)
+    assert names(objects, "Deployment") == {"saferlhf-mlflow"}
+
+
 @pytest.mark.fault
 @pytest.mark.parametrize(("kind", "place"), CUSTOM_KINDS.items())
 def test_a_field_that_a_kind_does_not_have_is_noticed(kind: str, place: str) -> None:
