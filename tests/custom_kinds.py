@@ -3,7 +3,7 @@
 An object's own fields are checked against a schema, written by hand from the kind's Go types, that knows no field
 beyond those; whatever of it becomes part of a pod is put into one and checked against Kubernetes' own schema.
 
-    LocalQueue          kueue v0.15 apis/kueue/v1beta2/localqueue_types.go
+    LocalQueue, WorkloadPriorityClass, ClusterQueue, ResourceFlavor    kueue v0.15 apis/kueue/v1beta2
     TrainJob            kubeflow/trainer v2.3.0 pkg/apis/trainer/v1alpha1/trainjob_types.go
     InferenceService    kserve v0.20.0 pkg/apis/serving/v1beta1/{inference_service,predictor,component}.go
     PodMonitor, PrometheusRule    prometheus-operator pkg/apis/monitoring/v1
@@ -27,13 +27,13 @@ def check(entry: Json) -> None:
         jsonschema.ValidationError: it has a field that the kind has not, lacks one, or has one of another type.
     """
     kind = f"{entry['apiVersion']}/{entry['kind']}"
-    if kind not in _SPECS:
+    if kind not in _FIELDS:
         kubernetes_validate.validate(entry, KUBERNETES, strict=True)
         return
-    Draft202012Validator(_object(_NEEDED, apiVersion=_TEXT, kind=_TEXT, metadata=_ANY, spec=_SPECS[kind])).validate(
-        entry
-    )
-    pod = _PODS.get(kind, lambda spec: {"containers": [_container("none")]})(entry["spec"])
+    fields = {"apiVersion": _TEXT, "kind": _TEXT, "metadata": _ANY} | _FIELDS[kind]
+    needed = tuple(name for name in fields if (kind, name) not in _OPTIONAL)
+    Draft202012Validator(_object(needed, **fields)).validate(entry)
+    pod = _PODS[kind](entry["spec"]) if kind in _PODS else {"containers": [_container("none")]}
     as_pod = {"apiVersion": "v1", "kind": "Pod", "metadata": entry["metadata"], "spec": pod}
     kubernetes_validate.validate(as_pod, KUBERNETES, strict=True)
 
@@ -47,7 +47,6 @@ def _list(items: Json) -> Json:
 
 
 _ANY: Json = {}
-_NEEDED = ("apiVersion", "kind", "metadata", "spec")
 _TEXT, _COUNT, _SWITCH = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "boolean"}
 _TEXTS = {"type": "object", "additionalProperties": _TEXT}
 _NAME = {
@@ -72,6 +71,30 @@ _LOCAL_QUEUE = _object(
     clusterQueue=_NAME,
     stopPolicy={"enum": ["None", "Hold", "HoldAndDrain"]},
     fairSharing=_object(weight=_ANY),
+)
+_QUANTITY = {"type": ["integer", "string"], "pattern": r"^\d+(m|Ki|Mi|Gi|Ti)?$"}
+_CLUSTER_QUEUE = _object(
+    namespaceSelector=_SELECTOR,
+    resourceGroups=_list(
+        _object(
+            ("coveredResources", "flavors"),
+            coveredResources=_list(_TEXT),
+            flavors=_list(
+                _object(
+                    ("name", "resources"),
+                    name=_NAME,
+                    resources=_list(
+                        _object(("name", "nominalQuota"), name=_TEXT, nominalQuota=_QUANTITY, borrowingLimit=_QUANTITY)
+                    ),
+                )
+            ),
+        )
+    ),
+    cohortName=_NAME,
+    preemption=_object(
+        reclaimWithinCohort={"enum": ["Never", "LowerPriority", "Any"]},
+        withinClusterQueue={"enum": ["Never", "LowerPriority", "LowerOrNewerEqualPriority"]},
+    ),
 )
 _TRAIN_JOB = _object(
     ("runtimeRef",),
@@ -160,12 +183,22 @@ _PROMETHEUS_RULE = _object(
         )
     )
 )
-_SPECS = {
-    "kueue.x-k8s.io/v1beta2/LocalQueue": _LOCAL_QUEUE,
-    "trainer.kubeflow.org/v1alpha1/TrainJob": _TRAIN_JOB,
-    "serving.kserve.io/v1beta1/InferenceService": _INFERENCE_SERVICE,
-    "monitoring.coreos.com/v1/PodMonitor": _POD_MONITOR,
-    "monitoring.coreos.com/v1/PrometheusRule": _PROMETHEUS_RULE,
+_FIELDS: dict[str, Json] = {
+    "kueue.x-k8s.io/v1beta2/LocalQueue": {"spec": _LOCAL_QUEUE},
+    "kueue.x-k8s.io/v1beta2/WorkloadPriorityClass": {
+        "value": {"type": "integer", "minimum": -(2**31), "maximum": 2**31 - 1},
+        "description": {"type": "string", "maxLength": 2048},
+    },
+    "kueue.x-k8s.io/v1beta2/ClusterQueue": {"spec": _CLUSTER_QUEUE},
+    "kueue.x-k8s.io/v1beta2/ResourceFlavor": {"spec": _object(nodeLabels=_TEXTS, nodeTaints=_ANY, tolerations=_ANY)},
+    "trainer.kubeflow.org/v1alpha1/TrainJob": {"spec": _TRAIN_JOB},
+    "serving.kserve.io/v1beta1/InferenceService": {"spec": _INFERENCE_SERVICE},
+    "monitoring.coreos.com/v1/PodMonitor": {"spec": _POD_MONITOR},
+    "monitoring.coreos.com/v1/PrometheusRule": {"spec": _PROMETHEUS_RULE},
+}
+_OPTIONAL = {
+    ("kueue.x-k8s.io/v1beta2/ResourceFlavor", "spec"),
+    ("kueue.x-k8s.io/v1beta2/WorkloadPriorityClass", "description"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Which nodes a step may run on, in Kubernetes' own terms: node selectors and tolerations.
+"""Which nodes a step may run on, in Kubernetes' own terms: node selectors, tolerations, affinities.
 
 A platform file gives them when the pipeline is compiled; the run form may give others for one pool. Both are checked
 here, because Kubernetes would leave a pod with a mistyped one waiting for ever.
@@ -20,10 +20,12 @@ NodeSelector = dict[LabelKey, LabelValue]
 """Labels that a node must have, each with this value."""
 
 
-class Toleration(BaseModel):
-    """A taint that does not keep a step off a node; fields are named as in Kubernetes."""
-
+class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Toleration(_Part):
+    """A taint that does not keep a step off a node; fields are named as in Kubernetes."""
 
     key: LabelKey | None = None
     operator: Literal["Equal", "Exists"] = "Equal"
@@ -42,6 +44,48 @@ class Toleration(BaseModel):
     def manifest(self) -> dict[str, Any]:
         """As it stands in a pod."""
         return self.model_dump(exclude_none=True)
+
+
+class NodeRequirement(_Part):
+    """One line of a node affinity."""
+
+    key: LabelKey
+    operator: Literal["In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"] = "In"
+    values: list[LabelValue] = []
+
+    @model_validator(mode="after")
+    def _values_fit_operator(self) -> NodeRequirement:
+        if bool(self.values) == (self.operator in ("Exists", "DoesNotExist")):
+            raise ValueError(f"{self.key}: operator {self.operator} does not go with values {self.values}")
+        return self
+
+    def expression(self) -> dict[str, Any]:
+        """As it stands in a pod. No empty `values`: a server would drop them."""
+        return {"key": self.key, "operator": self.operator} | ({"values": self.values} if self.values else {})
+
+
+class PreferredNode(NodeRequirement):
+    weight: int = Field(ge=1, le=100)
+
+
+class Affinity(_Part):
+    """Nodes that must (all lines hold) and that should (by weight) be chosen."""
+
+    required: list[NodeRequirement] = []
+    preferred: list[PreferredNode] = []
+
+    def manifest(self) -> dict[str, Any]:
+        """As it stands in a pod. Required lines make one term, since Kubernetes takes several for alternatives."""
+        node: dict[str, Any] = {}
+        if self.required:
+            term = {"matchExpressions": [line.expression() for line in self.required]}
+            node["requiredDuringSchedulingIgnoredDuringExecution"] = {"nodeSelectorTerms": [term]}
+        if self.preferred:
+            node["preferredDuringSchedulingIgnoredDuringExecution"] = [
+                {"weight": line.weight, "preference": {"matchExpressions": [line.expression()]}}
+                for line in self.preferred
+            ]
+        return {"nodeAffinity": node} if node else {}
 
 
 def check_pool_choice(node_selector: Any, tolerations: Any) -> None:

@@ -5,6 +5,7 @@ The documents are parsed strictly into KFP's own messages, so a field that Kubef
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -88,14 +89,12 @@ def row(step: Step) -> dict[str, str]:
         "image": _short(step.container.image),
         "cpu": _range(resources.resource_cpu_request, resources.resource_cpu_limit),
         "memory": _range(resources.resource_memory_request, resources.resource_memory_limit),
-        "accelerator": " x ".join(
-            filter(None, (resources.accelerator.resource_count, resources.accelerator.resource_type))
-        )
-        or "-",
+        "accelerator": _accelerator(step),
         "nodes": _nodes(step.pod),
         "tolerates": _tolerations(step.pod),
         "shm": next((mount.size_limit for mount in step.pod.empty_dir_mounts if mount.mount_path == "/dev/shm"), "-"),
         "queue": step.pod.pod_metadata.labels.get("kueue.x-k8s.io/queue-name", "-"),
+        "priority": step.pod.pod_metadata.labels.get("kueue.x-k8s.io/priority-class", "-"),
         "retries": f"{retry.max_retry_count} after {back_off}s x {retry.backoff_factor:g} in {within // 3600}h",
         "timeout": f"{step.pod.active_deadline_seconds}s",
         "cached": "yes" if step.task.caching_options.enable_cache else "no",
@@ -124,6 +123,16 @@ def _short(image: str) -> str:
 
 def _range(request: str, limit: str) -> str:
     return f"{request} to {limit}" if limit else "-"
+
+
+def _accelerator(step: Step) -> str:
+    """Of the step's pod; or of each node of the TrainJob that it submits."""
+    jobs = [json.loads(variable.value) for variable in step.container.env if variable.name == "SAFERLHF_TRAIN_JOB"]
+    if jobs:
+        each = [f"{count} x {name}" for name, count in jobs[0]["resources"].items() if name not in ("cpu", "memory")]
+        return " x ".join([f"{jobs[0]['nodes']} nodes", *each])
+    own = step.container.resources.accelerator
+    return " x ".join(filter(None, (own.resource_count, own.resource_type))) or "-"
 
 
 def _nodes(pod: Any) -> str:

@@ -28,7 +28,7 @@ _STORE_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 _TRACKING_KEYS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 _JUDGE_KEYS = ("SAFERLHF_JUDGE_KEY",)
 _WEBHOOK_KEYS = ("SAFERLHF_WEBHOOK_URL",)
-_QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+_QUEUE_LABEL, _PRIORITY_LABEL = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,8 @@ def _resources(task: Any, pool: Pool) -> None:
         kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=pool.shm)
     if pool.queue is not None:
         kubernetes.add_pod_label(task, _QUEUE_LABEL, pool.queue)
+    if pool.priority is not None:
+        kubernetes.add_pod_label(task, _PRIORITY_LABEL, pool.priority)
 
 
 def _nodes(task: Any, pool: Pool, platform: Platform) -> None:
@@ -170,9 +172,9 @@ def _nodes(task: Any, pool: Pool, platform: Platform) -> None:
 def _affinity(task: Any, pool: Pool) -> None:
     """Required lines make one term, since Kubernetes takes several terms for alternatives."""
     if pool.affinity.required:
-        kubernetes.add_node_affinity(task, [line.model_dump() for line in pool.affinity.required])
+        kubernetes.add_node_affinity(task, [line.expression() for line in pool.affinity.required])
     for line in pool.affinity.preferred:
-        kubernetes.add_node_affinity(task, [line.model_dump(exclude={"weight"})], weight=line.weight)
+        kubernetes.add_node_affinity(task, [line.expression()], weight=line.weight)
 
 
 def _train_job(stage: str, platform: Platform) -> dict[str, Any]:
@@ -198,11 +200,10 @@ def _train_job(stage: str, platform: Platform) -> dict[str, Any]:
         "service_account": platform.service_account,
         "user_id": platform.user_id,
         "node_selector": platform.node_selector(pool),
-        "tolerations": [
-            {"key": toleration.key or "", "value": toleration.value or "", "effect": toleration.effect or ""}
-            for toleration in platform.tolerations(pool)
-        ],
+        "tolerations": [toleration.manifest() for toleration in platform.tolerations(pool)],
+        "affinity": pool.affinity.model_dump(),
         "queue": pool.queue or "",
+        "priority": pool.priority or "",
         "deadline_seconds": place.timeout_seconds,
         "retries": place.retries,
     }

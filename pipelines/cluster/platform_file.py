@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from components.foundation.errors import SettingsError
-from components.foundation.scheduling import LabelKey, LabelValue, NodeSelector, Toleration, explain
+from components.foundation.scheduling import Affinity, NodeSelector, Toleration, explain
 from components.foundation.settings import resolve_settings
 from components.foundation.untrusted import read_yaml, shown
 from pipelines.stages import STAGES, ImageName
@@ -32,6 +32,7 @@ _SHIPPED = Path(__file__).parents[1] / "platforms"
 _IMAGE = re.compile(r"^[a-z0-9][a-z0-9._:/-]*@sha256:[0-9a-f]{64}$")
 
 ObjectName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
+NameInLabel = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$")]
 Cpu = Annotated[str, BeforeValidator(str), Field(pattern=r"^(\d+(\.\d+)?|\d+m)$")]
 Memory = Annotated[str, BeforeValidator(str), Field(pattern=r"^\d+(Ki|Mi|Gi|Ti|M|G|T)?$")]
 Duration = Annotated[str, BeforeValidator(str), Field(pattern=r"^[1-9][0-9]{0,7}[smh]$")]
@@ -76,31 +77,6 @@ class Accelerator(_Part):
     count: int = Field(ge=0, description="devices of a step; on several nodes, of each node")
 
 
-class NodeRequirement(_Part):
-    """One line of a node affinity."""
-
-    key: LabelKey
-    operator: Literal["In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"] = "In"
-    values: list[LabelValue] = []
-
-    @model_validator(mode="after")
-    def _values_fit_operator(self) -> NodeRequirement:
-        if bool(self.values) == (self.operator in ("Exists", "DoesNotExist")):
-            raise ValueError(f"{self.key}: operator {self.operator} does not go with values {self.values}")
-        return self
-
-
-class PreferredNode(NodeRequirement):
-    weight: int = Field(ge=1, le=100)
-
-
-class Affinity(_Part):
-    """Nodes that must (all lines hold) and that should (by weight) be chosen."""
-
-    required: list[NodeRequirement] = []
-    preferred: list[PreferredNode] = []
-
-
 class NodeMarks(_Part):
     """How nodes of a kind are marked on this cluster."""
 
@@ -117,13 +93,20 @@ class Pool(NodeMarks):
     shm: Memory | None = Field(None, description="size of /dev/shm; it counts as memory of the step")
     affinity: Affinity = Affinity()
     capacity: Literal["on_demand", "spot"] = "on_demand"
-    queue: ObjectName | None = Field(None, description="Kueue LocalQueue")
+    queue: NameInLabel | None = Field(None, description="Kueue LocalQueue")
+    priority: NameInLabel | None = Field(None, description="Kueue WorkloadPriorityClass: who goes first in the queue")
     nodes: int = Field(1, ge=1, description="more than one: the stage's ranks are a TrainJob over so many nodes")
 
     @model_validator(mode="after")
     def _shm_within_memory(self) -> Pool:
         if self.shm is not None and parse_quantity(self.shm) >= parse_quantity(self.memory.limit):
             raise ValueError(f"shm={self.shm} must be less than memory.limit={self.memory.limit}, which it is part of")
+        return self
+
+    @model_validator(mode="after")
+    def _priority_is_of_a_queue(self) -> Pool:
+        if self.priority is not None and self.queue is None:
+            raise ValueError(f"priority={self.priority} is Kueue's, which orders what waits in a queue: name the queue")
         return self
 
     @property
@@ -242,10 +225,10 @@ class Platform(_Part):
             if pool.nodes > 1 and not trains:
                 raise ValueError(f"stage {name} runs on one node, and pool {place.pool!r} has nodes={pool.nodes}")
         for name, pool in self.pools.items():
-            if pool.nodes > 1 and (pool.affinity != Affinity() or name == self.form_pool):
+            if pool.nodes > 1 and name == self.form_pool:
                 raise ValueError(
-                    f"pool {name!r} has nodes={pool.nodes}, and a TrainJob takes its nodes from node_selector and "
-                    "tolerations in this file: it can have no affinity, and not be form_pool"
+                    f"pool {name!r} has nodes={pool.nodes}, and a TrainJob takes its nodes from this file: "
+                    "it cannot be form_pool"
                 )
             if pool.capacity == "spot" and self.spot is None:
                 raise ValueError(

@@ -43,7 +43,7 @@ GKE = Path(__file__).parents[2] / "pipelines" / "platforms" / "gke.yaml"
 def environments(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     """Stage -> what a platform with two nodes of 8 GPUs for all training but PPO, with 4 GPUs, puts into its pod."""
     tree = yaml.safe_load(GKE.read_text())
-    tree["pools"]["train"] |= {"nodes": 2, "accelerator": {"count": 8}, "affinity": {}, "capacity": "on_demand"}
+    tree["pools"]["train"] |= {"nodes": 2, "accelerator": {"count": 8}, "capacity": "on_demand"}
     tree["pools"]["ppo"]["accelerator"]["count"] = 4
     tree["form_pool"] = "ppo"
     file = tmp_path_factory.mktemp("platform") / "two_nodes.yaml"

@@ -14,7 +14,7 @@ from jsonschema import ValidationError
 
 from components.foundation.errors import ClusterError, JobConflictError, JobDeletedError, JobFailedError
 from components.foundation.exit_codes import PREEMPTED_EXIT_CODE
-from components.foundation.train_job import Toleration
+from components.foundation.scheduling import Affinity, NodeRequirement, PreferredNode, Toleration
 from tests.custom_kinds import check
 from tests.integration.kubernetes_server import KubernetesServer
 from tests.integration.kubernetes_state import PODS, TRAIN_JOB_SPEC, Fault, prune
@@ -43,9 +43,17 @@ def test_the_manifest_is_the_one_that_was_reviewed(server: KubernetesServer, run
         replace(
             SPEC,
             queue="saferlhf",
+            priority="high",
             shared_memory="16Gi",
             node_selector={"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"},
-            tolerations=[Toleration("nvidia.com/gpu"), Toleration("pool", "training", "NoExecute")],
+            tolerations=[
+                Toleration(key="nvidia.com/gpu", operator="Exists", effect="NoSchedule"),
+                Toleration(key="pool", value="training", effect="NoExecute", tolerationSeconds=60),
+            ],
+            affinity=Affinity(
+                required=[NodeRequirement(key="zone", values=["a", "b"])],
+                preferred=[PreferredNode(weight=7, key="nvme", operator="Exists")],
+            ),
         )
     )
     golden = yaml.safe_load(Path(__file__).with_name("train_job.golden.yaml").read_text())
@@ -66,7 +74,8 @@ def merged(tree: dict[str, Any], path: str, more: dict[str, Any]) -> dict[str, A
 
 def test_every_field_is_one_of_the_api(server: KubernetesServer, run: Run) -> None:
     server.controller = completes
-    run(replace(SPEC, shared_memory="1Gi", tolerations=[Toleration("a")], node_selector={"b": "c"}))
+    affinity = Affinity(required=[NodeRequirement(key="a", values=["b"])])
+    run(replace(SPEC, shared_memory="1Gi", node_selector={"b": "c"}, affinity=affinity))
     sent = server.created[0]["spec"]
     assert prune(sent, TRAIN_JOB_SPEC) == sent
 

@@ -11,7 +11,7 @@ import helm_python as helm
 import yaml
 
 CHART = Path(__file__).resolve().parents[2] / "charts" / "saferlhf"
-PLATFORMS = ("eks", "gke", "on-prem", "try")
+PLATFORMS = tuple(sorted(path.stem.removeprefix("values-") for path in CHART.glob("values-*.yaml")))
 IMAGE = "registry.example.com/saferlhf/service@sha256:" + "a" * 64
 NAMESPACE = "team-a"
 _WORKLOADS = {"Deployment", "StatefulSet", "Job"}

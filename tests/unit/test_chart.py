@@ -14,6 +14,7 @@ import yaml
 from jsonschema import ValidationError
 
 from components.foundation.setting_sections import ServingSettings
+from pipelines.cluster.platform_file import read_platform
 from pipelines.doctor.cluster_rights import RIGHTS as STEP_RIGHTS
 from pipelines.doctor.cluster_rights import Right
 from pipelines.kubeflow.schedule_file import read_schedules
@@ -52,6 +53,9 @@ RIGHTS = {
 }
 
 
+KUBEFLOW = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kubeflow"}}}
+
+
 @functools.cache
 def rendered(platform: str) -> list[dict[str, Any]]:
     return render(platform_values(platform))
@@ -68,7 +72,7 @@ def test_every_values_file_is_linted_without_a_warning(platform: str) -> None:
 
 
 ALL_OPTIONS = {
-    "priorityClass": {"create": True},
+    "priorityClass": {"create": True, "name": "saferlhf"},
     "kueue": {"create": True, "clusterQueue": "gpus"},
     "serving": {"create": True, "existingSecret": "reader"},
     "schedule": {"enabled": True},
@@ -76,22 +80,36 @@ ALL_OPTIONS = {
 }
 
 
+CUSTOM_KINDS = {"LocalQueue": "spec", "PodMonitor": "spec", "PrometheusRule": "spec", "WorkloadPriorityClass": ""}
+"""Those that are not Kubernetes' own, and where their fields are."""
+
+
 @each_platform
 def test_every_object_is_what_the_cluster_expects(platform: str) -> None:
     """As the values file is, and with all that can be switched on: no kind is left out."""
     everything = render(platform_values(platform, **ALL_OPTIONS))
-    assert {"LocalQueue", "PodMonitor", "PrometheusRule", "PriorityClass"} <= {entry["kind"] for entry in everything}
+    assert {*CUSTOM_KINDS, "PriorityClass"} <= {entry["kind"] for entry in everything}
     for entry in [*rendered(platform), *everything]:
         check(entry)
 
 
+def test_an_image_alone_makes_a_chart_that_the_cluster_takes() -> None:
+    """values.yaml as it is, with the one value that nobody can guess."""
+    values = {"images": {"service": IMAGE}}
+    assert helm.lint(CHART, values, strict=True, namespace=NAMESPACE)["errors"] == []
+    objects = render(values)
+    for entry in objects:
+        check(entry)
+    assert names(objects, "Deployment") == {"saferlhf-mlflow"}
+
+
 @pytest.mark.fault
-@pytest.mark.parametrize("kind", ["LocalQueue", "PodMonitor", "PrometheusRule"])
-def test_a_field_that_a_kind_does_not_have_is_noticed(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "place"), CUSTOM_KINDS.items())
+def test_a_field_that_a_kind_does_not_have_is_noticed(kind: str, place: str) -> None:
     everything = render(platform_values("eks", **ALL_OPTIONS))
     entry = next(entry for entry in everything if entry["kind"] == kind)
     with pytest.raises(ValidationError, match="'colour' was unexpected"):
-        check(entry | {"spec": entry["spec"] | {"colour": "red"}})
+        check(entry | ({place: entry[place] | {"colour": "red"}} if place else {"colour": "red"}))
 
 
 @each_platform
@@ -156,8 +174,6 @@ def test_the_rights_are_exactly_these(platform: str) -> None:
     objects = rendered(platform)
     assert not names(objects, "ClusterRole") | names(objects, "ClusterRoleBinding")
     expected = {name: dict(rights) for name, rights in RIGHTS.items()}
-    if platform == "eks":  # IAM instead of keys
-        del expected["saferlhf-steps"]["", "secrets"]
     if platform == "on-prem":  # default-editor has them
         del expected["saferlhf-steps"]
     if platform == "try":  # no profiles
@@ -171,7 +187,7 @@ def test_the_rights_are_exactly_these(platform: str) -> None:
         assert found == rights
         for rule in rules:
             if rule["resources"][0] in {"configmaps", "secrets"}:
-                assert rule["resourceNames"] in (["kfp-launcher"], ["saferlhf-s3"])
+                assert rule["resourceNames"] in (["kfp-launcher"], ["mlpipeline-minio-artifact"])
         (subject,) = find(objects, "RoleBinding", name)["subjects"]
         steps = "default-editor" if platform == "on-prem" else "saferlhf"
         assert subject["name"] == ("saferlhf-upload" if name == "saferlhf-upload" else steps)
@@ -267,15 +283,15 @@ def test_each_way_out_of_the_namespace_is_named() -> None:
     }
     objects = render(platform_values("on-prem", networkPolicy=others))
     spec = find(objects, "NetworkPolicy", "saferlhf-steps")["spec"]
-    kubeflow = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kubeflow"}}}
     ways = [([entry["port"] for entry in rule["ports"]], rule["to"][0]) for rule in spec["egress"]]
     assert ([443], {"ipBlock": {"cidr": "10.20.0.0/24"}}) in ways
-    assert ([8888, 8887, 8080], kubeflow) in ways
+    assert ([8888, 8887, 8080], KUBEFLOW) in ways
+    assert ([8333], KUBEFLOW) in ways
     assert ([443, 6443], {"ipBlock": {"cidr": "0.0.0.0/0"}}) in ways
     assert ([8443], {"ipBlock": {"cidr": "10.9.0.1/32"}}) in ways
     assert ([9443], {"ipBlock": {"cidr": "10.9.0.2/32"}}) in ways
     assert ([3128], {"ipBlock": {"cidr": "10.9.0.3/32"}}) in ways
-    assert len(ways) == 8  # and cluster DNS, and MLflow
+    assert len(ways) == 9  # and cluster DNS, and MLflow
     jobs = find(objects, "NetworkPolicy", "saferlhf-train-jobs")["spec"]["egress"]
     assert {"to": [{"ipBlock": {"cidr": "10.9.0.3/32"}}], "ports": [{"port": 3128}]} in jobs
     closed = render(platform_values("on-prem", networkPolicy=others | {"models": {"to": [], "port": 3128}}))
@@ -312,14 +328,30 @@ def test_the_platform_config_map_holds_the_addresses_that_steps_read() -> None:
 def test_kfps_launcher_is_told_where_the_store_is(
     platform: str, endpoint: str, plain: bool, credentials: dict[str, Any] | None
 ) -> None:
-    data = find(rendered(platform), "ConfigMap", "kfp-launcher")["data"]
+    objects = render(platform_values(platform, kfp={"launcher": {"create": True}}))
+    data = find(objects, "ConfigMap", "kfp-launcher")["data"]
     store = find(rendered(platform), "ConfigMap", "saferlhf-platform")["data"]["SAFERLHF_STORE_URI"]
     keys = {"secretName": "saferlhf-s3", "accessKeyKey": "AWS_ACCESS_KEY_ID", "secretKeyKey": "AWS_SECRET_ACCESS_KEY"}
     default = yaml.safe_load(data["providers"])["s3"]["default"]
     assert data["defaultPipelineRoot"] == f"{store}/kfp"
     assert (default["endpoint"], default["disableSSL"], default["forcePathStyle"]) == (endpoint, plain, plain)
     assert default["credentials"] == (credentials or {"fromEnv": False, "secretRef": keys})
-    assert "kfp-launcher" not in names(rendered("on-prem"), "ConfigMap")
+    rules = find(objects, "Role", "saferlhf-steps")["rules"]
+    readable = [rule["resourceNames"] for rule in rules if rule["resources"] == ["secrets"]]
+    assert readable == ([] if credentials else [["saferlhf-s3"]])
+    egress = find(objects, "NetworkPolicy", "saferlhf-steps")["spec"]["egress"]
+    assert not [rule for rule in egress if rule["ports"] == [{"port": 8333}] and rule["to"] == [KUBEFLOW]]
+
+
+@each_platform
+def test_kubeflows_own_launcher_configuration_is_left_alone(platform: str) -> None:
+    """Kubeflow 2.17 has a kfp-launcher in each profile and in its own namespace: Helm would refuse to install."""
+    objects = rendered(platform)
+    assert "kfp-launcher" not in names(objects, "ConfigMap")
+    egress = find(objects, "NetworkPolicy", "saferlhf-steps")["spec"]["egress"]
+    assert {"to": [KUBEFLOW], "ports": [{"port": 8333}]} in egress
+    keyless = render(platform_values("eks", kfp={"launcher": {"existingSecret": ""}}))
+    assert not [rule for rule in find(keyless, "Role", "saferlhf-steps")["rules"] if rule["resources"] == ["secrets"]]
 
 
 def test_iam_roles_are_on_the_accounts_of_steps_and_of_mlflow() -> None:
@@ -441,10 +473,32 @@ def test_the_keys_made_for_trying_out_are_long_and_new_each_time() -> None:
 
 def test_priority_and_queue_only_where_they_are_asked_for() -> None:
     objects = render(platform_values("on-prem", priorityClass={"value": 5_000_000}))
-    assert find(objects, "PriorityClass", "saferlhf-training")["value"] == 5_000_000
+    for kind in ("PriorityClass", "WorkloadPriorityClass"):
+        assert find(objects, kind, "saferlhf")["value"] == 5_000_000
     queue = find(objects, "LocalQueue", "saferlhf")
     assert (queue["apiVersion"], queue["spec"]) == ("kueue.x-k8s.io/v1beta2", {"clusterQueue": "gpus"})
-    assert not names(rendered("try"), "PriorityClass") | names(rendered("try"), "LocalQueue")
+    without = render(platform_values("on-prem", kueue={"create": False}))
+    assert (names(without, "PriorityClass"), names(without, "WorkloadPriorityClass")) == ({"saferlhf"}, set())
+    assert not {"PriorityClass", "WorkloadPriorityClass", "LocalQueue"} & {entry["kind"] for entry in rendered("try")}
+
+
+def test_the_servers_have_the_priority_class_and_no_hook_waits_for_one_that_is_not_there() -> None:
+    """A hook before the install would be refused: the class is made with the release's other objects."""
+    objects = render(platform_values("try", priorityClass={"name": "theirs"}))
+    classes = {pod.name: pod.spec.get("priorityClassName") for pod in pods(objects)}
+    servers = {"Deployment/saferlhf-mlflow", "StatefulSet/saferlhf-s3"}
+    assert {name for name, used in classes.items() if used == "theirs"} == servers
+    assert {used for name, used in classes.items() if name not in servers} == {None}
+    assert not names(objects, "PriorityClass"), "it is somebody else's"
+    assert not any("priorityClassName" in pod.spec for pod in pods(rendered("eks")))
+
+
+@each_platform
+def test_queue_and_priority_of_a_shipped_platform_file_are_what_its_values_file_makes(platform: str) -> None:
+    """A pod that names a class which is not there waits for ever."""
+    pools = read_platform({"on-prem": "on_prem", "try": "local"}.get(platform, platform)).pools.values()
+    assert {pool.queue for pool in pools if pool.queue} == names(rendered(platform), "LocalQueue")
+    assert {pool.priority for pool in pools if pool.priority} == names(rendered(platform), "WorkloadPriorityClass")
 
 
 def test_where_the_pods_may_run_and_other_images() -> None:
@@ -464,6 +518,7 @@ def test_where_the_pods_may_run_and_other_images() -> None:
         assert pod.spec["imagePullSecrets"] == [{"name": "registry"}]
         servers = pod.name in {"Deployment/saferlhf-mlflow", "StatefulSet/saferlhf-s3"}
         assert {container["image"] for container in pod.containers} == {other if servers else IMAGE}
+    assert find(objects, "ServiceAccount", "saferlhf")["imagePullSecrets"] == [{"name": "registry"}], "of the steps"
     assert find(objects, "PersistentVolumeClaim", "saferlhf-mlflow")["spec"]["storageClassName"] == "fast"
     (claim,) = find(objects, "StatefulSet", "saferlhf-s3")["spec"]["volumeClaimTemplates"]
     assert claim["spec"]["storageClassName"] == "fast"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
+import yaml
+from kubernetes.utils import parse_quantity
 
-from pipelines.cluster.platform_file import read_platform
-from tests.unit.helm_chart import CHART, PLATFORMS, platform_values, render
+from pipelines.cluster.platform_file import read_platform, shipped_platforms
+from tests.custom_kinds import check
+from tests.unit.helm_chart import CHART, PLATFORMS, find, platform_values, render
 
 INSTALL = CHART.parent / "INSTALL.md"
 S3_ACTIONS = {  # what a call of boto3's needs
@@ -69,6 +73,53 @@ def test_every_s3_action_that_we_call_has_its_row_with_a_reason(role: str) -> No
     table = rows(INSTALL.read_text(), "| role | on | action | why |")
     assert {action for name, _, cell, _ in table if name == role for action in quoted(cell)} == needed
     assert all(why for *_, why in table)
+
+
+@pytest.mark.parametrize(("role", "file"), [("steps", "steps.json"), ("MLflow", "mlflow.json")])
+def test_the_iam_policies_of_the_page_allow_what_its_table_says(role: str, file: str) -> None:
+    text = INSTALL.read_text()
+    policy = json.loads(text.partition(f"cat > {file} <<END")[2].partition("END")[0])
+    allowed = {
+        (resource, action)
+        for statement in policy["Statement"]
+        for resource in [statement["Resource"].replace("$BUCKET", "BUCKET")]
+        for action in statement["Action"]
+    }
+    told, resource = set[tuple[str, str]](), ""
+    for name, cell, action, _ in rows(text, "| role | on | action | why |"):
+        resource = (quoted(cell) or [resource])[0]
+        told |= {(resource, quoted(action)[0])} if name == role else set()
+    assert allowed == told
+
+
+def test_the_page_replaces_what_stands_in_the_values_file() -> None:
+    """And the accounts to which it gives IAM roles are the chart's."""
+    text, values = INSTALL.read_text(), (CHART / "values-eks.yaml").read_text()
+    (line,) = [line for line in text.splitlines() if line.strip().startswith("sed ") and "values-eks.yaml" in line]
+    assert [old for old in re.findall(r"-e s/([^/]+)/", line) if old not in values] == []
+    objects = render(platform_values("eks"))
+    for account, role in re.findall(r"--namespace team-a --name (\S+) --role-only --role-name (\S+)", text):
+        annotations = find(objects, "ServiceAccount", account)["metadata"]["annotations"]
+        assert annotations["eks.amazonaws.com/role-arn"].endswith(f":role/{role}")
+
+
+def test_the_queue_of_the_page_is_one_that_the_values_files_lead_to_and_holds_a_step() -> None:
+    block = re.search(r"```yaml\n(.*?)```", INSTALL.read_text(), re.DOTALL)
+    assert block is not None
+    objects = list(yaml.safe_load_all(block[1]))
+    for entry in objects:
+        check(entry)
+    flavor, queue = objects
+    for platform in ("eks", "gke", "on-prem"):
+        assert platform_values(platform)["kueue"]["clusterQueue"] == queue["metadata"]["name"]
+    (group,) = queue["spec"]["resourceGroups"]
+    assert [entry["name"] for entry in group["flavors"]] == [flavor["metadata"]["name"]]
+    quota = {entry["name"]: parse_quantity(entry["nominalQuota"]) for entry in group["flavors"][0]["resources"]}
+    assert [*quota] == group["coveredResources"]
+    for pool in (pool for name in shipped_platforms() for pool in read_platform(name).pools.values() if pool.queue):
+        assert pool.accelerator is not None
+        asked = {"cpu": pool.cpu.request, "memory": pool.memory.request, pool.accelerator.resource: str(pool.gpus)}
+        assert all(parse_quantity(amount) <= quota[name] for name, amount in asked.items())
 
 
 @pytest.mark.golden

@@ -18,7 +18,7 @@ import helm_python as helm
 import pytest
 import yaml
 
-from tests.unit.helm_chart import CHART, NAMESPACE, find, platform_values, render
+from tests.unit.helm_chart import CHART, NAMESPACE, find, names, platform_values, render
 
 KUBECONFIG = """
 apiVersion: v1
@@ -93,12 +93,12 @@ def kubernetes(objects: Objects) -> Iterator[str]:
         httpd.server_close()
 
 
-def installed(objects: Objects) -> list[dict[str, Any]]:
+def installed(objects: Objects, **more: Any) -> list[dict[str, Any]]:
     """What Helm would apply in a cluster that holds these objects."""
     with kubernetes(objects) as url:
         kubeconfig = KUBECONFIG.format(url=url)
         with helm.Config(kubeconfig_content=kubeconfig, namespace=NAMESPACE) as config:
-            release = config.install(CHART, "saferlhf", platform_values("try"), dry_run="server")
+            release = config.install(CHART, "saferlhf", platform_values("try", **more), dry_run="server")
     return [entry for entry in yaml.safe_load_all(release["manifest"]) if entry]
 
 
@@ -127,3 +127,24 @@ def test_the_keys_of_the_store_that_are_in_the_cluster_are_kept() -> None:
 def test_in_an_empty_cluster_keys_are_made() -> None:
     data = find(installed({}), "Secret", "saferlhf-s3")["data"]
     assert [len(base64.b64decode(value)) for value in data.values()] == [20, 40]
+
+
+LAUNCHER = {
+    "apiVersion": "v1",
+    "kind": "ConfigMap",
+    "metadata": {"name": "kfp-launcher", "namespace": NAMESPACE},
+    "data": {"defaultPipelineRoot": "minio://mlpipeline/private-artifacts/team-a/v2/artifacts"},
+}
+"""As Kubeflow's profile controller makes it."""
+
+
+def test_beside_kubeflows_own_launcher_configuration_the_chart_can_be_installed() -> None:
+    path = f"/api/v1/namespaces/{NAMESPACE}/configmaps/kfp-launcher"
+    assert "kfp-launcher" not in names(installed({path: LAUNCHER}), "ConfigMap")
+
+
+@pytest.mark.fault
+def test_kubeflows_own_launcher_configuration_is_not_taken_without_a_word() -> None:
+    path = f"/api/v1/namespaces/{NAMESPACE}/configmaps/kfp-launcher"
+    with pytest.raises(helm.HelmError, match=r'"kfp-launcher".* exists and cannot be imported'):
+        installed({path: LAUNCHER}, kfp={"launcher": {"create": True}})

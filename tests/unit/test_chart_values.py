@@ -56,6 +56,8 @@ def refusal(values: dict[str, Any]) -> str:
         ({"mlflow": {"enabled": False}}, "mlflow.trackingUri is empty: runs need an MLflow server"),
         ({"schedule": {"enabled": True}, "pipeline": {"file": ""}}, "there is no pipeline to schedule: add --set-file"),
         ({"pipeline": {"existingConfigMap": "mine"}}, "pipeline.existingConfigMap are both set: choose one"),
+        ({"priorityClass": {"create": True}}, "priorityClass.name is empty: name the class that is to be made"),
+        ({"priorityClass": {"name": "a" * 64}}, "at '/priorityClass/name': '"),
         ({"kueue": {"create": True}}, "kueue.clusterQueue is empty: name the ClusterQueue"),
         ({"s3": {"existingSecret": "mine"}}, "s3.existingSecret names another store: choose one"),
     ],

@@ -141,6 +141,7 @@ class Pool:
     gpus: int = 0
     shm: str = "-"
     queue: str = "-"
+    priority: str = "-"
     selector: dict[str, str] = field(default_factory=dict)
     tolerations: Terms = field(default_factory=list)
     required: Terms = field(default_factory=list)
@@ -169,6 +170,7 @@ OF_MY_OWN = gpu(
     "32Gi",
     selector={"nvidia.com/gpu.product": "NVIDIA-A100-SXM4-80GB"},
     tolerations=[DEDICATED],
+    priority="saferlhf",
 )
 POOLS = {
     "local": {"small": SMALL, "generate": ON_CPU, "train": ON_CPU, "ppo": ON_CPU},
@@ -222,6 +224,7 @@ POOLS = {
                 among("nvidia.com/gpu.present", "true"),
                 among("nvidia.com/gpu.memory", "23000", operator="Gt"),
             ],
+            priority="saferlhf",
         ),
         "train": OF_MY_OWN,
         "ppo": OF_MY_OWN,
@@ -255,7 +258,7 @@ def test_what_every_step_gets(steps: dict[str, list[Step]], name: str) -> None:
         assert step.container.image.rpartition("/")[2].startswith(f"{image}@sha256:"), where
         assert (cells["cpu"], cells["memory"]) == (pool.cpu, pool.memory), where
         assert cells["accelerator"] == (f"{pool.gpus} x nvidia.com/gpu" if pool.gpus else "-"), where
-        assert (cells["shm"], cells["queue"]) == (pool.shm, pool.queue), where
+        assert (cells["shm"], cells["queue"], cells["priority"]) == (pool.shm, pool.queue, pool.priority), where
         for mount in step.pod.empty_dir_mounts:
             assert (mount.mount_path, mount.medium) == ("/dev/shm", "Memory"), where
         assert node_selector(step.pod, form) == pool.selector, where

@@ -15,7 +15,7 @@ import yaml
 
 from components.foundation.errors import SettingsError
 from components.foundation.scheduling import check_pool_choice
-from pipelines.cluster.executors import Step, read_steps, steps_of
+from pipelines.cluster.executors import Step, read_steps, row, steps_of
 from pipelines.cluster.platform_file import read_platform, shipped_platforms
 from pipelines.safe_rlhf import build_pipeline
 
@@ -87,13 +87,15 @@ REFUSALS: list[tuple[Change, str]] = [
     (lambda t: t["pools"]["small"]["cpu"].update(request="half"), "pools.small.cpu.request='half' is refused"),
     (lambda t: t["pools"]["small"]["cpu"].update(request=0), "must have 0 < request <= limit"),
     (lambda t: t["pools"]["ppo"].update(shm="160Gi"), "shm=160Gi must be less than memory.limit=160Gi"),
+    (lambda t: t["pools"]["small"].update(priority="high"), "priority=high is Kueue's, which orders what waits in a"),
+    (lambda t: t["pools"]["train"].update(priority="High"), "pools.train.priority='High' is refused"),
+    (lambda t: t["pools"]["train"].update(queue="q" * 64), "pools.train.queue='qqq"),
     (lambda t: t["pools"]["train"].update(gpus=8), "unknown field 'pools.train.gpus'"),
     (lambda t: t["pools"]["generate"].update(nodes=2), "stage collect runs on one node, and pool 'generate' has nodes"),
     (
         lambda t: (t["pools"]["train"].update(nodes=2), t.update(form_pool="train")),
-        "pool 'train' has nodes=2, and a TrainJob takes its nodes from node_selector",
+        "pool 'train' has nodes=2, and a TrainJob takes its nodes from this file: it cannot be form_pool",
     ),
-    (lambda t: t["pools"]["ppo"].update(nodes=2), "it can have no affinity, and not be form_pool"),
     (lambda t: t.pop("spot"), "pool 'generate' is spot capacity, and nothing says how spot nodes are marked"),
     (lambda t: t["pools"]["train"].update(capacity="cheap"), "pools.train.capacity='cheap' is refused"),
     (
@@ -202,9 +204,19 @@ def test_required_affinity_is_one_term_and_preferences_have_weights(tree: Tree, 
     assert [term.HasField("weight") and term.weight for term in terms] == [False, 7]
 
 
+def test_the_priority_of_a_pool_is_kueues_label_on_its_steps(tree: Tree, compiled: Compiled) -> None:
+    tree["pools"]["train"]["priority"] = "high"
+    labels = {step.stage: dict(step.pod.pod_metadata.labels) for step in compiled(tree)}
+    queue = {"kueue.x-k8s.io/queue-name": "saferlhf"}
+    assert labels["sft"] == labels["cost_model"] == queue | {"kueue.x-k8s.io/priority-class": "high"}
+    assert (labels["ppo_lagrangian"], labels["annotate"]) == (queue, {})
+
+
 def test_a_stage_over_several_nodes_is_followed_from_a_small_pod(tree: Tree, compiled: Compiled) -> None:
     """Its own pod asks for no accelerator; it is told what to ask for in a TrainJob."""
-    tree["pools"]["ppo"] |= {"nodes": 4, "accelerator": {"count": 8}, "affinity": {}, "capacity": "spot"}
+    line = {"key": "zone", "values": ["a"]}
+    tree["pools"]["ppo"] |= {"nodes": 4, "accelerator": {"count": 8}, "capacity": "spot", "priority": "high"}
+    tree["pools"]["ppo"]["affinity"] = {"required": [line], "preferred": [line | {"weight": 7}]}
     tree["form_pool"], tree["config_map"] = "train", "elsewhere"
     steps = compiled(tree)
     step = step_of(steps, "ppo_lagrangian")
@@ -239,13 +251,21 @@ def test_a_stage_over_several_nodes_is_followed_from_a_small_pod(tree: Tree, com
             "cloud.google.com/gke-spot": "true",
         },
         "tolerations": [
-            {"key": "nvidia.com/gpu", "value": "", "effect": "NoSchedule"},
-            {"key": "cloud.google.com/gke-spot", "value": "true", "effect": "NoSchedule"},
+            {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
+            {"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"},
         ],
+        "affinity": {
+            "required": [line | {"operator": "In"}],
+            "preferred": [line | {"operator": "In", "weight": 7}],
+        },
         "queue": "saferlhf",
+        "priority": "high",
         "deadline_seconds": 86400,
         "retries": 5,
     }
+    assert row(step)["accelerator"] == "4 nodes x 8 x nvidia.com/gpu"
+    assert not step.pod.node_affinity
+    assert not step.pod.pod_metadata.labels, "what waits in the queue is the job"
     assert "SAFERLHF_PROCESSES" not in environment_of(step)
     assert "SAFERLHF_TRAIN_JOB" not in environment_of(step_of(steps, "sft"))
 

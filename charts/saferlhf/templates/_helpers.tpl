@@ -44,6 +44,13 @@ tolerations: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end }}
 
+{{/* Of servers, not of hooks: those may run before the class is there. Argument: root. */}}
+{{- define "saferlhf.priority" -}}
+{{- with .Values.priorityClass.name -}}
+priorityClassName: {{ . }}
+{{- end }}
+{{- end }}
+
 {{- define "saferlhf.containerSecurity" -}}
 securityContext:
   allowPrivilegeEscalation: false
@@ -78,6 +85,15 @@ envFrom:
 {{- .Values.seaweedfs.existingSecret | default "saferlhf-s3" -}}
 {{- else -}}
 {{- .Values.s3.existingSecret -}}
+{{- end -}}
+{{- end }}
+
+{{/* The Secret that the ConfigMap kfp-launcher names, ours or Kubeflow's; empty: none. Argument: root. */}}
+{{- define "saferlhf.launcherSecret" -}}
+{{- if .Values.kfp.launcher.create -}}
+{{- include "saferlhf.s3Secret" . -}}
+{{- else -}}
+{{- .Values.kfp.launcher.existingSecret -}}
 {{- end -}}
 {{- end }}
 
@@ -130,6 +146,9 @@ command: [python3, -c, "import os; from mlflow.db import upgrade; upgrade.main([
 {{- end -}}
 {{- if and .Values.kueue.create (not .Values.kueue.clusterQueue) -}}
 {{- fail "kueue.create is true and kueue.clusterQueue is empty: name the ClusterQueue that the platform's owner made" -}}
+{{- end -}}
+{{- if and .Values.priorityClass.create (not .Values.priorityClass.name) -}}
+{{- fail "priorityClass.create is true and priorityClass.name is empty: name the class that is to be made" -}}
 {{- end -}}
 {{- if and .Values.seaweedfs.enabled (or .Values.s3.endpoint .Values.s3.existingSecret) -}}
 {{- fail "seaweedfs.enabled is true, but s3.endpoint or s3.existingSecret names another store: choose one" -}}

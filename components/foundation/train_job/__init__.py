@@ -26,10 +26,10 @@ from components.foundation.train_job.kubernetes_api import Backoff, Cluster, Jso
 from components.foundation.train_job.node_log import NodeLog
 from components.foundation.train_job.pods import PodBoard, pod_selector, was_preempted
 from components.foundation.train_job.report import Ending, failure_report
-from components.foundation.train_job.spec import EnvReference, Toleration, TrainJobSpec, read_spec, train_job_command
+from components.foundation.train_job.spec import EnvReference, TrainJobSpec, read_spec, train_job_command
 from components.foundation.train_job.submission import Submission
 
-__all__ = ["EnvReference", "Toleration", "TrainJobSpec", "read_spec", "run_train_job", "train_job_command"]
+__all__ = ["EnvReference", "TrainJobSpec", "read_spec", "run_train_job", "train_job_command"]
 
 _JOIN_SECONDS = 30
 _CATCH_UP_SECONDS = 10

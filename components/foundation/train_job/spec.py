@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from components.foundation.errors import ClusterError, SettingsError
-from components.foundation.scheduling import explain
+from components.foundation.scheduling import Affinity, Toleration, explain
 from components.foundation.train_job.kubernetes_api import Cluster, Json
 from components.foundation.untrusted import shown
 
@@ -27,7 +27,7 @@ DIGEST_ANNOTATION = "saferlhf/spec-digest"
 NODE = "node"
 """Name of the runtime's replicated job, and of its container."""
 
-_QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+_QUEUE_LABEL, _PRIORITY_LABEL = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
 _MANAGER = "saferlhf/train-job"
 _LONGEST_NAME = 45
 """JobSet names pods `<name>-node-0-<index>-<5 characters>`, in 63 characters; this leaves four digits for the index."""
@@ -56,15 +56,6 @@ PLATFORM_ENVIRONMENT = (
 
 
 @dataclass(frozen=True)
-class Toleration:
-    """A node's taint that the job may ignore; an empty value tolerates every value of the key."""
-
-    key: str
-    value: str = ""
-    effect: str = "NoSchedule"
-
-
-@dataclass(frozen=True)
 class TrainJobSpec:
     """A training job over several nodes.
 
@@ -79,6 +70,7 @@ class TrainJobSpec:
             instance `{"cpu": "16", "memory": "200Gi", "nvidia.com/gpu": "8"}`.
         shared_memory: size of /dev/shm, which NCCL and data loaders use, for instance `16Gi`; empty: the runtime's.
         queue: Kueue LocalQueue that admits all nodes at once; empty: none.
+        priority: Kueue WorkloadPriorityClass, by which it goes before others of the queue; empty: none.
         deadline_seconds: how long the job may run, queueing not counted.
         retries: how often a preempted job is started again.
     """
@@ -99,7 +91,9 @@ class TrainJobSpec:
     user_id: int = 10001
     node_selector: Mapping[str, str] = field(default_factory=dict)
     tolerations: Sequence[Toleration] = ()
+    affinity: Affinity = field(default_factory=Affinity)
     queue: str = ""
+    priority: str = ""
     deadline_seconds: int = 24 * 3600
     retries: int = 3
     runtime: str = "torch-distributed"
@@ -185,6 +179,8 @@ def _owned_by_nobody(spec: TrainJobSpec) -> Json:
     labels = {"app.kubernetes.io/name": "saferlhf", "app.kubernetes.io/component": spec.stage.replace("_", "-")}
     if spec.queue:
         labels[_QUEUE_LABEL] = spec.queue
+    if spec.priority:
+        labels[_PRIORITY_LABEL] = spec.priority
     return {
         "apiVersion": f"{GROUP}/{VERSION}",
         "kind": "TrainJob",
@@ -242,14 +238,11 @@ def _pod_patch(spec: TrainJobSpec) -> Json:
     if spec.node_selector:
         pod["nodeSelector"] = dict(spec.node_selector)
     if spec.tolerations:
-        pod["tolerations"] = [_toleration(toleration) for toleration in spec.tolerations]
+        pod["tolerations"] = [toleration.manifest() for toleration in spec.tolerations]
+    if spec.affinity != Affinity():
+        pod["affinity"] = spec.affinity.manifest()
     if spec.shared_memory:
         memory = {"medium": "Memory", "sizeLimit": spec.shared_memory}
         pod["volumes"] = [{"name": "shared-memory", "emptyDir": memory}]
         container["volumeMounts"] = [{"name": "shared-memory", "mountPath": "/dev/shm"}]
     return pod | {"containers": [container]}
-
-
-def _toleration(toleration: Toleration) -> Json:
-    match = {"operator": "Equal", "value": toleration.value} if toleration.value else {"operator": "Exists"}
-    return {"key": toleration.key, "effect": toleration.effect, **match}
