@@ -338,13 +338,13 @@ def test_the_form_shows_the_nodes_of_its_pool_and_its_steps_take_them_from_there
 def test_what_a_step_takes_from_the_form_is_an_input_of_the_box_around_it(shallow: Shallow, platform: str) -> None:
     """KFP's driver looks for it there, and nowhere else."""
     compiled = shallow(build_pipeline, 2, read_platform(platform))
-    executors = compiled.platform_spec.platforms["kubernetes"].deployment_spec["executors"]
+    platforms = json_format.MessageToDict(compiled.platform_spec)["platforms"]
+    pods = platforms["kubernetes"]["deploymentSpec"]["executors"]
     components = compiled.pipeline_spec.components
     looked_up = 0
     for box in [compiled.pipeline_spec.root, *(c for c in components.values() if c.HasField("dag"))]:
         for task in box.dag.tasks.values():
-            label = components[task.component_ref.name].executor_label
-            pod = json_format.MessageToDict(executors)[label] if label else {}
+            pod = pods.get(components[task.component_ref.name].executor_label, {})
             wanted = [pod.get("nodeSelector", {}).get("nodeSelectorJson")]
             wanted += [toleration.get("tolerationJson") for toleration in pod.get("tolerations", [])]
             for parameter in filter(None, wanted):
