@@ -1,5 +1,7 @@
 """Safe RLHF as a pipeline: prepare -> SFT -> rounds -> register -> gate -> promote -> report, as the paper's figure.
 
+What follows the data is in a box of its own, `training`, which is skipped where they hold too little that is new.
+
 The same pipeline runs on a laptop (`pipelines/local/run.py`) and compiles to the YAML that a cluster runs; with a
 platform, its steps are placed on that cluster's pools.
 """
@@ -14,6 +16,7 @@ from typing import Any
 from kfp import dsl
 
 from components.evaluate.component import evaluate
+from components.foundation.exit_codes import NOTHING_NEW
 from components.notify.component import notify
 from components.prepare_data.component import prepare_data, start_run
 from components.promote.component import gate, register, set_alias
@@ -70,7 +73,11 @@ def build_pipeline(rounds: int, platform: Platform | None = None) -> Any:
                 ppo_threshold_target=set_ppo_threshold_target,
             )
             choice = PoolChoice(pool_node_selector, pool_tolerations)
-            _figure(start, [alignment_round] * rounds, placement, choice)
+            data = prepare_data(run_uri=start.output)
+            placement.place(choice, start, data)
+            # whatever else comes out is trained on, or fails there: nothing but this word skips it
+            with dsl.If(data.outputs["Output"] != NOTHING_NEW, name="training"):
+                _figure(start.output, data.outputs["Output"], [alignment_round] * rounds, placement, choice)
 
     return pipeline(safe_rlhf if placement.has_form_pool else _without_pool(safe_rlhf))
 
@@ -98,26 +105,25 @@ def _notification(placement: Placement, run_uri: Any, run_id: Any) -> AbstractCo
     return handler
 
 
-def _figure(start: Any, rounds: Sequence[Any], placement: Placement, choice: PoolChoice) -> None:
+def _figure(run_uri: Any, data_uri: Any, rounds: Sequence[Any], placement: Placement, choice: PoolChoice) -> None:
     """The figure's boxes; each round is a nested pipeline, drawn as one."""
-    data = prepare_data(run_uri=start.output)
-    base = sft(run_uri=start.output, data_uri=data.output)
+    base = sft(run_uri=run_uri, data_uri=data_uri)
     baseline = evaluate(
-        run_uri=start.output,
+        run_uri=run_uri,
         round_number=0,
-        data_uri=data.output,
+        data_uri=data_uri,
         sft_uri=base.output,
         policy_uri=base.output,
         reward_model_uri="",
         cost_model_uri="",
         baseline_uri="",
     )
-    policy_uri, preferences_uri = base.output, data.output
+    policy_uri, preferences_uri = base.output, data_uri
     for number, alignment_round in enumerate(rounds, start=1):
         done = alignment_round(
-            run_uri=start.output,
+            run_uri=run_uri,
             round_number=number,
-            data_uri=data.output,
+            data_uri=data_uri,
             sft_uri=base.output,
             policy_uri=policy_uri,
             preferences_uri=preferences_uri,
@@ -127,14 +133,14 @@ def _figure(start: Any, rounds: Sequence[Any], placement: Placement, choice: Poo
         )
         done.set_display_name(f"round {number}").set_caching_options(False)
         policy_uri, preferences_uri = done.outputs["policy_uri"], done.outputs["preferences_uri"]
-    version = register(run_uri=start.output, policy_uri=policy_uri).after(done)
-    decision = gate(run_uri=start.output, version=version.output)
+    version = register(run_uri=run_uri, policy_uri=policy_uri).after(done)
+    decision = gate(run_uri=run_uri, version=version.output)
     with dsl.If(decision.output == "promote"):
-        winner = set_alias(run_uri=start.output, version=version.output, alias="champion")
+        winner = set_alias(run_uri=run_uri, version=version.output, alias="champion")
     with dsl.Else():
-        other = set_alias(run_uri=start.output, version=version.output, alias="challenger")
-    page = report(run_uri=start.output, alias=dsl.OneOf(winner.output, other.output))
-    placement.place(choice, start, data, base, baseline, version, decision, winner, other, page)
+        other = set_alias(run_uri=run_uri, version=version.output, alias="challenger")
+    page = report(run_uri=run_uri, alias=dsl.OneOf(winner.output, other.output))
+    placement.place(choice, base, baseline, version, decision, winner, other, page)
     baseline.set_display_name("evaluate the SFT model")
     winner.set_display_name("make it champion")
     other.set_display_name("make it challenger")

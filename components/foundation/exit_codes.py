@@ -6,7 +6,7 @@ import contextlib
 import traceback
 from collections.abc import Iterator
 
-from components.foundation.errors import LabelsAwaited, NothingNew, OutOfMemoryError
+from components.foundation.errors import LabelsAwaited, OutOfMemoryError
 
 PREEMPTED_EXIT_CODE = 75
 """EX_TEMPFAIL: the stage was asked to stop, has saved its state, and goes on when it is started again."""
@@ -18,12 +18,17 @@ WAITING_LINE = "waiting for labels: "
 """Start of the line that such a step prints."""
 
 NOTHING_NEW_EXIT_CODE = 3
-"""Of a step and of `saferlhf run`: there is too little new data to train on. Not 1: nothing failed."""
+"""Of `saferlhf run`: there is too little new data to train on. Not 1: nothing failed."""
 
 OUT_OF_MEMORY_EXIT_CODE = 71
 """EX_OSERR: a stage that holds a model needs more memory than there is, and would again."""
 
-NOTHING_NEW_LINE = "nothing new: "
+NOTHING_NEW = "nothing new"
+"""What a step returns instead of its data's URI where there is too little new data. The pipeline skips all that would
+follow, in every runner, for this word alone: a step that failed would have stopped it too, but the run would count as
+failed."""
+
+NOTHING_NEW_LINE = f"{NOTHING_NEW}: "
 """Start of the line that such a step prints."""
 
 
@@ -38,16 +43,6 @@ def ends_when_labels_are_awaited() -> Iterator[None]:
     except LabelsAwaited as waiting:
         print(waiting, flush=True)
         raise SystemExit(WAITING_EXIT_CODE) from None
-
-
-@contextlib.contextmanager
-def ends_when_nothing_is_new() -> Iterator[None]:
-    """The same around a step after which a run has nothing to do."""
-    try:
-        yield
-    except NothingNew as end:
-        print(end, flush=True)
-        raise SystemExit(NOTHING_NEW_EXIT_CODE) from None
 
 
 @contextlib.contextmanager

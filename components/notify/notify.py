@@ -92,7 +92,7 @@ def gather(run_uri: str, run_id: str, status: str) -> Notification:
 
 
 def _status(context: RunContext, told: str) -> str:
-    """Kubeflow tells a run that waits, or has nothing to do, as failed: it has no other state for it. MLflow has."""
+    """Kubeflow tells a run that waits as failed, and one that has nothing to do as succeeded. MLflow knows better."""
     status, ended = context.tracker.end_of_pipeline_run(context.mlflow_run_id)
     if ended:
         return ended

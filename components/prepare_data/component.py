@@ -45,10 +45,19 @@ def start_run(
 
 
 @dsl.component(base_image=SERVICE_IMAGE, packages_to_install=[], install_kfp_package=False)
-def prepare_data(run_uri: str) -> str:
-    """Load, validate, quarantine and split the records; end the run where too few of them are new."""
-    from components.foundation.exit_codes import ends_when_nothing_is_new
-    from components.prepare_data.prepare_data import run_prepare_data
+def prepare_data(run_uri: str, table: dsl.Output[dsl.Markdown]) -> str:
+    """Load, validate, quarantine and split the records; NOTHING_NEW, and no URI, where too few of them are new."""
+    from pathlib import Path
 
-    with ends_when_nothing_is_new():
-        return run_prepare_data(run_uri)
+    from components.foundation.errors import NothingNew
+    from components.foundation.exit_codes import NOTHING_NEW
+    from components.prepare_data.prepare_data import run_prepare_data, stored_table
+
+    try:
+        uri = run_prepare_data(run_uri)
+        page = stored_table(run_uri, uri)
+    except NothingNew as end:
+        print(end, flush=True)
+        uri, page = NOTHING_NEW, f"{end}\n"
+    Path(table.path).write_text(page, encoding="utf-8")
+    return uri

@@ -12,13 +12,10 @@ from pathlib import Path
 
 from components.foundation.champion_log import POLICY_MODEL, ChampionLog, champion_version
 from components.foundation.errors import IntegrityError, NothingNew
-from components.foundation.exit_codes import NOTHING_NEW_LINE
+from components.foundation.exit_codes import NOTHING_NEW, NOTHING_NEW_LINE
 from components.foundation.lineage import ancestors
 from components.foundation.preference import TRAINING_FILE, VALIDATION_FILE, DualPreference, read_jsonl
 from components.foundation.run_context import RunContext, Stage
-
-ENDED = "nothing new"
-"""Tag `saferlhf.ended` of the run in MLflow."""
 
 log = logging.getLogger("saferlhf")
 
@@ -63,7 +60,7 @@ def check_freshness(stage: Stage) -> None:
     least = needed(settings.min_new_pairs, settings.min_new_share, found.pairs)
     words = f"{found.new} new preference pairs since champion v{champion} (needs {least})"
     if found.new < least:
-        context.tracker.finish_pipeline_run(context.mlflow_run_id, "FINISHED", ended=ENDED)
+        context.tracker.finish_pipeline_run(context.mlflow_run_id, "FINISHED", ended=NOTHING_NEW)
         raise NothingNew(f"{NOTHING_NEW_LINE}{words}: the run ends here")
     log.info("%s", words)
 

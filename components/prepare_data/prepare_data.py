@@ -27,13 +27,14 @@ from components.foundation.preference import (
     split_by_prompt,
 )
 from components.foundation.results import write_records
-from components.foundation.run_context import open_stage
+from components.foundation.run_context import open_run, open_stage
 from components.foundation.setting_sections import BUILTIN, DataSettings
 from components.foundation.untrusted import markdown_code
 from components.prepare_data.freshness import check_freshness
 
 STAGE = "prepare_data"
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
+_TABLE_FILE = "data_report.md"
 T = TypeVar("T")
 
 
@@ -127,7 +128,12 @@ def write_prepared(data: PreparedData, settings: DataSettings, folder: Path, see
     for name, result in data.named().items():
         if result.bad:
             write_records(folder / f"quarantine-{name}.jsonl", result.bad)
-    (folder / "data_report.md").write_text(data_table(data), encoding="utf-8")
+    (folder / _TABLE_FILE).write_text(data_table(data), encoding="utf-8")
+
+
+def stored_table(run_uri: str, uri: str) -> str:
+    """The table that lies with prepared data."""
+    return (open_run(run_uri).store.fetch(uri) / _TABLE_FILE).read_text(encoding="utf-8")
 
 
 def data_table(data: PreparedData) -> str:

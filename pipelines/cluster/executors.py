@@ -103,6 +103,11 @@ def row(step: Step) -> dict[str, str]:
     }
 
 
+def form_field(parameter: Any) -> str:
+    """The field of the run form that an input comes from: within a condition or an exit handler it has a prefix."""
+    return str(parameter.component_input_parameter).removeprefix("pipelinechannel--")
+
+
 def _parse(struct: Any, message: Any) -> Any:
     return json_format.ParseDict(json_format.MessageToDict(struct), message)
 
@@ -138,7 +143,7 @@ def _accelerator(step: Step) -> str:
 def _nodes(pod: Any) -> str:
     parts = [f"{key}={value}" for key, value in sorted(pod.node_selector.labels.items())]
     if pod.node_selector.HasField("node_selector_json"):
-        parts.append(f"(run form: {pod.node_selector.node_selector_json.component_input_parameter})")
+        parts.append(f"(run form: {form_field(pod.node_selector.node_selector_json)})")
     for term in pod.node_affinity:
         lines = " and ".join(
             f"{line.key} {line.operator} {','.join(line.values)}".strip() for line in term.match_expressions
@@ -151,7 +156,7 @@ def _tolerations(pod: Any) -> str:
     parts = []
     for toleration in pod.tolerations:
         if toleration.HasField("toleration_json"):
-            parts.append(f"(run form: {toleration.toleration_json.component_input_parameter})")
+            parts.append(f"(run form: {form_field(toleration.toleration_json)})")
         else:
             parts.append("=".join(filter(None, (toleration.key, toleration.value))))
     return "; ".join(parts) or "-"

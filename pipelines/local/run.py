@@ -149,11 +149,11 @@ def _run_pipeline(run: LocalRun, screen: Screen, python: str) -> None:
         except RuntimeError as error:
             if screen.waiting:
                 raise LabelsAwaited(screen.waiting) from None
-            if screen.nothing_new:
-                raise NothingNew(screen.nothing_new) from None
             raise TrainingError(screen.last_error or f"the pipeline failed: {error}") from error
         finally:
             screen.close()
+    if screen.nothing_new:
+        raise NothingNew(screen.nothing_new)
 
 
 def _close_tracking(tracking_uri: str, run: LocalRun, status: RunStatus) -> None:

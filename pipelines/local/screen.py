@@ -28,7 +28,7 @@ class Screen(io.TextIOBase):
 
     Lines of our log are shown, progress lines become a bar, the runner's own chatter is dropped. The last
     explained error is kept in `last_error`, and what a step that awaits labels says in `waiting`, and one
-    that ends the run in `nothing_new`.
+    after which the run has nothing to do in `nothing_new`.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:

@@ -8,16 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from kfp import dsl
 
 from components.foundation.champion_log import POLICY_MODEL, ChampionEntry, ChampionLog
 from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import IntegrityError, NothingNew, StoreError
-from components.foundation.exit_codes import NOTHING_NEW_EXIT_CODE
+from components.foundation.exit_codes import NOTHING_NEW
 from components.foundation.run_context import finished_uri, open_run
 from components.notify.notify import gather
 from components.prepare_data.component import prepare_data
 from components.prepare_data.prepare_data import BUILTIN_FOLDER, run_prepare_data
 from components.prepare_data.start_run import run_start_run
+from pipelines.local.summary import RunFacts, write_summary
 
 LINES = (BUILTIN_FOLDER / "preferences.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
 pytestmark = pytest.mark.xdist_group("promotion")  # another group's champion would be in the same MLflow
@@ -97,14 +99,20 @@ def test_a_run_with_enough_new_pairs_goes_on(start: Start, pairs: int, limits: l
     ],
 )
 def test_row_32_a_run_with_too_few_ends_there_and_says_so(
-    start: Start, champion: str, capsys: pytest.CaptureFixture[str], pairs: int, limits: list[str], words: str
+    start: Start,
+    champion: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    pairs: int,
+    limits: list[str],
+    words: str,
 ) -> None:
-    """By its exit status; nothing is committed that a later stage could start from."""
+    """By the word for which the pipeline skips the rest; nothing is committed that a later stage could start from."""
     run = start(pairs, *limits)
-    with pytest.raises(SystemExit) as end:
-        prepare_data.python_func(run_uri=run)
-    assert end.value.code == NOTHING_NEW_EXIT_CODE == 3
-    assert capsys.readouterr().out.splitlines()[-1] == f"nothing new: {words.format(champion)}: the run ends here"
+    said, page = f"nothing new: {words.format(champion)}: the run ends here", dsl.Markdown(uri=str(tmp_path / "page"))
+    assert prepare_data.python_func(run_uri=run, table=page) == NOTHING_NEW
+    assert capsys.readouterr().out.splitlines()[-1] == said
+    assert (tmp_path / "page").read_text() == f"{said}\n"
     context = open_run(run)
     with pytest.raises(StoreError, match="holds no finished prepare_data"):
         finished_uri(context, "prepare_data", 0)
@@ -116,6 +124,26 @@ def test_row_32_a_run_with_too_few_ends_there_and_says_so(
     assert stage.info.status == "FINISHED"
     assert stage.data.metrics["data/new_pairs"] == float(words.split()[0])
     assert {gather(run, context.run_id, kubeflows).status for kubeflows in ("failed", "succeeded")} == {"nothing new"}
+
+
+@pytest.mark.usefixtures("champion")
+def test_a_run_with_enough_returns_its_data_and_shows_their_table(start: Start, tmp_path: Path) -> None:
+    run = start(43, "data.min_new_pairs=3")
+    uri = prepare_data.python_func(run_uri=run, table=dsl.Markdown(uri=str(tmp_path / "page")))
+    assert uri == finished_uri(open_run(run), "prepare_data", 0)
+    assert "| preferences | " in (tmp_path / "page").read_text()
+
+
+@pytest.mark.fault
+def test_a_run_that_skipped_its_training_without_that_word_has_not_succeeded(
+    start_alone: Start, tmp_path: Path
+) -> None:
+    """KFP's local runner takes a condition that it cannot evaluate for false, and ends well."""
+    run = start_alone(40)
+    run_prepare_data(run)
+    with pytest.raises(StoreError, match="holds no finished report"):
+        write_summary(tmp_path, RunFacts(run, wall_seconds=1, peak_memory_bytes=1, tracking_uri=""))
+    assert not (tmp_path / "summary.json").exists()
 
 
 @pytest.mark.usefixtures("champion")

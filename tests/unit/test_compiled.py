@@ -19,7 +19,7 @@ import yaml
 from google.protobuf import json_format
 
 from pipelines.cluster.compiling import compile_to
-from pipelines.cluster.executors import Step, read_steps, row, table
+from pipelines.cluster.executors import Step, form_field, read_steps, row, table
 from pipelines.cluster.platform_file import read_platform, shipped_platforms
 from pipelines.stages import STAGES
 
@@ -64,12 +64,13 @@ def test_the_stored_pipeline_is_what_compiles_today(shallow: Shallow, tmp_path: 
 def test_every_stage_of_every_round_is_there_once(steps: dict[str, list[Step]], name: str) -> None:
     assert {step.stage for step in steps[name]} == set(STAGES)
     for number in (1, 2, 3):
-        assert sorted(s.stage for s in steps[name] if s.path[0] == f"round {number}") == sorted(ROUND)
+        assert sorted(s.stage for s in steps[name] if s.path[:2] == ("training", f"round {number}")) == sorted(ROUND)
     assert len(steps[name]) == 3 * len(ROUND) + 9
     paths = [step.path for step in steps[name]]
     assert len(set(paths)) == len(paths), "no two boxes look alike"
-    assert ("evaluate the SFT model",) in paths
-    assert ("round 3", "PPO-Lagrangian") in paths
+    assert {path for path in paths if path[0] != "training"} == {("check settings, start run",), ("prepare data",)}
+    assert ("training", "evaluate the SFT model") in paths
+    assert ("training", "round 3", "PPO-Lagrangian") in paths
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -361,7 +362,7 @@ def pod_of(step: Step, form: dict[str, Any]) -> dict[str, Any]:
 
 def node_selector(pod: Any, form: dict[str, Any]) -> dict[str, str]:
     if pod.node_selector.HasField("node_selector_json"):
-        chosen: dict[str, str] = form[pod.node_selector.node_selector_json.component_input_parameter]
+        chosen: dict[str, str] = form[form_field(pod.node_selector.node_selector_json)]
         return chosen
     return dict(pod.node_selector.labels)
 
@@ -370,7 +371,7 @@ def tolerations(pod: Any, form: dict[str, Any]) -> list[dict[str, Any]]:
     found = []
     for toleration in pod.tolerations:
         if toleration.HasField("toleration_json"):
-            found += form[toleration.toleration_json.component_input_parameter]
+            found += form[form_field(toleration.toleration_json)]
         else:
             found.append(json_format.MessageToDict(toleration))
     return found

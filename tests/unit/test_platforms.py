@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import yaml
+from google.protobuf import json_format
 
 from components.foundation.errors import SettingsError
 from components.foundation.scheduling import check_pool_choice
-from pipelines.cluster.executors import Step, read_steps, row, steps_of
+from pipelines.cluster.executors import Step, form_field, read_steps, row, steps_of
 from pipelines.cluster.platform_file import read_platform, shipped_platforms
 from pipelines.safe_rlhf import build_pipeline
 
@@ -343,13 +344,33 @@ def test_the_form_shows_the_nodes_of_its_pool_and_its_steps_take_them_from_there
         {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
     ]
     for step in steps_of(pipeline.pipeline_spec, pipeline.platform_spec):
-        chosen = step.pod.node_selector.node_selector_json.component_input_parameter
+        chosen = form_field(step.pod.node_selector.node_selector_json)
         assert chosen == ("pool_node_selector" if step.stage == "ppo_lagrangian" else "")
-    tasks = pipeline.pipeline_spec.root.dag.tasks
+    start = pipeline.pipeline_spec.root.dag.tasks["start-run"]
+    (box,) = [c for c in pipeline.pipeline_spec.components.values() if "alignment-round" in c.dag.tasks]
     for name in ("pool_node_selector", "pool_tolerations"):
-        assert tasks["start-run"].inputs.parameters[name].component_input_parameter == name
+        assert start.inputs.parameters[name].component_input_parameter == name
         for number in ("", "-2"):
-            assert tasks[f"alignment-round{number}"].inputs.parameters[name].component_input_parameter == name
+            assert form_field(box.dag.tasks[f"alignment-round{number}"].inputs.parameters[name]) == name
+
+
+@pytest.mark.parametrize("platform", [name for name in shipped_platforms() if name != "local"])
+def test_what_a_step_takes_from_the_form_is_an_input_of_the_box_around_it(shallow: Shallow, platform: str) -> None:
+    """KFP's driver looks for it there, and nowhere else."""
+    compiled = shallow(build_pipeline, 2, read_platform(platform))
+    platforms = json_format.MessageToDict(compiled.platform_spec)["platforms"]
+    pods = platforms["kubernetes"]["deploymentSpec"]["executors"]
+    components = compiled.pipeline_spec.components
+    looked_up = 0
+    for box in [compiled.pipeline_spec.root, *(c for c in components.values() if c.HasField("dag"))]:
+        for task in box.dag.tasks.values():
+            pod = pods.get(components[task.component_ref.name].executor_label, {})
+            wanted = [pod.get("nodeSelector", {}).get("nodeSelectorJson")]
+            wanted += [toleration.get("tolerationJson") for toleration in pod.get("tolerations", [])]
+            for parameter in filter(None, wanted):
+                assert parameter["componentInputParameter"] in box.input_definitions.parameters
+                looked_up += 1
+    assert looked_up
 
 
 @pytest.mark.fault
