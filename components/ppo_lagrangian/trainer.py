@@ -144,7 +144,9 @@ class PpoLagrangian:
         losses = self._update(episode, advantages, Share(own, lengths), step)
         # 6 multiplier
         costs = distributed.every_number(episode.costs, own, len(prompts))
-        self.multiplier = next_multiplier(self.multiplier, costs, s, self._constraint.threshold)
+        order, _ = self._order(len(costs), step, epoch=0)  # attacks come first, and the window may hold part of a batch
+        shuffled = [costs[i] for i in order.tolist()]
+        self.multiplier = next_multiplier(self.multiplier, shuffled, s, self._constraint.threshold)
         # 7 log
         losses = distributed.total_of(losses)
         tokens = int(lengths.sum())

@@ -6,6 +6,7 @@ Those of PPO that `saferlhf run` is tried with in tests/e2e are not here.
 from __future__ import annotations
 
 import json
+import signal
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -18,9 +19,11 @@ from torch.utils.checkpoint import checkpoint
 from components.cost_model.cost_model import run_cost_model
 from components.foundation import activation_checkpointing
 from components.foundation.checkpoint_store import CheckpointStore
+from components.foundation.exit_codes import PREEMPTED_EXIT_CODE
 from components.foundation.results import PpoTrace, read_record
 from components.foundation.run_context import open_run
 from components.foundation.tracking import STAGE_TAG
+from components.foundation.training_checkpoints import TrainingCheckpoints
 from components.ppo_lagrangian.ppo_lagrangian import PpoInputs, run_ppo_lagrangian, tracked_metrics
 from components.ppo_lagrangian.trainer import StepMetrics
 from components.prepare_data.prepare_data import run_prepare_data
@@ -110,6 +113,45 @@ def test_an_option_trains_another_policy(models: Models, plain: str, settings: t
     assert models.actor(policy).keys() == models.actor(plain).keys()
     assert models.actor(policy) != models.actor(plain)
     assert len(models.trace(policy).kl) == 2
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("ppo.lagrangian=pid", "ppo.macro_action=perplexity", "ppo.epochs=2"),
+        ("ppo.advantage_source=preference_oracle", "ppo.lambda_learning_rate=0.3"),
+    ],
+    ids=str,
+)
+def test_row_05_ppo_with_trained_critics_or_with_none_goes_on_bit_for_bit(
+    models: Models, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...]
+) -> None:
+    """Asked to stop after the first of three steps. The first has two critics with moments, and PID's memory."""
+    options = (*settings, "ppo.steps=3")
+    expected = models.train(*options)
+    original = TrainingCheckpoints.after_step
+
+    def after_step(self: TrainingCheckpoints, step: int, *more: Any) -> None:
+        if step == 1:
+            signal.raise_signal(signal.SIGTERM)
+        original(self, step, *more)
+
+    run = start(models.root, *options)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(TrainingCheckpoints, "after_step", after_step)
+        run_ppo_lagrangian(run, 1, models.inputs)
+    assert end.value.code == PREEMPTED_EXIT_CODE
+    resumed = run_ppo_lagrangian(run, 1, models.inputs)
+    assert models.weights(resumed) == models.weights(expected)
+    assert models.trace(resumed) == models.trace(expected)
+
+
+def test_severity_weighs_in_the_cost_model(models: Models) -> None:
+    run = start(models.root, "cost_model.severity_weight=2")
+    weighted = run_cost_model(run, 1, models.inputs.sft, run_prepare_data(run))
+    assert models.weights(weighted).keys() == models.weights(models.inputs.cost_model).keys()
+    assert models.weights(weighted) != models.weights(models.inputs.cost_model)
 
 
 def test_the_weight_of_reward_shaping_stands_in_place_of_a_multiplier(models: Models, plain: str) -> None:

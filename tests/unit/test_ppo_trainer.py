@@ -217,6 +217,23 @@ def test_pid_moves_the_multiplier_by_its_own_rule(load_roles: Callable[[str], Ba
     assert metrics.multiplier == pytest.approx(min(max(expected, settings.lambda_min), settings.lambda_max))
 
 
+@pytest.mark.parametrize("window", [2, 6])
+def test_a_window_that_cuts_a_batch_holds_attacks_as_often_as_other_prompts(
+    load_roles: Callable[[str], Backbone], window: int
+) -> None:
+    """A batch begins with its attacks. Here they cost 1 and the others 0, and half of the prompts are attacks."""
+    backbone = load_roles("head")
+    trainer = _trainer(backbone, SETTINGS.model_copy(update={"cost_window": window, "max_new_tokens": 1}))
+    found = [
+        trainer.step(
+            PROMPTS, step, lambda s: replace(score_episode(backbone, s, SETTINGS), costs=[1.0, 1.0, 0.0, 0.0])
+        ).cost_moving_average
+        for step in range(16)
+    ]
+    assert sum(found) / len(found) == pytest.approx(0.5, abs=0.1)
+    assert len(set(found)) > 1
+
+
 def test_an_ngram_of_one_token_is_plain_token_ppo_bit_for_bit(load_roles: Callable[[str], Backbone]) -> None:
     changes = ({}, {"macro_action": "ngram", "macro_action_length": 1})
     plain, macro, other = (
