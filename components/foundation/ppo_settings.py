@@ -197,6 +197,10 @@ class PpoSettings(Section):
     def _ceiling_above_floor(cls, value: float, info: ValidationInfo) -> float:
         if value <= info.data.get("lambda_min", 0.0):
             raise ValueError(f"lambda_max={value} must be greater than lambda_min={info.data['lambda_min']}")
+        start = info.data.get("lambda_init", value)
+        floor = 0.0 if info.data.get("advantage_source") == "preference_oracle" else info.data.get("lambda_min", 0.0)
+        if not floor <= start <= value:
+            raise ValueError(f"lambda_init={start} must lie between lambda_min={floor} and lambda_max={value}")
         return value
 
     @field_validator("advantage_source")

@@ -158,6 +158,8 @@ def test_the_last_override_wins() -> None:
         ("ppo.gamma=1.01", ["ppo.gamma", "1.01"]),
         ("ppo.clip_ratio=1", ["ppo.clip_ratio", "1"]),
         ("ppo.lambda_max=0.01", ["lambda_max", "0.01", "lambda_min", "0.05"]),
+        ("ppo.lambda_init=30", ["lambda_init", "30", "lambda_max"]),
+        ("ppo.lambda_init=0.01", ["lambda_init", "0.01", "lambda_min", "0.05"]),
         ("ppo.lambda_min=30", ["lambda_min", "30"]),
         ("data.validation_share=0", ["data.validation_share", "0"]),
         ("data.validation_share=1", ["data.validation_share", "1"]),
