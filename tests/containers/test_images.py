@@ -123,7 +123,11 @@ def test_the_trainer_image_has_what_its_stages_import(podman: Podman, images: Im
 
 
 def test_the_command_line_works_in_the_service_image(podman: Podman, images: Images) -> None:
-    commands = ("saferlhf settings --profile tiny", "saferlhf compile -o /tmp/p.yaml", "grep -c 'image: ' /tmp/p.yaml")
+    commands = (
+        "saferlhf settings --profile tiny",
+        "saferlhf compile --platform local -o /tmp/p.yaml",
+        "grep -c 'image: ' /tmp/p.yaml",
+    )
     script = " && ".join(commands)
     lines = in_container(podman, images.service, script).splitlines()
     assert "base_model=tiny" in lines
