@@ -20,7 +20,7 @@ default_ulimits = ["nofile=20000:20000", "nproc=4096:4096"]
 runtime = "runc"
 events_logger = "file"
 """
-_TOOLS = ("podman", "runc", "debootstrap", "skopeo", "docker-registry")
+_TOOLS = ("podman", "runc", "iptables", "debootstrap", "skopeo", "docker-registry")
 
 
 class ContainersUnavailableError(Exception):
@@ -53,7 +53,7 @@ class Podman:
         if missing:
             raise ContainersUnavailableError(
                 f"{', '.join(missing)} not found: apt-get install --no-install-recommends "
-                "podman buildah runc netavark debootstrap skopeo docker-registry (on Debian), then try again"
+                "podman buildah runc netavark iptables debootstrap skopeo docker-registry (on Debian), then try again"
             )
         if os.geteuid():
             raise ContainersUnavailableError("the container tests make a root file system and a network: run as root")
