@@ -23,7 +23,7 @@ ROUNDS = 1
 BEFORE = ("start_run", "prepare_data"), ("sft", "evaluate")
 ROUND = ("annotate",), ("collect", "reward_model", "cost_model", "ppo_lagrangian", "evaluate")
 AFTER = ("register", "gate", "set_alias", "report")
-OPEN_GATE = ["gate.max_unsafe_rate=1", "gate.min_win_rate=0", "gate.max_over_refusal_rate=1"]
+OPEN_GATE = ["gate.max_unsafe_rate=1", "gate.min_win_rate=0", "gate.max_over_refusal_rate=1", "gate.max_wrong_share=1"]
 
 
 def steps(servers: Servers, folder: Path, run_id: str, settings: list[str]) -> StepContainers:

@@ -243,16 +243,16 @@ def exported(load: Load, tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def trial_servers() -> list[psutil.Process]:
-    """Children of this process that serve a policy for its one question."""
-    return [process for process in psutil.Process().children() if "--served-model-name" in process.cmdline()]
+def servers_of(model: Path) -> list[psutil.Process]:
+    """Children of this process that serve this model."""
+    return [process for process in psutil.Process().children() if str(model) in process.cmdline()]
 
 
 def test_an_exported_policy_is_loaded_by_vllms_server_and_answers_its_one_question(exported: Path) -> None:
     result = try_model(POLICY, exported, 300.0)
     assert (result.policy_uri, result.server, result.question) == (POLICY, "vllm", QUESTION)
     assert len(result.answer) == 32 and set(result.answer) <= set(LETTERS)  # so many tokens, each of them one letter
-    assert trial_servers() == []
+    assert servers_of(exported) == []
 
 
 @pytest.mark.fault
@@ -262,4 +262,4 @@ def test_an_export_that_vllm_cannot_load_is_not_registered_and_vllms_reason_is_t
         ModelError, match=rf"{POLICY}/model failed in vLLM(.|\n)*NoSuchModel(.|\n)*it is not registered"
     ):
         try_model(POLICY, exported, 300.0)
-    assert trial_servers() == []
+    assert servers_of(exported) == []
