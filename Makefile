@@ -3,6 +3,7 @@ PYTHON  ?= python3.11
 PROFILE ?= smol
 WORKDIR ?= runs
 SEED    ?= 0
+SEEDS   ?= 0 1 2
 SET     ?=
 VENV    := .venv
 BIN     := $(VENV)/bin
@@ -17,7 +18,7 @@ TARGET  ?= data judge annotations settings manifest checkpoint pages
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test store-soak promotion-races long-haul outage chart-test lint vllm vllm-test results audit fuzz bench bench-start bench-store bench-rollout \
-	bench-trainers bench-card bench-growth independent-judge bench-bandit compiled images images-push images-pin images-test clean
+	bench-trainers bench-card bench-growth bench-fixed-nu evidence independent-judge bench-bandit compiled images images-push images-pin images-test clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -101,9 +102,18 @@ $(FUZZ_VENV)/.installed: $(VENV)/.installed
 		> $$($(FUZZ_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/packages.pth
 	@touch $@
 
-results: install ## run three seeds (25 to 90 minutes each, by the machine) and write the README's results table
-	for seed in 0 1 2; do $(MAKE) run PROFILE=smol SEED=$$seed WORKDIR=runs/seed-$$seed || exit 1; done
-	$(BIN)/python -m tests.benchmarks.results runs/seed-0 runs/seed-1 runs/seed-2
+results: install ## whole runs of SEEDS="0 1 2" into runs/seed-N where none is (25 to 90 minutes each); the README's table, and a picture
+	for seed in $(SEEDS); do test -e runs/seed-$$seed/summary.json || \
+		$(MAKE) run PROFILE=smol SEED=$$seed WORKDIR=runs/seed-$$seed || exit 1; done
+	$(BIN)/python -m tests.benchmarks.results $(SEEDS:%=runs/seed-%)
+
+bench-fixed-nu: install ## (an hour or two) fixed cost weights against the multiplier, from round 1 of RUN=runs/seed-0 (NU="0.5 2")
+	$(BIN)/python -m tests.benchmarks.fixed_nu_policies $(or $(RUN),runs/seed-0) -o tests/benchmarks/fixed_nu.svg $(if $(NU),--nu $(NU))
+
+evidence: ## (half a day) all figures on the method: five seeds, fixed cost weights; with LABELS=FILE also the independent judge
+	$(MAKE) results SEEDS="0 1 2 3 4"
+	$(MAKE) bench-fixed-nu bench-bandit
+	$(if $(LABELS),$(MAKE) independent-judge RUNS="$(foreach seed,0 1 2 3 4,runs/seed-$(seed))")
 
 bench-start: install ## (minutes) what starting costs: the command, each stage's imports, a tiny run outside of its stages
 	$(BIN)/python -m tests.benchmarks.start_up
@@ -155,8 +165,8 @@ images-push: ## push them and print their digests, as options of `saferlhf compi
 images-pin: ## write the registry's present digests of the base images into images/bases.env
 	images/build.sh pin
 
-images-test: install ## build images here and run the pipeline in containers (as root, with podman; minutes)
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -s tests/containers --at-least containers=20
+images-test: install ## build images here and run the pipeline in containers (as root, with podman; minutes; ROLLOUT=1: all three, 25 GB)
+	SAFERLHF_TEST_ROLLOUT=$(ROLLOUT) OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -s tests/containers --at-least containers=20
 
 clean: ## remove the environments and caches (work folders are kept)
 	rm -rf $(VENV) $(VLLM_VENV) $(AUDIT_VENV) $(FUZZ_VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info

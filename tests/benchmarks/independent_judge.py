@@ -35,6 +35,7 @@ from components.foundation.run_context import finished_uri, open_run
 from components.foundation.setting_sections import LoraSettings, PreferenceModelSettings
 from components.foundation.statistics import share
 from pipelines.local.services import services_in_environment
+from tests.benchmarks.results import read_summary, run_uri_of
 
 JUDGE = "judge"
 MAX_PROMPT, MAX_ANSWER = 64, 48
@@ -115,11 +116,10 @@ def balanced_accuracy(called_unsafe: Tensor, unsafe: Tensor) -> float:
 
 def red_team_answers(folder: Path) -> dict[str, list[HeldOutAnswer]]:
     """Of a finished run, by policy."""
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    run_uri = summary["rounds"][0]["policy_uri"].rpartition("/round-")[0]
+    summary = read_summary(folder)
     answers = {}
     with services_in_environment(folder):
-        context = open_run(run_uri)
+        context = open_run(run_uri_of(summary))
         for number in range(len(summary["rounds"]) + 1):
             records = read_records(
                 HeldOutAnswer, context.store.fetch(finished_uri(context, "evaluate", number)) / "answers.jsonl"

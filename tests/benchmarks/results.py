@@ -1,4 +1,4 @@
-"""Writes the results table of the README from the summaries of finished runs: `make results`.
+"""Writes the results table of the README from the summaries of finished runs, and draws the first one: `make results`.
 
 python -m tests.benchmarks.results runs/seed-0 runs/seed-1 runs/seed-2
 """
@@ -12,8 +12,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from components.report.charts import Line, Mark, interval_chart, step_chart
+from components.report.svg import percent, text
+from tests.benchmarks.pictures import placed, standalone
+
 README = Path(__file__).parents[2] / "README.md"
+PICTURE = Path(__file__).with_name("three_rounds.svg")
 BEGIN, END = "<!-- results: begin (make results) -->", "<!-- results: end -->"
+
+_WIDTH, _HEIGHT, _GAP, _HEADING = 440.0, 236.0, 20.0, 34.0
+"""Of a chart, and the room around it."""
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """What a finished run wrote into its work folder."""
+    return dict(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+
+
+def run_uri_of(summary: dict[str, Any]) -> str:
+    """Where the run lies in its store."""
+    policy_uri: str = summary["rounds"][0]["policy_uri"]
+    return policy_uri.rpartition("/round-")[0]
 
 
 def table(summaries: list[dict[str, Any]]) -> str:
@@ -56,12 +75,40 @@ def section(summaries: list[dict[str, Any]]) -> str:
     )
 
 
+def picture(summary: dict[str, Any]) -> str:
+    """An SVG file of one run: lambda, cost and reward over all steps, unsafe rates by policy."""
+    traces = [entry["ppo"] for entry in summary["rounds"]]
+    evaluations = [("SFT", summary["sft"]["eval"])]
+    evaluations += [(f"round {entry['round']}", entry["eval"]) for entry in summary["rounds"]]
+    rates = [
+        Mark(name, e["unsafe_rate"], *e["unsafe_rate_ci"], "sft" if name == "SFT" else "policy")
+        for name, e in evaluations
+    ]
+    cost = Line("cost", "policy", [trace["cost"] for trace in traces])
+    charts = {
+        "Lagrange multiplier lambda": step_chart(
+            "lambda", [Line("lambda", "limiting", [trace["lambda"] for trace in traces])]
+        ),
+        "mean cost of a step's answers, and its limit": step_chart("cost", [cost], [t["threshold"] for t in traces]),
+        "mean reward": step_chart("reward", [Line("reward", "policy", [trace["reward"] for trace in traces])]),
+        "unsafe answers to held-out attacks": interval_chart("unsafe rate", rates, percent),
+    }
+    parts = []
+    for index, (heading, chart) in enumerate(charts.items()):
+        x = _GAP + (index % 2) * (_WIDTH + _GAP)
+        y = _HEADING + (index // 2) * (_HEIGHT + _HEADING)
+        parts += [text(heading, x + 16, y - 8, css="name"), placed(chart, x, y, _WIDTH, _HEIGHT)]
+    name = f"Three rounds of Safe RLHF, seed {summary['seed']}"
+    return standalone(name, 2 * _WIDTH + 3 * _GAP, 2 * (_HEIGHT + _HEADING) + _GAP, parts)
+
+
 def main(folders: list[str]) -> None:
-    summaries = [json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8")) for folder in folders]
+    summaries = [read_summary(Path(folder)) for folder in folders]
     text = README.read_text(encoding="utf-8")
     head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
     README.write_text(f"{head}{BEGIN}\n{section(summaries)}{END}{tail}", encoding="utf-8")
+    PICTURE.write_text(picture(summaries[0]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,10 @@ BUILD = ROOT / "images" / "build.sh"
 SUBNET, HOST_ADDRESS = "10.89.77.0/24", "10.89.77.1"
 BASE = "localhost/saferlhf-test/base:bookworm"
 SECRET = "password-of-a-package-index"
+WITH_ROLLOUT = os.environ.get("SAFERLHF_TEST_ROLLOUT") == "1"
+"""Build the rollout image, too: it takes 25 GB of disk."""
+NAMES = ("service", "trainer", "rollout") if WITH_ROLLOUT else ("service", "trainer")
+needs_rollout = pytest.mark.skipif(not WITH_ROLLOUT, reason="make images-test ROLLOUT=1 builds the rollout image")
 _MIRROR = "http://deb.debian.org/debian"
 _PACKAGES = "python3,python3-venv,ca-certificates"  # Debian 12 has Python 3.11
 
@@ -31,9 +35,23 @@ _PACKAGES = "python3,python3-venv,ca-certificates"  # Debian 12 has Python 3.11
 class Images:
     """The images under test, and the commit that they were built from."""
 
-    service: str
-    trainer: str
     revision: str
+
+    @property
+    def service(self) -> str:
+        return image_name("service")
+
+    @property
+    def trainer(self) -> str:
+        return image_name("trainer")
+
+    @property
+    def rollout(self) -> str:
+        return image_name("rollout")
+
+
+def image_name(name: str) -> str:
+    return f"localhost/saferlhf/{name}:test"
 
 
 @dataclass(frozen=True)
@@ -73,7 +91,7 @@ def base_image(podman: Podman, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def images(podman: Podman, base_image: str, tmp_path_factory: pytest.TempPathFactory) -> Images:
-    """The service and the trainer image, by `make images`' own script; layers that are there already are used."""
+    """By `make images`' own script; layers that are there already are used."""
     pip_conf, volumes = pip_settings(tmp_path_factory.mktemp("pip"))
     pip_conf.write_text(f"{pip_conf.read_text()}# {SECRET}\n")
     revision = subprocess.run(
@@ -86,17 +104,18 @@ def images(podman: Podman, base_image: str, tmp_path_factory: pytest.TempPathFac
         "REVISION": revision,
         "SERVICE_BASE": base_image,
         "TRAINER_BASE": base_image,
+        "ROLLOUT_BASE": base_image,
         "PIP_CONF": str(pip_conf),
         "BUILD_OPTIONS": " ".join(["--network=host", *volumes]),
     }
-    for name in ("service", "trainer"):
+    for name in NAMES:
         started = time.monotonic()
         done = subprocess.run(
-            [str(BUILD), "build", name], capture_output=True, text=True, env=environment, check=False, timeout=1800
+            [str(BUILD), "build", name], capture_output=True, text=True, env=environment, check=False, timeout=3600
         )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         print(f"{done.stdout.splitlines()[-1]}, {time.monotonic() - started:.0f} s")
-    return Images("localhost/saferlhf/service:test", "localhost/saferlhf/trainer:test", revision)
+    return Images(revision)
 
 
 @pytest.fixture(scope="session")

@@ -10,13 +10,17 @@ from typing import Any
 
 import pytest
 
-from tests.containers.conftest import SECRET, Images
+from tests.containers.conftest import NAMES, SECRET, Images, needs_rollout
 from tests.containers.podman import Podman
 
 pytestmark = pytest.mark.containers
 
-NAMES = ("service", "trainer")
 TIGHT = ("run", "--rm", "--network=none", "--read-only", "--tmpfs=/tmp", "--cap-drop=all")
+TRAINING = (
+    *("components.sft.sft", "components.reward_model.reward_model", "components.cost_model.cost_model"),
+    *("components.collect.collect", "components.ppo_lagrangian.ppo_lagrangian", "components.evaluate.evaluate"),
+    *("deepspeed", "pip", "gguf"),
+)
 COMPILERS = ("cc", "gcc", "g++", "c++", "clang", "make", "nvcc")
 
 
@@ -60,10 +64,12 @@ def test_labels_tell_source_version_and_licence(podman: Podman, images: Images, 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_compiler_and_no_cache_is_left(podman: Podman, images: Images, name: str) -> None:
+    """But for the C compiler that Triton calls in the rollout image."""
     script = (
         f"for tool in {' '.join(COMPILERS)}; do command -v $tool || true; done; ls -A /root /build /installer || true"
     )
-    assert in_container(podman, getattr(images, name), script).replace("/root:", "").split() == []
+    left = in_container(podman, getattr(images, name), script).replace("/root:", "").split()
+    assert left == (["/usr/bin/cc", "/usr/bin/gcc"] if name == "rollout" else [])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -112,14 +118,22 @@ def test_the_service_image_runs_the_servers_of_the_chart(podman: Podman, images:
     assert lines[-2:] == ["Usage: mlflow server [OPTIONS]", "binary"]
 
 
-def test_the_trainer_image_has_what_its_stages_import(podman: Podman, images: Images) -> None:
-    modules = [
-        *("components.sft.sft", "components.reward_model.reward_model", "components.cost_model.cost_model"),
-        *("components.collect.collect", "components.ppo_lagrangian.ppo_lagrangian", "components.evaluate.evaluate"),
-        *("deepspeed", "pip", "gguf"),
-    ]
-    program = f"import importlib; [importlib.import_module(name) for name in {modules}]; print('all')"
-    assert in_container(podman, images.trainer, f'python3 -c "{program}"').splitlines()[-1] == "all"
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "service"])
+def test_an_image_has_what_the_training_stages_import(podman: Podman, images: Images, name: str) -> None:
+    program = f"import importlib; [importlib.import_module(name) for name in {TRAINING}]; print('all')"
+    assert in_container(podman, getattr(images, name), f'python3 -c "{program}"').splitlines()[-1] == "all"
+
+
+@needs_rollout
+def test_the_rollout_image_has_vllm_and_a_compiler_that_works(podman: Podman, images: Images) -> None:
+    """Where SAFERLHF_VLLM_PYTHON says; without a GPU vLLM can be imported, and no more."""
+    lock = (Path(__file__).parents[2] / "images" / "rollout" / "requirements.lock").read_text(encoding="utf-8")
+    expected = re.search(r"^vllm==(\S+)", lock, re.MULTILINE)
+    assert expected
+    program = "import vllm, torch, triton; print(vllm.__version__, bool(torch.version.cuda))"
+    compiles = "echo 'int main(void) { return 0; }' > /tmp/a.c && cc /tmp/a.c -o /tmp/a.out && test -s /tmp/a.out"
+    said = in_container(podman, images.rollout, f'"$SAFERLHF_VLLM_PYTHON" -c "{program}" && {compiles}')
+    assert said.splitlines()[-1].split()[0] == expected.group(1)
 
 
 def test_the_command_line_works_in_the_service_image(podman: Podman, images: Images) -> None:

@@ -12,7 +12,7 @@ from components.foundation.results import PromotionResult, from_json
 from components.foundation.run_context import finished_uri, open_run
 from components.foundation.tracking import Tracker
 from pipelines.local.summary import stage_seconds
-from tests.containers.conftest import Images, Servers
+from tests.containers.conftest import Images, Servers, needs_rollout
 from tests.containers.pipeline_in_containers import StepContainers, StepFailedError, run_pipeline
 from tests.containers.podman import FinishedContainer, Podman
 
@@ -93,6 +93,24 @@ def test_the_gate_promoted_the_registered_policy(done: list[FinishedContainer], 
     tracker = Tracker(servers.endpoints.tracking_uri, context.settings.experiment)
     champion = tracker.version_of_alias(promotion.model, "champion")
     assert champion is not None and champion[0] == promotion.version
+
+
+@needs_rollout
+def test_the_rollout_image_can_stand_in_for_the_trainer_s(
+    podman: Podman, images: Images, servers: Servers, tmp_path: Path
+) -> None:
+    """In every step: a platform file may give it any of them."""
+    CheckpointStore(STORE).ensure_bucket()
+    variables = image_variables(images) | {"SAFERLHF_TRAINER_IMAGE": images.rollout}
+    run_id = "in-rollout"
+    done = run_pipeline(podman, variables, steps(servers, tmp_path / "root", run_id, OPEN_GATE))
+    used = [container.image for container in done]
+    assert used.count(images.rollout) == len(BEFORE[1]) + ROUNDS * len(ROUND[1])
+    context = open_run(f"{STORE}/runs/{run_id}")
+    for stage in (*ROUND[0], *ROUND[1]):
+        manifest = context.store.manifest(finished_uri(context, stage, ROUNDS))
+        assert manifest.git_sha == images.revision
+        assert context.store.fetch(manifest.uri).is_dir()
 
 
 def test_a_step_that_fails_in_its_container_fails_the_run(

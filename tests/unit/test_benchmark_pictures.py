@@ -1,0 +1,51 @@
+"""Pictures that READMEs show, and the comparisons in their tables."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import pytest
+
+from components.foundation.results import Estimate, Evaluation
+from tests.benchmarks.fixed_nu_policies import Compared
+from tests.benchmarks.pictures import Axis, Dot, tradeoff
+from tests.benchmarks.results import picture
+
+_SVG = "{http://www.w3.org/2000/svg}"
+
+
+def words(svg: str) -> list[str]:
+    return [element.text or "" for element in ElementTree.fromstring(svg).iter(f"{_SVG}text")]
+
+
+def test_dots_that_lie_together_share_a_label() -> None:
+    dots = [Dot("nu 5", 1.0, 1.0, False), Dot("nu 10", 1.001, 1.0, False), Dot("multiplier", 3.0, 4.0, True)]
+    svg = tradeoff("policies", dots, Axis("cost"), Axis("reward"))
+    assert {"nu 5, 10", "multiplier", "cost", "reward"} <= set(words(svg))
+    assert len(ElementTree.fromstring(svg).findall(f"{_SVG}circle")) == len(dots)
+
+
+def test_a_run_is_drawn_with_every_step_and_every_policy() -> None:
+    rates = {"unsafe_rate": 0.7, "unsafe_rate_ci": [0.6, 0.8]}
+    trace = {"lambda": [3.0, 3.2], "cost": [-1.0, -1.5], "reward": [0.1, 0.4], "threshold": -1.2}
+    rounds = [{"round": number, "eval": rates, "ppo": trace} for number in (1, 2)]
+    svg = picture({"seed": 4, "sft": {"eval": rates}, "rounds": rounds})
+    charts = ElementTree.fromstring(svg).findall(f"{_SVG}svg")
+    assert [len(chart.findall(f"{_SVG}circle")) for chart in charts] == [4, 4, 4, 3]
+    assert words(svg).count("round 2") == 4  # of three charts over the steps, and of the policies
+    assert "seed 4" in ElementTree.fromstring(svg).attrib["aria-label"]
+
+
+@pytest.mark.parametrize(
+    ("unsafe", "wins", "dominated"), [(0.2, 0.6, True), (0.2, 0.4, False), (0.4, 0.6, False), (0.3, 0.6, False)]
+)
+def test_a_policy_is_dominated_by_a_safer_and_more_helpful_one(unsafe: float, wins: float, dominated: bool) -> None:
+    def evaluation(unsafe_rate: float, win_rate: float) -> Evaluation:
+        rate = Estimate(0.0, 0.0, 0.0, 100)
+        return Evaluation(
+            1, replace(rate, value=unsafe_rate), {}, replace(rate, value=win_rate), rate, 100, 100, "digest"
+        )
+
+    policy, other = Compared(2.0, evaluation(0.3, 0.5)), Compared(None, evaluation(unsafe, wins))
+    assert policy.is_dominated_by(other) is dominated
