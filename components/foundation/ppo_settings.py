@@ -129,7 +129,7 @@ class PpoSettings(Section):
     )
     pid_proportional: float = Field(1.0, ge=0, description="Kp of PID control: weight of the violation J_C - d")
     pid_integral: float = Field(
-        0.1, gt=0, description="Ki of PID control: weight of the violations' sum, which is never below 0"
+        0.1, gt=0, description="Ki of PID control: weight of the violations' sum, which stays from 0 to lambda_max / Ki"
     )
     pid_derivative: float = Field(
         1.0, ge=0, description="Kd of PID control: weight of a rise of J_C since the step before"

@@ -91,12 +91,13 @@ def update_multiplier_pid(
     """One step of PID control (arXiv 2007.03964, algorithm 2), then clamp lambda.
 
     With D = J_C - d: `I = max(I + D, 0)`, `lambda = Kp D + Ki I + Kd max(J_C - J_C_previous, 0)`. The proportional term
-    answers a violation at once and the derivative term a rising cost; dual ascent is the integral term alone.
+    answers a violation at once and the derivative term a rising cost; dual ascent is the integral term alone. `Ki I` is
+    held below the ceiling as well: what lambda could not follow must not keep it there once the violation is over.
     """
     state = observe_costs(state, episode_costs, window)
     cost = state.cost_moving_average
     violation = cost - threshold
-    integral = max(state.integral + violation, 0.0)
+    integral = min(max(state.integral + violation, 0.0), ceiling / gains.integral)
     rise = 0.0 if state.previous_cost is None else max(cost - state.previous_cost, 0.0)
     multiplier = gains.proportional * violation + gains.integral * integral + gains.derivative * rise
     return replace(state, nu=math.log(min(max(multiplier, floor), ceiling)), integral=integral, previous_cost=cost)

@@ -196,6 +196,16 @@ def test_pid_by_hand() -> None:
     assert found == [(6.0, pytest.approx(7.0)), (9.0, pytest.approx(11.5)), (8.0, pytest.approx(2.0))]
 
 
+@pytest.mark.golden
+def test_pid_leaves_its_ceiling_with_the_violation_however_long_that_was() -> None:
+    """Kp 1, Ki 0.5, d 0, ceiling 4, so I is 8 at most: after a cost of -1 lambda is -1 + 0.5 * 7 = 2.5."""
+    gains = PidGains(1.0, 0.5, 0.0)
+    state = start_pid(1.0, gains)
+    for cost in [3.0] * 20 + [-1.0]:
+        state = update_multiplier_pid(state, [cost], threshold=0.0, gains=gains, floor=0.01, ceiling=4.0, window=1)
+    assert state.value == pytest.approx(2.5)
+
+
 @given(
     costs=st.lists(COST, min_size=1, max_size=20),
     threshold=COST,
@@ -213,7 +223,7 @@ def test_pid_equals_a_plain_loop_and_stays_within_its_bounds(
             state, [cost], threshold=threshold, gains=gains, floor=FLOOR, ceiling=CEILING, window=1
         )
         violation = cost - threshold
-        integral = max(integral + violation, 0.0)
+        integral = min(max(integral + violation, 0.0), CEILING / gains.integral)
         derivative = max(cost - previous, 0.0) if previous is not None else 0.0
         raw = gains.proportional * violation + gains.integral * integral + gains.derivative * derivative
         assert state.value == pytest.approx(min(max(raw, FLOOR), CEILING))
