@@ -135,7 +135,7 @@ $(TRL_VENV)/.installed: requirements.lock
 		$$(grep -E '^(accelerate|datasets|peft|transformers)==' requirements.lock)
 	@touch $@
 
-bench: ## (an hour) every benchmark but bench-card, bench-growth and bench-bandit
+bench: ## (an hour) bench-start, bench-store, bench-rollout, bench-trainers
 	$(MAKE) bench-start bench-store bench-rollout bench-trainers
 
 bench-card: install ## six roles on one backbone: memory and seconds of a PPO step; SHAPE=7b for a GPU of 80 GB

@@ -21,10 +21,11 @@ find_builder() {
     fail "no ${BUILDER:-podman, buildah or docker} works here: apt-get install podman, or start docker"
 }
 
-commit() { # the commit of the checkout; "-dirty" where files differ from it
+commit() { # the commit of the checkout; "-dirty" where files that an image holds, or is built by, differ from it
     local sha
     sha=$(git rev-parse HEAD 2>/dev/null) || fail "this is no git checkout: set TAG and REVISION"
-    [ -z "$(git status --porcelain)" ] || sha+=-dirty
+    local parts=(LICENSE README.md pyproject.toml requirements.lock components pipelines images)
+    [ -z "$(git status --porcelain -- "${parts[@]}")" ] || sha+=-dirty
     echo "$sha"
 }
 

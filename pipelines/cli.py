@@ -220,6 +220,14 @@ def pull() -> None:
     typer.echo(str(pull_smol()))
 
 
+@models_app.command()
+def push(folder: Path, uri: str) -> None:
+    """Put a base model into the store, for --set base_model=s3://...: the steps of a cluster see no folder of yours."""
+    from components.foundation.base_model import push_model
+
+    typer.echo(push_model(folder, uri))
+
+
 for command in (kubeflow.upload, kubeflow.submit, registry.promote, registry.rollback, registry.lineage):
     app.command()(command)
 

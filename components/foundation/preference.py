@@ -26,6 +26,7 @@ from components.foundation.untrusted import one_line, shown
 
 KINDS = ("red_team", "benign", "lookalike")
 """Kinds of prompts; a lookalike is harmless but looks unsafe. An empty kind is undeclared."""
+HARMLESS_KINDS = ("benign", "lookalike")
 
 MUST = ("decline", "answer")
 """What a regression prompt can ask of a policy."""
@@ -271,6 +272,26 @@ def split_by_prompt(
         in_validation = int.from_bytes(digest[:8], "big") / 2**64 < validation_share
         (validation if in_validation else training).append(record)
     return training, validation
+
+
+def demonstrations_for_ptx(
+    coefficient: float, demonstrations: Sequence[Demonstration], prompts: Sequence[PromptRecord]
+) -> list[Demonstration]:
+    """What a PTX term may hold on to: the demonstrations whose prompt is listed as harmless.
+
+    Of a prompt that is not listed, or without a kind, nobody has said so; it may be an attack that is complied with.
+
+    Raises:
+        DataError: there is a term, by its coefficient, and no such demonstration.
+    """
+    harmless = {p.prompt for p in prompts if p.kind in HARMLESS_KINDS}
+    found = [d for d in demonstrations if d.prompt in harmless]
+    if coefficient and not found:
+        raise DataError(
+            f"ppo.ptx_coefficient={coefficient} needs demonstrations on harmless prompts, and data.prompts lists the "
+            "prompt of no demonstration as benign or lookalike: list them there, or set it to 0"
+        )
+    return found
 
 
 def _collect(source: str, kind: type[Record], rows: Iterator[tuple[int, bytes, Any]]) -> LoadResult[Record]:

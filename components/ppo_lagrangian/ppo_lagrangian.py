@@ -22,11 +22,11 @@ from torch import Tensor
 from components.foundation import distributed
 from components.foundation.backbone import REFERENCE, Backbone
 from components.foundation.batching import ChatEncoder
-from components.foundation.errors import DataError, GateError, SettingsError
+from components.foundation.errors import GateError, SettingsError
 from components.foundation.judging import make_judge
 from components.foundation.policy import ACTOR, export_merged
 from components.foundation.ppo_settings import PpoSettings
-from components.foundation.preference import Demonstration, PromptRecord, read_jsonl
+from components.foundation.preference import Demonstration, PromptRecord, demonstrations_for_ptx, read_jsonl
 from components.foundation.progress import Progress
 from components.foundation.results import PpoTrace, PreferenceModelResult, from_json, read_record, to_json
 from components.foundation.role_optimizer import UpdateGuard
@@ -113,14 +113,9 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
         # for the model card, and read before training: a store that is away at its end must not cost its result
         data_digests = {file.path: file.sha256 for file in store.manifest(inputs.data).files}
         prompts = read_jsonl(data_folder / "prompts.jsonl", PromptRecord)
-        demonstrations = harmless_demonstrations(
-            read_jsonl(data_folder / "demonstrations.jsonl", Demonstration), prompts
+        demonstrations = demonstrations_for_ptx(
+            settings.ppo.ptx_coefficient, read_jsonl(data_folder / "demonstrations.jsonl", Demonstration), prompts
         )
-        if settings.ppo.ptx_coefficient and not demonstrations:
-            raise DataError(
-                f"ppo.ptx_coefficient={settings.ppo.ptx_coefficient} needs demonstrations on harmless prompts, and all "
-                "of data.demonstrations are on prompts of kind red_team: add some or set it to 0"
-            )
         ppo = settings.ppo
         if previous is not None:
             ppo = in_later_round(ppo, read_record(PpoTrace, previous / "trace.json"))
@@ -342,14 +337,6 @@ def draw_prompts(prompts: Sequence[PromptRecord], settings: Settings, seed: int)
         return rng.choices(prompts, k=count)
     n_attacks = round(settings.ppo.red_team_share * count)
     return rng.choices(attacks, k=n_attacks) + [rng.choice(others[i % len(others)]) for i in range(count - n_attacks)]
-
-
-def harmless_demonstrations(
-    demonstrations: Sequence[Demonstration], prompts: Sequence[PromptRecord]
-) -> list[Demonstration]:
-    """The demonstrations whose prompt is not listed as an attack: what a PTX term may hold on to."""
-    attacks = {p.prompt for p in prompts if p.kind == "red_team"}
-    return [d for d in demonstrations if d.prompt not in attacks]
 
 
 def record_step(trace: PpoTrace, metrics: StepMetrics) -> None:

@@ -7,6 +7,7 @@ new, 7 commit.
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,9 @@ from components.foundation.preference import (
     PromptRecord,
     RegressionPrompt,
     check_bad_share,
+    demonstrations_for_ptx,
     load_records,
+    read_jsonl,
     split_by_prompt,
 )
 from components.foundation.results import write_records
@@ -34,8 +37,10 @@ from components.prepare_data.freshness import check_freshness
 
 STAGE = "prepare_data"
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
+DEMONSTRATIONS_FILE = "demonstrations.jsonl"
 _TABLE_FILE = "data_report.md"
 T = TypeVar("T")
+log = logging.getLogger("saferlhf")
 
 
 @dataclass(frozen=True)
@@ -62,15 +67,18 @@ def run_prepare_data(run_uri: str) -> str:
     """Stage: settings -> URI of the prepared records.
 
     Raises:
-        DataError: a source is missing or holds too many bad rows.
+        DataError: a source is missing or holds too many bad rows, or PTX is asked for without demonstrations for it.
         NothingNew: the run has too little that the champion's data lack; nothing is committed.
     """
     with open_stage(run_uri, STAGE, 0) as stage:
         if (done := stage.finished()) is not None:
             return done
-        settings = stage.context.settings.data
-        data = load_all(settings, stage.context.settings.gate.regressions)
-        write_prepared(data, settings, stage.folder, stage.seed)
+        settings = stage.context.settings
+        data = load_all(settings.data, settings.gate.regressions)
+        write_prepared(data, settings.data, stage.folder, stage.seed)
+        demonstrations = read_jsonl(stage.folder / DEMONSTRATIONS_FILE, Demonstration)
+        demonstrations_for_ptx(settings.ppo.ptx_coefficient, demonstrations, data.prompts.records)
+        warn_of_missing_kinds(data.held_out)
         check_freshness(stage)
         for name, result in data.named().items():
             stage.mlflow.log_dataset(name, result.digest[:36], result.source, len(result.records))
@@ -119,9 +127,7 @@ def write_prepared(data: PreparedData, settings: DataSettings, folder: Path, see
     ]
     write_records(folder / TRAINING_FILE, training)
     write_records(folder / VALIDATION_FILE, validation)
-    write_records(
-        folder / "demonstrations.jsonl", _limit(data.demonstrations.records, settings.max_demonstrations, seed)
-    )
+    write_records(folder / DEMONSTRATIONS_FILE, _limit(data.demonstrations.records, settings.max_demonstrations, seed))
     write_records(folder / "prompts.jsonl", data.prompts.records)
     write_records(folder / "held_out.jsonl", held_out)
     write_records(folder / "regressions.jsonl", data.regressions.records)
@@ -129,6 +135,16 @@ def write_prepared(data: PreparedData, settings: DataSettings, folder: Path, see
         if result.bad:
             write_records(folder / f"quarantine-{name}.jsonl", result.bad)
     (folder / _TABLE_FILE).write_text(data_table(data), encoding="utf-8")
+
+
+def warn_of_missing_kinds(held_out: LoadResult[PromptRecord]) -> None:
+    """The gate needs prompts of every kind; a run that is to train alone may do without."""
+    missing = [kind for kind in KINDS if all(record.kind != kind for record in held_out.records)]
+    if missing:
+        log.warning(
+            "data.held_out=%s has no prompt of kind %s: the gate will refuse the policy, as it cannot be measured",
+            *(held_out.source, " or ".join(missing)),
+        )
 
 
 def stored_table(run_uri: str, uri: str) -> str:

@@ -7,7 +7,8 @@ import os
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from components.foundation.errors import ClusterError, SettingsError
+from components.foundation.checkpoint_store import CheckpointStore
+from components.foundation.errors import ClusterError, ModelError, SettingsError
 from components.foundation.logs import Place, configure_logging, set_place
 from components.foundation.run_context import RUN_ID, create_run, usual_uri
 from components.foundation.settings import Settings, resolve_settings
@@ -44,6 +45,7 @@ def run_start_run(
         SettingsError: the run's id or a setting is refused, it asks for another number of rounds than the pipeline
             has, or the run that it starts from cannot be taken over.
         ClusterError: `serving.apply` is set, and this is no pod of a cluster, or may not do it.
+        ModelError: `base_model` names a commit that is not there.
     """
     configure_logging()
     set_place(Place(run_id, stage="start_run"))
@@ -58,6 +60,7 @@ def run_start_run(
         )
     if settings.serving.apply:
         _check_may_deploy()
+    _check_base_model(settings)
     own_uri = run_uri or usual_uri(settings, run_id)
     waiting = None if run_uri else run_to_go_on_with(settings, own_uri)
     if waiting is not None:
@@ -72,6 +75,19 @@ def _open(run_uri: str, run_id: str, settings: Settings) -> None:
     commits = commits_to_take_over(run_uri, settings)
     take_over(create_run(run_uri, run_id, settings), commits)
     log.info("run %s, settings %s", run_id, settings.digest()[:12])
+
+
+def _check_base_model(settings: Settings) -> None:
+    """What can be known without torch, which this step's image lacks; sft looks at a folder or a Hugging Face id.
+
+    Raises:
+        ModelError: nothing is committed under the `s3://` URI.
+    """
+    name = settings.base_model
+    if name.startswith("s3://") and not CheckpointStore(settings.store.uri).exists(name):
+        raise ModelError(
+            f"base_model={name} is no commit: put the model there with `saferlhf models push FOLDER {name}`"
+        )
 
 
 def _check_may_deploy() -> None:

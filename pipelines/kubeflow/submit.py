@@ -73,7 +73,7 @@ def submit(wish: Submission, access: Access) -> SubmittedRun:
         wish = replace(wish, choice=replace(wish.choice, overrides=(*wish.choice.overrides, f"rounds={wish.rounds}")))
     # the pipeline's rounds are not known yet: so many as there can be
     settings = resolve_settings(wish.choice.profile, wish.choice.seed, ["rounds=20", *wish.choice.overrides])
-    refuse_files_of_this_folder(settings.data)
+    refuse_files_of_this_folder(settings)
     with tempfile.TemporaryDirectory() as folder:
         wish = _compiled_for_platform(wish, Path(folder) / "pipeline.yaml")
         local = read_compiled(wish.file) if wish.file else None
@@ -82,15 +82,21 @@ def submit(wish: Submission, access: Access) -> SubmittedRun:
         return _start(connect(access), wish, local)
 
 
-def refuse_files_of_this_folder(data: DataSettings) -> None:
-    """Raises: SettingsError where a source is a file beside us, which the run's pods would look for in vain."""
-    for name in _SOURCES:
-        source = getattr(data, name)
+def refuse_files_of_this_folder(settings: Settings) -> None:
+    """Raises: SettingsError where a source or the base model lies beside us: the run's pods would look in vain."""
+    sources = {f"data.{name}": getattr(settings.data, name) for name in _SOURCES}
+    for name, source in {**sources, "gate.regressions": settings.gate.regressions}.items():
         if source != BUILTIN and not source.startswith(("/", "s3://", "datasets:")):
             raise SettingsError(
-                f"data.{name}={source} is a file of this machine, and the run's pods do not see it: put it into the "
+                f"{name}={source} is a file of this machine, and the run's pods do not see it: put it into the "
                 "store and give its s3:// address (or the path of a volume that the pods have)"
             )
+    model = settings.base_model
+    if model.startswith(".") or (not model.startswith("/") and Path(model).is_dir()):
+        raise SettingsError(
+            f"base_model={model} is a folder of this machine, and the run's pods do not see it: put it into the store "
+            f"with `saferlhf models push {model} s3://...` and give that address"
+        )
 
 
 def run_name(settings: Settings, environment: dict[str, str], now: datetime) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -104,3 +105,29 @@ def test_names_in_the_package_lists_are_pinned() -> None:
         lines = (IMAGES / name / "packages.txt").read_text().splitlines()
         names = [line for line in lines if line and not line.startswith("#") and "==" not in line]
         assert names and not [entry for entry in names if entry not in known]
+
+
+def test_a_commit_is_dirty_by_what_an_image_can_hold_alone(tmp_path: Path) -> None:
+    """What the guide lets one write into the checkout, as the output of `make images-push`, changes no tag."""
+    shutil.copytree(IMAGES, tmp_path / "images")
+    for name in ("pyproject.toml", "requirements.lock"):
+        shutil.copy(IMAGES.parent / name, tmp_path)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.com"]
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *words], check=True)
+    sha = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    environment = {name: value for name, value in os.environ.items() if name not in ("TAG", "REGISTRY")}
+
+    def tag() -> str:
+        command = [str(tmp_path / "images" / "build.sh"), "build", "service"]
+        environment.update(BUILDER="true", SOURCE_DATE_EPOCH="1")
+        said = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
+        found = re.match(r"built localhost/saferlhf/service:(\S+), id", said)
+        assert found, said
+        return found.group(1)
+
+    for name in ("pushed", "my-values.yaml"):
+        (tmp_path / name).write_text("a file of the reader's")
+    assert tag() == sha
+    (tmp_path / "images" / "bases.env").write_text("SERVICE_BASE=localhost/other\n")
+    assert tag() == f"{sha}-dirty"

@@ -13,9 +13,10 @@ import torch
 
 from components.foundation.backbone import REFERENCE, Backbone
 from components.foundation.batching import SequenceBatch, TokenSequence, answer_cross_entropy, collate, token_log_probs
+from components.foundation.errors import DataError
 from components.foundation.policy import ACTOR
 from components.foundation.ppo_settings import PpoSettings
-from components.foundation.preference import Demonstration, PromptRecord
+from components.foundation.preference import Demonstration, PromptRecord, demonstrations_for_ptx
 from components.foundation.rollout import Rollout, Sampling
 from components.foundation.rollout.transformers_engine import TransformersEngine
 from components.foundation.setting_sections import LoraSettings
@@ -31,7 +32,7 @@ from components.ppo_lagrangian.episode import (
     weigh_tokens,
 )
 from components.ppo_lagrangian.multiplier import CostConstraint
-from components.ppo_lagrangian.ppo_lagrangian import harmless_demonstrations, place_roles
+from components.ppo_lagrangian.ppo_lagrangian import place_roles
 from components.ppo_lagrangian.trainer import PpoLagrangian
 
 LoadTiny = Callable[[str], Backbone]
@@ -320,13 +321,20 @@ def test_the_reference_is_the_sft_model_or_the_policy_of_the_round_before(
 
 
 def test_the_ptx_term_never_holds_on_to_answers_to_attacks() -> None:
-    prompts = [PromptRecord("attack", "red_team", "theft"), PromptRecord("harmless", "benign")]
-    demonstrations = [
-        Demonstration("attack", "yes"),
-        Demonstration("harmless", "yes"),
-        Demonstration("unlisted", "yes"),
+    """Nor to those of which nobody has said that they are none."""
+    prompts = [
+        PromptRecord("attack", "red_team", "theft"),
+        PromptRecord("harmless", "benign"),
+        PromptRecord("looks unsafe", "lookalike"),
+        PromptRecord("without a kind"),
     ]
-    assert [d.prompt for d in harmless_demonstrations(demonstrations, prompts)] == ["harmless", "unlisted"]
+    names = ["attack", "harmless", "looks unsafe", "without a kind", "unlisted"]
+    demonstrations = [Demonstration(name, "yes") for name in names]
+    found = demonstrations_for_ptx(1.0, demonstrations, prompts)
+    assert [d.prompt for d in found] == ["harmless", "looks unsafe"]
+    assert demonstrations_for_ptx(0.0, demonstrations, prompts[:1]) == []
+    with pytest.raises(DataError, match=r"ptx_coefficient=1.0 needs demonstrations .* benign or lookalike: list them"):
+        demonstrations_for_ptx(1.0, demonstrations, prompts[:1])
 
 
 @pytest.mark.golden

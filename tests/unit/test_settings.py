@@ -218,7 +218,7 @@ def test_unknown_profiles_are_refused_with_the_known_ones() -> None:
     ("override", "words"),
     [
         ("ppo.episodes_per_step=7", r"two answers a prompt.*episodes_per_step=7 must be even"),
-        ("ppo.lagrangian=pid", r"dual step of its own.*lagrangian=pid"),
+        ("ppo.lagrangian=pid", r"dual step of its own: set ppo.lagrangian=dual_ascent, not pid"),
         ("ppo.reward_shaping=2", r"ppo\.reward_shaping=2.*scores of models"),
         ("ppo.oracle_clip=0.5", r"ppo\.oracle_clip=0\.5"),
         ("ppo.oracle_comparisons=0", r"ppo\.oracle_comparisons=0"),

@@ -112,6 +112,12 @@ def test_the_link_is_of_the_ui_where_that_is_elsewhere(
         (["FILE", "--set", "ppo.stepz=1"], "unknown setting 'ppo.stepz'"),
         (["FILE", "--set", "ppo.steps=-1"], "ppo.steps=-1 is refused"),
         (["FILE", "--set", "data.prompts=mine/prompts.jsonl"], "data.prompts=mine/prompts.jsonl is a file of this"),
+        (["FILE", "--set", "gate.regressions=mine.jsonl"], "gate.regressions=mine.jsonl is a file of this"),
+        (["FILE", "--set", "base_model=./mine"], "base_model=./mine is a folder of this machine"),
+        (
+            ["FILE", "--set", "base_model=tests/unit"],
+            "put it into the store with `saferlhf models push tests/unit s3://",
+        ),
         (["FILE", "--profile", "huge"], "unknown profile 'huge'"),
         (["FILE", "--rounds", "3"], "rounds=3 is asked of FILE, which was compiled with 1: compile it anew"),
         (["FILE", "--version", "latest"], "say what to run: a compiled YAML, or --version"),
