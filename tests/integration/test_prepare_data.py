@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -74,12 +73,11 @@ def test_a_pushed_model_can_be_a_runs_base_and_one_that_is_not_there_cannot(star
 
 @pytest.mark.parametrize("kinds", [("red_team", "benign", "lookalike"), ("red_team", "benign"), ("benign",)])
 def test_held_out_prompts_that_the_gate_will_miss_are_named(
-    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture, kinds: tuple[str, ...]
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str], kinds: tuple[str, ...]
 ) -> None:
     held_out = written(tmp_path / "own.jsonl", *({"prompt": f"a {kind} prompt", "kind": kind} for kind in kinds))
-    with caplog.at_level(logging.WARNING, logger="saferlhf"):
-        run_prepare_data(start(f"data.held_out={held_out}"))
-    warnings = [record.getMessage() for record in caplog.records if "has no prompt of kind" in record.getMessage()]
+    run_prepare_data(start(f"data.held_out={held_out}"))
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "has no prompt of kind" in line]
     missing = [kind for kind in ("red_team", "benign", "lookalike") if kind not in kinds]
     assert len(warnings) == bool(missing)
     assert all(f"no prompt of kind {' or '.join(missing)}: " in warning for warning in warnings)

@@ -57,7 +57,7 @@ def test_described_settings_fit_a_terminal_and_say_all() -> None:
 def test_choices_stand_below_the_description() -> None:
     described = DESCRIBED["ppo.lagrangian"]
     assert printed("ppo.lagrangian", "--describe") == [
-        "ppo.lagrangian=dual_ascent",
+        "ppo.lagrangian=pid",
         f"    {described.text}",
         "    one of: dual_ascent, pid",
     ]

@@ -34,7 +34,7 @@ CHOICES = {
     "ppo.engine": "vllm",
     "ppo.importance_cap": "3.0",
     "ppo.vllm_weights": "full",
-    "ppo.lagrangian": "pid",
+    "ppo.lagrangian": "dual_ascent",
     "ppo.advantage_source": "preference_oracle",
     "ppo.macro_action": "ngram",
     "ppo.reference": "previous",
@@ -243,8 +243,9 @@ def test_every_setting_enters_the_digest() -> None:
     digests = {"": before.digest()}
     for key, value in leaves(before.model_dump()).items():
         if key != "profile" and not key.startswith("distributed."):  # changes who computes, not what
-            # to start from a run takes both settings of it
+            # to start from a run takes both settings of it, and comparisons refuse PID control
             pair = ["start.from_run=earlier", "start.from_round=2"] if key.startswith("start.") else []
+            pair += ["ppo.lagrangian=dual_ascent"] if key == "ppo.advantage_source" else []
             digests[key] = resolve_settings("smol", overrides=[*pair, f"{key}={another(key, value)}"]).digest()
     digests["profile"] = resolve_settings("tiny").digest()
     assert (
@@ -264,7 +265,10 @@ def test_a_run_may_go_on_with_another_number_of_ranks() -> None:
         ("distributed.processes=0", "distributed.processes=0 is refused"),
         ("distributed.zero_stage=4", "distributed.zero_stage=4 is refused"),
         ("distributed.processes=25", "25 processes cannot share ppo.episodes_per_step=24"),
-        ("ppo.advantage_source=preference_oracle distributed.processes=2", "which are not split over ranks"),
+        (
+            "ppo.lagrangian=dual_ascent ppo.advantage_source=preference_oracle distributed.processes=2",
+            "which are not split over ranks",
+        ),
         ("ppo.engine=vllm distributed.processes=2", "ppo.engine=vllm serves one process"),
         ("ppo.engine=vllm finetune=full", "set ppo.vllm_weights=full"),
         ("finetune=qlora", "finetune='qlora' is refused"),
