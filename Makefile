@@ -102,7 +102,7 @@ $(FUZZ_VENV)/.installed: $(VENV)/.installed
 		> $$($(FUZZ_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/packages.pth
 	@touch $@
 
-results: install ## whole runs of SEEDS="0 1 2" into runs/seed-N where none is (25 to 90 minutes each); the README's table, and a picture
+results: install ## whole runs of SEEDS="0 1 2" into runs/seed-N where none is (half an hour or more each); the README's table, and a picture
 	for seed in $(SEEDS); do test -e runs/seed-$$seed/summary.json || \
 		$(MAKE) run PROFILE=smol SEED=$$seed WORKDIR=runs/seed-$$seed || exit 1; done
 	$(BIN)/python -m tests.benchmarks.results $(SEEDS:%=runs/seed-%)
