@@ -14,7 +14,7 @@ from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import SettingsError, StoreError, TrackingError
 from components.foundation.lineage import lineage_text
 from components.foundation.results import Evaluation, read_record
-from components.foundation.run_context import RunContext, open_earlier_run
+from components.foundation.run_context import RunContext, open_earlier_run, store_root
 from components.foundation.settings import Settings
 from components.foundation.tracking import Tracker
 from components.promote.promotion import copy_aliases, run_of_version, stored_regressions
@@ -189,4 +189,4 @@ def run_of(tracker: Tracker, version: str) -> RunContext:
 
 def store_of(source: str) -> CheckpointStore:
     """The store that a registered source lies in."""
-    return CheckpointStore(source.partition("/runs/")[0])
+    return CheckpointStore(store_root(source))

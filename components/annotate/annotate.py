@@ -53,7 +53,8 @@ def run_annotate(run_uri: str, round_number: int, answers_uri: str, preferences_
         for name, records in ((TRAINING_FILE, training), (VALIDATION_FILE, validation)):
             history = read_jsonl(earlier / name, DualPreference) if settings.data.history == "accumulate" else []
             write_records(stage.folder / name, history + records)
-        write_records(stage.folder / NEWEST_FILE, fresh)
+        if fresh:  # a policy that answers every prompt the same way each time makes no pairs
+            write_records(stage.folder / NEWEST_FILE, fresh)
         unsafe = sum((not r.is_response_0_safe) + (not r.is_response_1_safe) for r in fresh)
         stage.mlflow.log_metrics(
             {

@@ -1,6 +1,6 @@
 """Collects answers of the current policy for annotation (paper section 4.2: each round gathers fresh answers).
 
-Run: 1 choose prompts (those that broke the previous policy first), 2 sample several answers each, 3 commit.
+Run: 1 choose prompts (those that broke the previous round's policy first), 2 sample several answers each, 3 commit.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from components.foundation.batching import ChatEncoder
 from components.foundation.policy import load_policy
-from components.foundation.preference import TRAINING_FILE, CollectedAnswer, DualPreference, PromptRecord, read_jsonl
+from components.foundation.preference import NEWEST_FILE, CollectedAnswer, DualPreference, PromptRecord, read_jsonl
 from components.foundation.results import write_records
 from components.foundation.rollout import Sampling
 from components.foundation.rollout.transformers_engine import TransformersEngine
@@ -28,8 +28,9 @@ def run_collect(
             return done
         settings, store = stage.context.settings, stage.context.store
         prompts = read_jsonl(store.fetch(data_uri) / "prompts.jsonl", PromptRecord)
-        seen = read_jsonl(store.fetch(preferences_uri) / TRAINING_FILE, DualPreference)
-        chosen = choose_prompts(prompts, seen, settings.collect.prompts_per_round, stage.seed, round_number > 1)
+        newest = store.fetch(preferences_uri) / NEWEST_FILE  # of the previous round; shipped answers are no policy's
+        judged = read_jsonl(newest, DualPreference) if newest.exists() else []
+        chosen = choose_prompts(prompts, judged, settings.collect.prompts_per_round, stage.seed)
         backbone, role = load_policy(store, sft_uri, policy_uri, settings.dtype, stage.seed)
         encoder = ChatEncoder(backbone.tokenizer, settings.ppo.max_prompt_tokens, settings.ppo.max_new_tokens)
         asked = [record for record in chosen for _ in range(settings.collect.answers_per_prompt)]
@@ -46,13 +47,11 @@ def run_collect(
 
 
 def choose_prompts(
-    prompts: Sequence[PromptRecord], seen: Sequence[DualPreference], count: int, seed: int, attack: bool
+    prompts: Sequence[PromptRecord], judged: Sequence[DualPreference], count: int, seed: int
 ) -> list[PromptRecord]:
-    """`count` prompts drawn by the seed; with `attack`, half are taken first from those that got an unsafe answer."""
+    """`count` prompts drawn by the seed, up to half of them first from those with an unsafe answer in `judged`."""
     shuffled = random.Random(seed).sample(list(prompts), len(prompts))
-    if not attack:
-        return shuffled[:count]
-    broke = {r.prompt for r in seen if not (r.is_response_0_safe and r.is_response_1_safe)}
+    broke = {r.prompt for r in judged if not (r.is_response_0_safe and r.is_response_1_safe)}
     first = [r for r in shuffled if r.prompt in broke][: count // 2]
     taken = {r.prompt for r in first}
     return (first + [r for r in shuffled if r.prompt not in taken])[:count]

@@ -6,13 +6,14 @@ Answers end with EOS. Padding is told from content by masks alone, so the paddin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from components.foundation import distributed
 from components.foundation.errors import ModelError
 from components.foundation.untrusted import one_line
 
@@ -55,15 +56,20 @@ class SequenceBatch:
         return self.input_ids[:, -self.answer_length :]
 
     def rows(self, index: Tensor) -> SequenceBatch:
-        """The batch of some rows, without the columns at its left that are padding in all of them.
+        """The batch of some rows, without the columns at its sides that are padding in all of them.
 
-        Answers keep their T columns: what was computed of each of their tokens lies beside them.
+        Its T is that of their longest answer: what was computed of the whole batch's answers is cut to it.
         """
         filled = self.attention_mask[index, : -self.answer_length].any(dim=0).nonzero()
         first = int(filled[0]) if len(filled) else 0
-        trunk = None if self.trunk is None else self.trunk[index, first:]
+        answer_length = max(1, int(self.answer_mask[index].sum(dim=-1).max()))
+        columns = slice(first, self.input_ids.shape[1] - self.answer_length + answer_length)
+        trunk = None if self.trunk is None else self.trunk[index, columns]
         return SequenceBatch(
-            self.input_ids[index, first:], self.attention_mask[index, first:], self.answer_mask[index], trunk
+            self.input_ids[index, columns],
+            self.attention_mask[index, columns],
+            self.answer_mask[index, :answer_length],
+            trunk,
         )
 
 
@@ -147,6 +153,24 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]
     """Row numbers in batches of rows of like length, so that little of a batch is padding."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def measure_in_parts(batch: SequenceBatch, rows_in_part: int, measure: Callable[[SequenceBatch], Tensor]) -> Tensor:
+    """What `measure` gives for the batch, [B, T, ...], measured over a few rows of like length at a time.
+
+    Little of such a part is padding, and what a forward pass holds of it is bounded. `measure` gives a part's answers
+    along its second dimension, as many as its T or some more in front; beyond a part's longest answer there are zeros.
+    All ranks call `measure` equally often, as partitioned weights are gathered by all of them or by none.
+    """
+    parts = batches_by_length(batch.attention_mask.sum(dim=-1).tolist(), rows_in_part)
+    measured = []
+    for rows in parts + parts[:1] * (distributed.maximum(len(parts)) - len(parts)):
+        part = batch.rows(torch.tensor(rows, device=batch.input_ids.device))
+        values = measure(part)
+        after = [0, 0] * (values.dim() - 2) + [0, batch.answer_length - part.answer_length]
+        measured.append(nn.functional.pad(values, after))
+    order = torch.tensor([row for rows in parts for row in rows], device=batch.input_ids.device)
+    return torch.cat(measured[: len(parts)])[order.argsort()]
 
 
 def last_answer_token(per_token: Tensor, answer_mask: Tensor) -> Tensor:

@@ -51,15 +51,18 @@ class Progress:
         self._stage, self._total, self._unit = stage, total, unit
         self._started = time.monotonic()
         self._printed = float("-inf")
+        self._before: int | None = None
 
     def update(self, done: int) -> None:
         if not distributed.world().is_main:
             return
         now = time.monotonic()
+        if self._before is None:  # a stage that goes on does not count what an earlier attempt did
+            self._before = max(done - 1, 0) if done < self._total else 0
         if done < self._total and now - self._printed < _SECONDS_BETWEEN_LINES:
             return
         self._printed = now
-        rate = done / max(now - self._started, 1e-6)
+        rate = (done - self._before) / max(now - self._started, 1e-6)
         left = (self._total - done) / rate if rate > 0 else 0.0
         line = f"progress {self._stage} {done}/{self._total} {self._unit} {rate:.2f}/s {left:.0f} s left"
         if logs.is_json():

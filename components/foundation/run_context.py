@@ -140,6 +140,11 @@ def usual_uri(settings: Settings, run_id: str) -> str:
     return f"{settings.store.uri.rstrip('/')}/runs/{run_id}"
 
 
+def store_root(uri: str) -> str:
+    """Where the store begins that a run, or a commit of one, lies in; empty where it is neither's URI."""
+    return uri.rpartition("/runs/")[0]
+
+
 def create_run(run_uri: str, run_id: str, settings: Settings) -> RunContext:
     """First step: check both servers, start the MLflow parent run, write run.json (once).
 
@@ -179,7 +184,7 @@ def open_earlier_run(run_uri: str) -> RunContext:
 
 
 def _open(run_uri: str, read: Callable[[str], Settings]) -> RunContext:
-    store = CheckpointStore(run_uri.partition("/runs/")[0])
+    store = CheckpointStore(store_root(run_uri))
     description, settings = read_run(store, run_uri, read)
     return RunContext(description.run_id, run_uri, description.mlflow_run_id, settings, store, _tracker(settings))
 

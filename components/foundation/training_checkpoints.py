@@ -23,7 +23,13 @@ from torch import Tensor
 
 from components.foundation import distributed
 from components.foundation.backbone import Backbone
-from components.foundation.errors import DivergenceError, IntegrityError, StoreUnavailableError, TrainingError
+from components.foundation.errors import (
+    DivergenceError,
+    IntegrityError,
+    StoreError,
+    StoreUnavailableError,
+    TrainingError,
+)
 from components.foundation.exit_codes import PREEMPTED_EXIT_CODE
 from components.foundation.results import read_record, to_json
 from components.foundation.role_optimizer import TrainedRole
@@ -84,9 +90,14 @@ class TrainingCheckpoints:
     ) -> None:
         signal.signal(signal.SIGTERM, self._outer_handler)
         if isinstance(error, DivergenceError):
+            raise DivergenceError(f"{error}; {self._what_is_kept()}") from error
+
+    def _what_is_kept(self) -> str:
+        try:
             latest = self._stage.context.store.latest(self._uri)
-            kept = f"the last checkpoint is kept: {latest}" if latest else "no checkpoint had been saved yet"
-            raise DivergenceError(f"{error}; {kept}") from error
+        except StoreError as error:  # must not hide why training ended
+            return f"the last checkpoint could not be looked up: {error}"
+        return f"the last checkpoint is kept: {latest}" if latest else "no checkpoint had been saved yet"
 
     def restore(self, trained: Mapping[str, TrainedRole]) -> TrainingState:
         """Bring back the newest checkpoint, if there is one; `trained` are the stage's trained roles, by name.

@@ -15,7 +15,7 @@ import re
 
 from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import ConflictError, IntegrityError, MissingError
-from components.foundation.run_context import RUN_ID, RunContext, open_run, usual_uri
+from components.foundation.run_context import RUN_ID, RunContext, open_run, store_root, usual_uri
 from components.foundation.settings import Settings
 from components.foundation.untrusted import shown
 
@@ -91,7 +91,7 @@ def gone_on_with(run_uri: str) -> str:
     Raises:
         IntegrityError: what is stored is no name of ours.
     """
-    store = CheckpointStore(run_uri.rpartition("/runs/")[0] or run_uri)
+    store = CheckpointStore(store_root(run_uri) or run_uri)
     if _has_run(store, run_uri):
         return run_uri
     other = _read(store, _note_uri(run_uri), _RUN)

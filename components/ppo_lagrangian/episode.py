@@ -7,13 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from components.foundation import distributed
 from components.foundation.backbone import REFERENCE, Backbone
-from components.foundation.batching import SequenceBatch, TokenSequence, collate, last_answer_token, token_log_probs
+from components.foundation.batching import (
+    SequenceBatch,
+    TokenSequence,
+    collate,
+    last_answer_token,
+    measure_in_parts,
+    token_log_probs,
+)
 from components.foundation.policy import ACTOR
 from components.foundation.ppo_settings import PpoSettings
 from components.foundation.rollout import Rollout
@@ -33,8 +41,8 @@ from components.ppo_lagrangian.objective import (
 REWARD, COST = "reward", "cost"
 REWARD_CRITIC, COST_CRITIC = "reward_critic", "cost_critic"
 
-# No gradient is kept for log-probabilities that only measure: a few rows at a time bound the [B, T, V] logits.
-_ROWS_PER_FORWARD = 16
+_ROWS_PER_FORWARD = 8
+"""Of passes that only measure: few enough to be of like length, and to bound the [B, T, V] logits."""
 
 
 @dataclass(frozen=True)
@@ -147,14 +155,20 @@ def collated(backbone: Backbone, sequences: Sequence[TokenSequence]) -> Sequence
 
 def appraise(backbone: Backbone, model: str, critic: str, batch: SequenceBatch) -> Appraisal:
     """Score a batch by a model; value it by the model's critic, or keep what a critic that is a head will read."""
+
+    def last_hidden(part: SequenceBatch) -> Tensor:
+        """[b, T + 1, D] of the answer tokens, and of the token before them."""
+        hidden = backbone.hidden_states(part.input_ids, part.attention_mask, part.trunk)
+        return hidden[:, -part.answer_length - 1 :]
+
     with backbone.role(model):
-        hidden = backbone.hidden_states(batch.input_ids, batch.attention_mask, batch.trunk)
-        answer_scores = backbone.head_outputs(model, hidden[:, -batch.answer_length :])
+        hidden = measure_in_parts(batch, _ROWS_PER_FORWARD, last_hidden)
+        answer_scores = backbone.head_outputs(model, hidden[:, 1:])
     score = last_answer_token(answer_scores, batch.answer_mask)
     if not backbone.has_adapter(critic):
-        return Appraisal(score, torch.zeros_like(answer_scores), _before_answer_tokens(hidden, batch))
+        return Appraisal(score, torch.zeros_like(answer_scores), hidden[:, :-1])
     with backbone.role(critic):
-        values = token_values(backbone, critic, batch)
+        values = measure_in_parts(batch, _ROWS_PER_FORWARD, partial(token_values, backbone, critic))
     return Appraisal(score, values * batch.answer_mask, None)
 
 
@@ -209,23 +223,15 @@ def compute_advantages(episode: Episode, signals: Signals, settings: PpoSettings
 def token_values(backbone: Backbone, critic: str, batch: SequenceBatch) -> Tensor:
     """[B, T] value before each answer token, by a critic with an adapter. Call within `backbone.role(critic)`."""
     hidden = backbone.hidden_states(batch.input_ids, batch.attention_mask, batch.trunk)
-    return backbone.head_outputs(critic, _before_answer_tokens(hidden, batch))
-
-
-def _before_answer_tokens(per_token: Tensor, batch: SequenceBatch) -> Tensor:
-    """[B, L, ...] -> [B, T, ...] entries at the token before each answer token."""
-    return per_token[:, -batch.answer_length - 1 : -1]
+    return backbone.head_outputs(critic, hidden[:, -batch.answer_length - 1 : -1])
 
 
 def measure_log_probs(backbone: Backbone, role: str, batch: SequenceBatch, temperature: float) -> Tensor:
-    def measure(rows: Tensor) -> Tensor:
-        part = batch.rows(rows)
+    """[B, T] log-probability of each answer token by a role, without gradients."""
+
+    def measure(part: SequenceBatch) -> Tensor:
         logits = backbone.answer_logits(part.input_ids, part.attention_mask, part.answer_length, part.trunk)
         return token_log_probs(logits, part.answers, temperature)
 
     with backbone.role(role):
-        chunks = list(torch.arange(len(batch.input_ids), device=backbone.device).split(_ROWS_PER_FORWARD))
-        measured = [measure(rows) for rows in chunks]
-        for _ in range(distributed.maximum(len(chunks)) - len(chunks)):
-            measure(chunks[0])  # partitioned weights are gathered by all ranks or by none
-        return torch.cat(measured) * batch.answer_mask
+        return measure_in_parts(batch, _ROWS_PER_FORWARD, measure) * batch.answer_mask

@@ -36,6 +36,8 @@ class CardEvidence:
 def _objective(settings: Settings) -> str:
     if settings.ppo.advantage_source == "preference_oracle":
         return "it is as helpful as an annotator's comparisons say, subject to a limit on the share of unsafe answers."
+    if (nu := settings.ppo.reward_shaping) is not None:
+        return f"it maximises a reward model for helpfulness minus {nu:g} times a cost model for harm, without a limit."
     return "it maximises a reward model for helpfulness subject to a limit on a cost model for harm."
 
 
@@ -58,10 +60,8 @@ tags: [safe-rlhf, ppo-lagrangian]
 | base model | {markdown_code(settings.base_model)} |
 | rounds so far | {round_number} of {settings.rounds} |
 | steps in this round | {steps} batches of {settings.ppo.episodes_per_step} answers |
-| cost threshold d | {trace.threshold:.3f} |
-| mean cost, first and last step | {trace.cost[0]:.3f}, {trace.cost[-1]:.3f} |
-| lambda at the end | {trace.multiplier[-1]:.3f} |
-| KL to the fine-tuned model at the end | {trace.kl[-1]:.3f} nats a token |
+{_constraint(settings, trace)}| mean cost, first and last step | {trace.cost[0]:.3f}, {trace.cost[-1]:.3f} |
+| KL to {_reference(settings, round_number)} at the end | {trace.kl[-1]:.3f} nats a token |
 | sampling temperature in training | {settings.ppo.temperature} |
 | longest prompt and answer in training | {settings.ppo.max_prompt_tokens} and {settings.ppo.max_new_tokens} tokens |
 | seed, settings digest | {settings.seed}, {settings.digest()[:12]} |
@@ -101,6 +101,17 @@ are tags of the registered version that names this folder, and the evaluation is
 
 {_license(settings)}
 """
+
+
+def _constraint(settings: Settings, trace: PpoTrace) -> str:
+    if settings.ppo.reward_shaping is not None:
+        return ""
+    return f"| cost threshold d | {trace.threshold:.3f} |\n| lambda at the end | {trace.multiplier[-1]:.3f} |\n"
+
+
+def _reference(settings: Settings, round_number: int) -> str:
+    previous = settings.ppo.reference == "previous" and round_number > 1
+    return f"the policy of round {round_number - 1}" if previous else "the fine-tuned model"
 
 
 def _head(settings: Settings) -> str:

@@ -118,7 +118,7 @@ def choose_threshold(requested: float | None, mean_safe: float, mean_unsafe: flo
     """The cost threshold d: the requested one, or `mean_safe + target * (mean_unsafe - mean_safe)`.
 
     Args:
-        mean_safe, mean_unsafe: mean held-out cost scores of safe and of unsafe answers.
+        mean_safe, mean_unsafe: mean cost scores of safe and of unsafe answers, by `ppo.threshold_answers`.
         target: share of unsafe answers at which a policy of average answers meets d exactly.
 
     Raises:
@@ -134,7 +134,7 @@ def choose_threshold(requested: float | None, mean_safe: float, mean_unsafe: flo
     if not mean_safe < threshold < mean_unsafe:
         kind = "inert: every policy meets it" if threshold >= mean_unsafe else "impossible: no policy meets it"
         raise ConstraintError(
-            f"cost threshold {threshold:.3f} is {kind}; held-out answers score {mean_safe:.3f} (safe) to "
+            f"cost threshold {threshold:.3f} is {kind}; the answers that calibrate it score {mean_safe:.3f} (safe) to "
             f"{mean_unsafe:.3f} (unsafe) on average: set ppo.threshold between them, or leave it empty"
         )
     return threshold

@@ -129,7 +129,7 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
         )
         progress = Progress(STAGE, settings.ppo.steps, "steps")
         constraint_gauges = ConstraintGauges(constraint.threshold, settings.ppo)
-        log.info("cost threshold %.3f, lambda starts at %.2f", constraint.threshold, ppo.lambda_init)
+        log.info("cost threshold %.3f, lambda starts at %.2f", constraint.threshold, trainer.multiplier.value)
 
         def train_step(step: int) -> StepMetrics:
             batch = draw_batch(prompts, settings, stage.seed + step)
@@ -163,7 +163,7 @@ def in_later_round(ppo: PpoSettings, previous: PpoTrace) -> PpoSettings:
     """
     changed = {"actor_learning_rate": ppo.later_actor_learning_rate or ppo.actor_learning_rate}
     if ppo.lambda_start == "previous":
-        changed["lambda_init"] = max(previous.multiplier[-1], ppo.lambda_min)
+        changed["lambda_init"] = min(max(previous.multiplier[-1], ppo.lambda_min), ppo.lambda_max)
     return ppo.model_copy(update=changed)
 
 

@@ -255,16 +255,17 @@ class PpoLagrangian:
     ) -> dict[str, float]:
         rows, optimizer = minibatch.rows, self.optimizers[ACTOR]
         batch = episode.batch.rows(rows)
+        tokens = slice(batch.answer_length)
         ptx = 0.0
         with self._backbone.role(ACTOR, train=True):
             loss, clipped = actor_loss(
                 token_log_probs(self._answer_logits(batch), batch.answers, self._settings.temperature),
-                episode.log_probs[rows],
-                advantages[rows],
+                episode.log_probs[rows, tokens],
+                advantages[rows, tokens],
                 batch.answer_mask,
                 clip_ratio=self._settings.clip_ratio,
                 total_tokens=minibatch.tokens,
-                weights=None if episode.weights is None else episode.weights[rows],
+                weights=None if episode.weights is None else episode.weights[rows, tokens],
             )
             loss = minibatch.counts * loss
             optimizer.backward(loss)
@@ -298,7 +299,10 @@ class PpoLagrangian:
         batch = all_rows.rows(rows)
         with self._backbone.role(critic, train=True):
             values = token_values(self._backbone, critic, batch)
-            loss = self._critic_loss(values, appraisal.values[rows], returns[rows], batch, minibatch.tokens)
+            tokens = slice(batch.answer_length)
+            loss = self._critic_loss(
+                values, appraisal.values[rows, tokens], returns[rows, tokens], batch, minibatch.tokens
+            )
             loss = minibatch.counts * loss
             optimizer.backward(loss)
         self._step_optimizer(critic, loss.item(), step)

@@ -9,8 +9,9 @@ from types import MappingProxyType
 
 from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import ClusterError, ModelError, SettingsError
+from components.foundation.judging import make_judge
 from components.foundation.logs import Place, configure_logging, set_place
-from components.foundation.run_context import RUN_ID, create_run, usual_uri
+from components.foundation.run_context import RUN_ID, create_run, store_root, usual_uri
 from components.foundation.settings import Settings, resolve_settings
 from components.foundation.untrusted import parse_json, shown
 from components.foundation.waiting_runs import note_going_on, run_to_go_on_with
@@ -34,7 +35,8 @@ def run_start_run(
     people's labels, if there is one: then that one's URI is returned, and no new run is made.
 
     Args:
-        run_uri: empty: `runs/<run_id>` under the setting `store.uri`, whose default is then $SAFERLHF_STORE_URI.
+        run_uri: `s3://BUCKET/PREFIX/runs/NAME`; it says where the store is. Empty: `runs/<run_id>` under the setting
+            `store.uri`, whose default is then $SAFERLHF_STORE_URI.
         run_id: names the run in the store and in MLflow.
         overrides: JSON list of `key=value` strings.
         rounds: how many the pipeline was built with.
@@ -42,8 +44,8 @@ def run_start_run(
             nothing, and one that is filled in counts more than `overrides`.
 
     Raises:
-        SettingsError: the run's id or a setting is refused, it asks for another number of rounds than the pipeline
-            has, or the run that it starts from cannot be taken over.
+        SettingsError: the run's id, its URI, the judge's address or a setting is refused, it asks for another number of
+            rounds than the pipeline has, or the run that it starts from cannot be taken over.
         ClusterError: `serving.apply` is set, and this is no pod of a cluster, or may not do it.
         ModelError: `base_model` names a commit that is not there.
     """
@@ -54,10 +56,15 @@ def run_start_run(
     settings = resolve_settings(
         profile, seed, [*_store(run_uri), f"rounds={rounds}", *_read_overrides(overrides), *fields]
     )
+    if run_uri and settings.store.uri.rstrip("/") != store_root(run_uri):
+        raise SettingsError(
+            f"run_uri={run_uri} does not lie in store.uri={settings.store.uri}: leave one of the two out"
+        )
     if settings.rounds != rounds:
         raise SettingsError(
             f"rounds={settings.rounds} is asked of a pipeline that was compiled with {rounds}: compile it anew"
         )
+    make_judge(settings.annotate)  # what it refuses, a password in its address too, is not stored then
     if settings.serving.apply:
         _check_may_deploy()
     _check_base_model(settings)
@@ -115,8 +122,11 @@ def check_run_id(run_id: str) -> None:
 
 
 def _store(run_uri: str) -> list[str]:
-    uri = os.environ.get("SAFERLHF_STORE_URI", "")
-    return [f"store.uri={uri}"] if uri and not run_uri else []
+    """The setting that says where the store is, unless the user's own settings do."""
+    if run_uri and not store_root(run_uri):
+        raise SettingsError(f"run_uri={shown(run_uri)} is refused: write s3://BUCKET/PREFIX/runs/NAME, or nothing")
+    uri = store_root(run_uri) or os.environ.get("SAFERLHF_STORE_URI", "")
+    return [f"store.uri={uri}"] if uri else []
 
 
 def _read_overrides(text: str) -> list[str]:

@@ -10,15 +10,16 @@ import logging
 
 from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import SettingsError
-from components.foundation.run_context import ROUND_STAGES, RunContext, open_earlier_run
+from components.foundation.run_context import ROUND_STAGES, RunContext, open_earlier_run, store_root
 from components.foundation.settings import Settings
 
 _FIRST_STAGES = ("prepare_data", "sft", "evaluate")
 _MUST_AGREE = (
     *("seed", "base_model", "dtype", "finetune", "data.", "lora.", "sft.", "evaluate.", "ppo.max_prompt_tokens"),
-    *("annotate.annotator", "annotate.judge_model"),
+    *("annotate.annotator", "annotate.judge_model", "gate.regressions"),
 )
-"""What made the data, the SFT model and its evaluation, by which every round is measured."""
+"""What made the data (the regression suite is part of it), the SFT model and its evaluation, by which every round is
+measured."""
 _MAY_DIFFER = ("data.min_new_",)
 
 log = logging.getLogger("saferlhf")
@@ -34,7 +35,7 @@ def commits_to_take_over(run_uri: str, settings: Settings) -> dict[tuple[str, in
     start = settings.start
     if not start.from_run:
         return {}
-    store_uri = run_uri.partition("/runs/")[0]
+    store_uri = store_root(run_uri)
     earlier_uri = f"{store_uri}/runs/{start.from_run}"
     if earlier_uri == run_uri:
         raise SettingsError(f"start.from_run={start.from_run} is the run itself: give the new run another id")

@@ -18,7 +18,7 @@ from components.foundation.results import (
     from_json,
     read_record,
 )
-from components.foundation.run_context import ROUND_STAGES, RunContext, finished_uri, open_run
+from components.foundation.run_context import ROUND_STAGES, RunContext, finished_uri, open_run, store_root
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def closing_words(work_dir: Path) -> str:
         "unsafe rate": f"{before['unsafe_rate']:.1%} (SFT) -> {after['unsafe_rate']:.1%}, "
         f"benign win rate {after['win_rate']:.1%}, over-refusal {after['over_refusal_rate']:.1%}",
         "policy": f"{policy_uri}/model",
-        "on this disk": str(CheckpointStore(policy_uri.partition("/runs/")[0]).fetch(policy_uri) / "model"),
+        "on this disk": str(CheckpointStore(store_root(policy_uri)).fetch(policy_uri) / "model"),
         "lambda trace": f"{work_dir / 'summary.json'} (rounds[].ppo.lambda, {len(multipliers)} steps: "
         f"{multipliers[0]:.2f} ... {max(multipliers):.2f} ... {multipliers[-1]:.2f})",
         "report": summary["report"],

@@ -55,3 +55,25 @@ def test_the_models_of_a_round_learn_from_all_preferences_so_far_or_from_its_own
     before = records(data, TRAINING_FILE, VALIDATION_FILE) if history == "accumulate" else []
     now = records(annotated, TRAINING_FILE, VALIDATION_FILE)
     assert sorted(map(repr, now)) == sorted(map(repr, [*before, *fresh]))
+
+
+def test_a_policy_with_one_answer_to_each_prompt_leaves_no_newest_pairs(
+    services: Endpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is nothing to compare then; what was known before is what the models learn from."""
+    monkeypatch.setenv("SAFERLHF_CACHE", str(tmp_path / "cache"))
+    run_id = uuid.uuid4().hex
+    root = f"s3://saferlhf-test/{run_id}"
+    run = run_start_run(f"{root}/runs/{run_id}", run_id, "tiny", 0, json.dumps([f"store.uri={root}"]), 1)
+    data, store = run_prepare_data(run), open_run(run).store
+    folder = tmp_path / "collected"
+    folder.mkdir()
+    write_records(
+        folder / "answers.jsonl",
+        [CollectedAnswer(f"How to rob house {i}?", "Take the door.", "red_team", "theft") for i in range(4)] * 2,
+    )
+    answers = f"{run}/round-1/collect/step-8"
+    store.commit(answers, folder)
+    annotated = store.fetch(run_annotate(run, 1, answers, data))
+    assert not (annotated / NEWEST_FILE).exists()
+    assert (annotated / TRAINING_FILE).read_bytes() == (store.fetch(data) / TRAINING_FILE).read_bytes()

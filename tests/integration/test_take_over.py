@@ -82,6 +82,10 @@ def test_a_run_of_another_version_is_taken_over_from(root: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
+        (
+            ["start.from_run=earlier", "start.from_round=1", "gate.regressions=s3://b/mine.jsonl"],
+            "cannot be taken over from, for it was made with other settings: gate.regressions",
+        ),
         (["start.from_run=nobody", "start.from_round=1"], "start.from_run=nobody is refused: there is no run s3://"),
         (["start.from_run=new", "start.from_round=1"], "is the run itself"),
         (["start.from_run=earlier", "start.from_round=4"], "from_round=4 is past the last round: the run has rounds=3"),

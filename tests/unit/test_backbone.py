@@ -495,18 +495,20 @@ def test_row_28_a_model_whose_chat_template_is_lost_is_not_exported(load_tiny: L
 
 
 @every_architecture
+@pytest.mark.parametrize("longer", [1, 15], ids=["plain attention", "fused attention"])
 def test_a_bfloat16_backbone_keeps_its_adapters_in_float32_and_agrees_with_the_float32_one(
-    tiny_folder: MakeTiny, architecture: str
+    tiny_folder: MakeTiny, architecture: str, longer: int
 ) -> None:
     """Mixed precision: same scores and same gradients but for rounding, and full-precision weights for Adam."""
     exact, mixed = (
         with_roles(Backbone.load(tiny_folder(architecture), dtype, seed=0), "reward")
         for dtype in ("float32", "bfloat16")
     )
+    sequences = [TokenSequence(s.prompt * longer, s.answer) for s in SEQUENCES]
     gradients = []
     scores = []
     for backbone in (exact, mixed):
-        batch = batch_of(backbone, SEQUENCES)
+        batch = batch_of(backbone, sequences)
         with backbone.role("reward", train=True):
             score = backbone.scores("reward", batch.input_ids, batch.attention_mask)[:, -1]
             score.square().sum().backward()
@@ -515,3 +517,14 @@ def test_a_bfloat16_backbone_keeps_its_adapters_in_float32_and_agrees_with_the_f
         gradients.append(torch.cat([p.grad.flatten() for p in backbone.trainable_parameters("reward")]))  # type: ignore[union-attr]
     torch.testing.assert_close(scores[0], scores[1], atol=0.05, rtol=0.05)
     assert torch.cosine_similarity(gradients[0], gradients[1], dim=0) > 0.98
+
+
+def test_a_bfloat16_pass_is_the_same_bits_whatever_came_before(tiny_folder: MakeTiny) -> None:
+    """What computes attention is chosen by a pass's length; a run that was resumed has another history."""
+    backbone = with_roles(Backbone.load(tiny_folder("llama"), "bfloat16", seed=0), "reward")
+    short, long = (
+        batch_of(backbone, [TokenSequence(s.prompt * times, s.answer) for s in SEQUENCES]) for times in (1, 15)
+    )
+    first = scores_of(backbone, "reward", short), scores_of(backbone, "reward", long)
+    assert torch.equal(scores_of(backbone, "reward", long), first[1])
+    assert torch.equal(scores_of(backbone, "reward", short), first[0])

@@ -15,11 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from components.foundation.batching import (
     ChatEncoder,
+    SequenceBatch,
     TokenSequence,
     answer_cross_entropy,
     batches_by_length,
     collate,
     last_answer_token,
+    measure_in_parts,
     token_log_probs,
 )
 from components.foundation.errors import ModelError
@@ -162,18 +164,48 @@ def test_an_empty_prompt_is_allowed() -> None:
     assert batch.answers.tolist() == [[1, 2]]
 
 
-def test_rows_leave_out_columns_of_padding_before_all_of_their_prompts() -> None:
+def test_rows_leave_out_columns_of_padding_on_either_side_of_all_of_them() -> None:
     batch = collate([TokenSequence((1,), (2,)), TokenSequence((3, 4, 9), (5, 6)), TokenSequence((7, 9), (8,))], 0, CPU)
     picked = batch.rows(torch.tensor([2, 0]))
-    assert picked.input_ids.tolist() == [[7, 9, 8, 0], [0, 1, 2, 0]]
-    assert picked.attention_mask.tolist() == [[1, 1, 1, 0], [0, 1, 1, 0]]
-    assert picked.answer_mask.tolist() == [[True, False], [True, False]]
+    assert picked.input_ids.tolist() == [[7, 9, 8], [0, 1, 2]]
+    assert picked.attention_mask.tolist() == [[1, 1, 1], [0, 1, 1]]
+    assert picked.answer_mask.tolist() == [[True], [True]]
     assert batch.rows(torch.tensor([1])).input_ids.tolist() == [[3, 4, 9, 5, 6]]
 
 
 def test_rows_without_any_prompt_keep_the_column_before_their_answers() -> None:
     batch = collate([TokenSequence((), (2,)), TokenSequence((3,), (5,))], 0, CPU)
     assert batch.rows(torch.tensor([0])).input_ids.tolist() == [[0, 2]]
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=9),
+    rows_in_part=st.integers(1, 10),
+)
+@settings(deadline=None, max_examples=60)
+def test_what_is_measured_in_parts_is_what_the_whole_batch_gives(
+    lengths: list[tuple[int, int]], rows_in_part: int
+) -> None:
+    """Running sums of ids over a row: each needs all that stands before it."""
+    ids = iter(range(1, 100))
+    sequences = [
+        TokenSequence(tuple(next(ids) for _ in range(p)), tuple(next(ids) for _ in range(a))) for p, a in lengths
+    ]
+    sizes: list[int] = []
+
+    def measure(part: SequenceBatch) -> torch.Tensor:
+        sizes.append(len(part.input_ids))
+        sums = (part.input_ids * part.attention_mask).cumsum(dim=-1)
+        return torch.stack([sums, -sums], dim=-1)[:, -part.answer_length - 1 :]
+
+    batch = collate(sequences, 0, CPU)
+    measured = measure_in_parts(batch, rows_in_part, measure)
+    assert max(sizes) <= rows_in_part
+    assert sum(sizes) == len(sequences)
+    assert measured.shape == (len(sequences), batch.answer_length + 1, 2)
+    for row, sequence in enumerate(sequences):
+        of_row = [sum(sequence.prompt + sequence.answer[:count]) for count in range(len(sequence.answer) + 1)]
+        assert measured[row, : len(of_row)].tolist() == [[value, -value] for value in of_row]
 
 
 @given(lengths=st.lists(st.integers(1, 7), min_size=1, max_size=5), extra=st.integers(0, 3))

@@ -105,3 +105,23 @@ def test_a_licence_that_cannot_be_known_is_not_claimed(overrides: list[str], kno
     assert head(page)["license"] == known
     for sentence in sentences:
         assert sentence in section(page, "Licence")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said", "not_said"),
+    [
+        ([], ["subject to a limit on a cost model", "cost threshold d", "KL to the fine-tuned model"], []),
+        (
+            ["ppo.reward_shaping=2"],
+            ["minus 2 times a cost model for harm, without a limit"],
+            ["subject to", "cost threshold", "lambda at the end"],
+        ),
+        (["ppo.reference=previous"], ["KL to the policy of round 1 at the end"], ["KL to the fine-tuned model"]),
+    ],
+)
+def test_a_card_claims_no_limit_and_no_reference_that_there_was_not(
+    overrides: list[str], said: list[str], not_said: list[str]
+) -> None:
+    page = card(*overrides)
+    assert all(text in page for text in said)
+    assert not any(text in page for text in not_said)

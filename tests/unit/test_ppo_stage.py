@@ -149,11 +149,13 @@ def test_row_09_a_result_of_an_older_run_still_reads_and_names_what_it_lacks() -
 
 
 @pytest.mark.parametrize(
-    ("start", "left_at", "begins_at"), [("previous", 3.5, 3.5), ("previous", 0.0, 0.05), ("init", 3.5, 2.0)]
+    ("start", "left_at", "begins_at"),
+    [("previous", 3.5, 3.5), ("previous", 0.0, 0.05), ("previous", 9.8, 5.0), ("init", 3.5, 2.0)],
 )
 def test_lambda_goes_on_where_the_round_before_left_it(start: str, left_at: float, begins_at: float) -> None:
-    """Not below its floor: after a preference-oracle round it may be 0, from which no logarithm comes back."""
-    ppo = smol(f"ppo.lambda_start={start}", "ppo.lambda_init=2", "ppo.lambda_min=0.05").ppo
+    """Not below its floor: after a preference-oracle round it may be 0, from which no logarithm comes back. Nor above
+    its ceiling, which a run that goes on from another one may have lowered."""
+    ppo = smol(f"ppo.lambda_start={start}", "ppo.lambda_init=2", "ppo.lambda_min=0.05", "ppo.lambda_max=5").ppo
     trace = PpoTrace(threshold=0.0, multiplier=[1.0, left_at])
     assert start_multiplier(in_later_round(ppo, trace)).value == pytest.approx(begins_at)
 

@@ -45,6 +45,15 @@ def test_what_is_printed_can_be_read(stage: str, total: int, unit: str) -> None:
     assert last.seconds_left == 0
 
 
+def test_a_stage_that_goes_on_does_not_count_what_an_earlier_attempt_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is at 190 of 200 when it starts, and does a step in ten seconds."""
+    now = iter((0.0, 10.0, 20.0))
+    monkeypatch.setattr("components.foundation.progress.time.monotonic", lambda: next(now))
+    first, second = printed("ppo", 200, "steps", [191, 192])
+    assert (first.rate, first.seconds_left) == (0.1, 90.0)
+    assert (second.rate, second.seconds_left) == (0.1, 80.0)
+
+
 def test_lines_are_few_and_the_last_one_is_among_them() -> None:
     """At most one a second: thousands of quick steps print next to nothing, but always the end."""
     done = [line.done for line in printed("ppo", 5000, "steps", range(1, 5001))]

@@ -33,18 +33,18 @@ def test_prompts_that_broke_the_policy_come_first() -> None:
         preference("prompt 8", True, True),
     ]
     for seed in range(5):
-        chosen = [p.prompt for p in choose_prompts(PROMPTS, seen, 6, seed, attack=True)]
+        chosen = [p.prompt for p in choose_prompts(PROMPTS, seen, 6, seed)]
         assert set(chosen[:2]) == {"prompt 3", "prompt 7"}
         assert len(set(chosen)) == 6
 
 
-@given(st.integers(0, 5), st.integers(1, 30), st.booleans())
+@given(st.integers(0, 5), st.integers(1, 30), st.integers(0, 15))
 @settings(deadline=None, max_examples=30)
-def test_prompts_are_drawn_without_repetition_by_the_seed(seed: int, count: int, attack: bool) -> None:
-    seen = [preference(f"prompt {i}", False, True) for i in range(15)]
-    chosen = choose_prompts(PROMPTS, seen, count, seed, attack)
+def test_prompts_are_drawn_without_repetition_by_the_seed(seed: int, count: int, broke: int) -> None:
+    seen = [preference(f"prompt {i}", False, True) for i in range(broke)]
+    chosen = choose_prompts(PROMPTS, seen, count, seed)
     assert len(chosen) == len(set(chosen)) == min(count, len(PROMPTS))
-    assert chosen == choose_prompts(PROMPTS, seen, count, seed, attack)
+    assert chosen == choose_prompts(PROMPTS, seen, count, seed)
 
 
 def test_every_pair_of_different_answers_to_a_prompt() -> None:

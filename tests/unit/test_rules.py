@@ -27,6 +27,7 @@ REFUSALS = [
     "Stealing is wrong, so I decline.",
     "Please don't steal a bike. A used one costs little.",
     "That is illegal, and its owner would be hurt.",
+    "That is illegal anyway, and its owner would be hurt.",
     "You should not take what is not yours.",
     "I CAN'T do that.",
     "I can’t do that for you.",

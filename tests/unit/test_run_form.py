@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from components.foundation.errors import SettingsError
+from components.foundation.run_context import store_root
 from components.prepare_data.component import start_run
 from components.prepare_data.start_run import run_start_run
 
@@ -47,3 +48,52 @@ def test_a_field_of_the_form_that_its_setting_refuses_is_named(field: str, text:
             pool_tolerations=[],
             **{field: text},
         )
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("run_uri", "overrides", "said"),
+    [
+        ("s3://saferlhf/pipeline/x", "[]", r"run_uri='s3://saferlhf/pipeline/x' is refused: write s3://"),
+        (
+            "s3://mine/runs/x",
+            '["store.uri=s3://other"]',
+            r"run_uri=s3://mine/runs/x does not lie in store\.uri=s3://oth",
+        ),
+    ],
+)
+def test_a_run_that_would_not_lie_in_its_store_is_refused(run_uri: str, overrides: str, said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        run_start_run(run_uri, "x", "tiny", 0, overrides, 1)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ('["annotate.annotator=judge"]', r"needs annotate\.judge_url and annotate\.judge_model"),
+        ('["annotate.annotator=judge", "annotate.judge_url=http://a/v1"]', r"needs annotate\.judge_url and"),
+        (
+            '["annotate.annotator=judge", "annotate.judge_model=m", "annotate.judge_url=http://me:hidden@a/v1"]',
+            r"annotate\.judge_url=http://a/v1 was given with a user or password",
+        ),
+    ],
+)
+def test_a_judge_that_cannot_be_asked_is_refused_before_anything_is_stored(overrides: str, said: str) -> None:
+    with pytest.raises(SettingsError, match=said) as error:
+        run_start_run("s3://saferlhf/pipeline/runs/x", "x", "tiny", 0, overrides, 1)
+    assert "hidden" not in str(error.value)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize(
+    ("uri", "root"),
+    [
+        ("s3://b/p/runs/r1", "s3://b/p"),
+        ("s3://runs/p/runs/r1/round-1/sft/step-3", "s3://runs/p"),
+        ("s3://acme/runs/team/runs/r1/round-0/sft/step-3", "s3://acme/runs/team"),
+        ("s3://acme/models/mine", ""),
+    ],
+)
+def test_the_store_of_a_run_ends_before_its_own_folder(uri: str, root: str) -> None:
+    assert store_root(uri) == root
