@@ -1,14 +1,17 @@
-"""Our schedules as KFP keeps them: recurring runs, each with what it was made from in its description.
+"""Our schedules as KFP keeps them: recurring runs, each with a digest of what it was made from in its description.
 
 KFP can make, pause, resume and delete a recurring run, and never change one. So a description stays true. That of one
-that is made to replace others also has their ids: what an apply that was killed meant to do is read from it.
+that is made to replace others also has their ids: what an apply that was killed meant to do is read from it. It is
+short, as a column of KFP's database holds 255 characters; what people are shown is read from the recurring run itself.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from kfp_server_api import ApiException
@@ -16,10 +19,12 @@ from kfp_server_api import ApiException
 from components.foundation.errors import ClusterError
 from pipelines.kubeflow.client import PIPELINE, KubeflowClient, pages
 from pipelines.kubeflow.schedule_file import Schedule
-from pipelines.kubeflow.versions import PipelineVersion
+from pipelines.kubeflow.versions import PipelineVersion, version_names
 
 _MARK = "saferlhf schedule: "
-_TAKES_OVER = "takes_over"
+_DIGEST_CHARACTERS = 16
+_MOST_TAKEN_OVER = 5
+"""Ids that are written down: with more, a description could be longer than its column."""
 _NO_SUCH = 404
 
 
@@ -28,45 +33,48 @@ class RecurringRun:
     """A recurring run that saferlhf made.
 
     Attributes:
-        record: what it was made from, as text.
+        digest: of what it was made from, `digest_of` a `record_of`.
+        record: what it is by KFP, for people: names of `record_of`.
         takes_over: ids of those that it was made to replace and to start runs for; none if they were paused.
     """
 
     id: str
     name: str
     enabled: bool
+    digest: str
     record: Mapping[str, str]
     takes_over: frozenset[str] = frozenset()
 
 
-def record_of(schedule: Schedule, version: PipelineVersion) -> dict[str, str]:
+def record_of(schedule: Schedule, version: PipelineVersion, parameters: Mapping[str, Any]) -> dict[str, str]:
     """What a recurring run is made from: two that are equal in this start the same runs at the same times."""
     return {
         "cron": schedule.cron,
-        "start": schedule.start.isoformat() if schedule.start else "",
-        "end": schedule.end.isoformat() if schedule.end else "",
-        "profile": schedule.profile,
-        "seed": str(schedule.seed),
-        "settings": json.dumps(schedule.settings) if schedule.settings else "",
+        "start": _in_utc(schedule.start),
+        "end": _in_utc(schedule.end),
+        **_chosen(parameters),
         "version": version.name,
         "experiment": schedule.experiment,
         "service_account": schedule.service_account,
     }
 
 
+def digest_of(record: Mapping[str, str]) -> str:
+    text = json.dumps(record, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:_DIGEST_CHARACTERS]
+
+
 def list_ours(client: KubeflowClient) -> tuple[list[RecurringRun], set[str]]:
     """(the recurring runs that saferlhf made, names of those that others made)."""
-    ours, others = [], set()
+    found, others = [], set()
     with client.explained("list the schedules"):
         for run in pages(client.list_recurring_runs, "recurring_runs", namespace=client.namespace):
-            record = _read(run.description or "")
-            if record is None:
-                others.add(str(run.display_name))
+            if (run.description or "").startswith(_MARK):
+                found.append(run)
             else:
-                takes_over = frozenset(record.pop(_TAKES_OVER, "").split())
-                on = run.mode == "ENABLE"
-                ours.append(RecurringRun(run.recurring_run_id, run.display_name, on, record, takes_over))
-    return ours, others
+                others.add(str(run.display_name))
+    names = _Names.of(client, found)
+    return [_read(run, names) for run in found], others
 
 
 def create(
@@ -81,14 +89,15 @@ def create(
 
     Each of its runs has KFP's id as its own; one at a time, and none for times that were missed.
     """
-    record = record_of(schedule, version)
-    described = {**record, _TAKES_OVER: " ".join(takes_over)} if takes_over else record
+    record = record_of(schedule, version, parameters)
+    digest = digest_of(record)
+    noted = takes_over[-_MOST_TAKEN_OVER:]  # they are deleted in order: one of the last is there for longest
     experiment = client.experiment_id(schedule.experiment)
     with client.explained(f"make the schedule {schedule.name}"):
         made = client.create_recurring_run(
             experiment,
             schedule.name,
-            description=_MARK + json.dumps(described),
+            description=_MARK + " ".join([digest, *noted]),
             start_time=record["start"] or None,
             end_time=record["end"] or None,
             cron_expression=schedule.cron,
@@ -100,7 +109,7 @@ def create(
             enabled=enabled,
             service_account=schedule.service_account or None,
         )
-    return RecurringRun(str(made.recurring_run_id), schedule.name, enabled, record, frozenset(takes_over))
+    return RecurringRun(str(made.recurring_run_id), schedule.name, enabled, digest, record, frozenset(noted))
 
 
 def delete(client: KubeflowClient, recurring_run_id: str) -> None:
@@ -142,11 +151,48 @@ def named(client: KubeflowClient, name: str) -> list[RecurringRun]:
     return found
 
 
-def _read(description: str) -> dict[str, str] | None:
-    if not description.startswith(_MARK):
-        return None
-    try:
-        record = json.loads(description.removeprefix(_MARK))
-    except ValueError:
-        return None
-    return {str(key): str(value) for key, value in record.items()} if isinstance(record, dict) else None
+@dataclass(frozen=True)
+class _Names:
+    """Of the versions and experiments that recurring runs have, by their ids."""
+
+    versions: Mapping[str, str]
+    experiments: Mapping[str, str]
+
+    @classmethod
+    def of(cls, client: KubeflowClient, runs: Sequence[Any]) -> _Names:
+        if not runs:
+            return cls({}, {})
+        with client.explained("find the experiments of the schedules"):
+            ids = sorted({str(run.experiment_id) for run in runs})
+            experiments = {id: str(client.get_experiment(experiment_id=id).display_name) for id in ids}
+        return cls(version_names(client), experiments)
+
+
+def _read(run: Any, names: _Names) -> RecurringRun:
+    digest, *takes_over = run.description.removeprefix(_MARK).split() or [""]
+    times = run.trigger.cron_schedule
+    version, experiment = str(run.pipeline_version_reference.pipeline_version_id), str(run.experiment_id)
+    record = {
+        "cron": str(times.cron),
+        "start": _in_utc(times.start_time),
+        "end": _in_utc(times.end_time),
+        **_chosen(run.runtime_config.parameters),
+        "version": names.versions.get(version, version),
+        "experiment": names.experiments.get(experiment, experiment),
+        "service_account": run.service_account or "",
+    }
+    on = run.mode == "ENABLE"
+    return RecurringRun(run.recurring_run_id, run.display_name, on, digest, record, frozenset(takes_over))
+
+
+def _chosen(parameters: Mapping[str, Any]) -> dict[str, str]:
+    settings = str(parameters["run_set"])
+    return {
+        "profile": str(parameters["run_profile"]),
+        "seed": str(int(parameters["run_seed"])),  # JSON has one kind of number
+        "settings": "" if settings == "[]" else settings,
+    }
+
+
+def _in_utc(time: datetime | None) -> str:
+    return time.astimezone(UTC).isoformat() if time else ""

@@ -19,6 +19,7 @@ from pipelines.kubeflow.recurring_runs import (
     RecurringRun,
     create,
     delete,
+    digest_of,
     list_ours,
     named,
     pause_unless_gone,
@@ -152,8 +153,8 @@ def _compare(client: KubeflowClient, schedule: Schedule, present: list[Recurring
         _, parameters = run_parameters(pipeline, schedule.choice)
     except SettingsError as error:
         raise SettingsError(f"schedule {schedule.name}: {error}") from None
-    wanted = record_of(schedule, version)
-    kept = next((run for run in present if run.record == wanted), None)
+    wanted = record_of(schedule, version, parameters)
+    kept = next((run for run in present if run.digest == digest_of(wanted)), None)
     was_on = not present or any(run.enabled for run in present) or _half_replaced(present)
     enabled = was_on if schedule.enabled is None else schedule.enabled
     stale = [run for run in present if run is not kept]
@@ -172,10 +173,10 @@ def _half_replaced(present: Sequence[RecurringRun]) -> bool:
 def _differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
     if not old:
         return [f"{key}: {value}" for key, value in new.items() if value]
-    keys = [*new, *(key for key in old if key not in new)]
-    return [
-        f"{key}: {old.get(key) or '-'} -> {new.get(key) or '-'}" for key in keys if old.get(key, "") != new.get(key, "")
-    ]
+    lines = [f"{key}: {old[key] or '-'} -> {value or '-'}" for key, value in new.items() if old[key] != value]
+    # a server that is given no account fills in its own, which says nothing unless it is all that differs
+    own_account = f"service_account: {old['service_account']} -> -"
+    return [line for line in lines if line != own_account] or lines
 
 
 def _in_flight(client: KubeflowClient, changes: Sequence[_Change]) -> str:
@@ -227,8 +228,9 @@ def _take_back(client: KubeflowClient, change: _Change) -> str:
     old, made = ", ".join(stale.id for stale in change.stale), list[RecurringRun]()
     try:
         if change.make:
-            before, wanted = {stale.id for stale in change.stale}, record_of(change.schedule, change.version)
-            same = [run for run in list_ours(client)[0] if run.name == change.schedule.name and run.record == wanted]
+            before = {stale.id for stale in change.stale}
+            wanted = digest_of(record_of(change.schedule, change.version, change.parameters))
+            same = [run for run in list_ours(client)[0] if run.name == change.schedule.name and run.digest == wanted]
             made = [run for run in same if run.id not in before]
         for run in made:
             if run.enabled:

@@ -73,11 +73,17 @@ def find_version(client: KubeflowClient, wanted: str) -> tuple[PipelineVersion, 
     raise SettingsError(f"{PIPELINE} has no version {wanted!r} in KFP, {there}: {advice}")
 
 
-def count_versions(client: KubeflowClient) -> int:
-    """How many versions of the pipeline the server holds."""
+def version_names(client: KubeflowClient) -> dict[str, str]:
+    """Names of the pipeline's versions on the server, by their ids."""
     with client.explained(f"list the versions of {PIPELINE}"):
         pipeline_id = _pipeline_id(client)
-        return sum(1 for _ in _newest_first(client, pipeline_id)) if pipeline_id else 0
+        versions = _newest_first(client, pipeline_id) if pipeline_id else ()
+        return {str(version.pipeline_version_id): str(version.display_name) for version in versions}
+
+
+def count_versions(client: KubeflowClient) -> int:
+    """How many versions of the pipeline the server holds."""
+    return len(version_names(client))
 
 
 def _description(file: Path) -> str:

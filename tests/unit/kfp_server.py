@@ -31,6 +31,7 @@ class KfpServer(KfpState):
     Attributes:
         token: a request without it is answered with 401, which repeats what was sent, as a careless server would.
         refuse: pattern of calls -> (status, sentence). Only the first so many of `refuse_times` where that has it.
+        lose: pattern of a call that is carried out, and whose answer is lost.
         hold: pattern of calls -> an event; the answer waits for it.
         on_call: gets every call before it is answered.
         page: an HTML page that every call is answered with, as a login proxy would.
@@ -40,6 +41,7 @@ class KfpServer(KfpState):
     token: str = ""
     refuse: dict[str, tuple[int, str]] = field(default_factory=dict)
     refuse_times: dict[str, int] = field(default_factory=dict)
+    lose: str = ""
     hold: dict[str, threading.Event] = field(default_factory=dict)
     on_call: Callable[[str], None] = lambda call: None
     page: str = ""
@@ -62,7 +64,10 @@ class KfpServer(KfpState):
             if self.token and authorization != f"Bearer {self.token}":
                 raise Refusal(401, f"Unauthenticated: {authorization!r} is not accepted")
             self._refuse_if_asked(call)
-            return 200, self.answer(call, query, body)
+            answer = self.answer(call, query, body)
+            if self.lose and fnmatchcase(call, self.lose):
+                raise Refusal(503, "the answer is lost")
+            return 200, answer
         except Refusal as refusal:
             code, sentence = _GRPC_CODES.get(refusal.status, 2), refusal.sentence
             if "upload" in call:  # KFP's upload is a server of its own kind

@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 
 _PAGE = 2
+_COLUMN = 255
+"""Characters that KFP's MySQL table of recurring runs holds of a description: more are an error, in strict mode."""
 _EPOCH = datetime(2026, 11, 24, 12, tzinfo=UTC)
 
 
@@ -55,6 +57,7 @@ class KfpState:
             (r"POST /runs", self._create_run),
             (r"POST /recurringruns", self._create_schedule),
             (r"GET /runs/([^/:]+)", self._get_run),
+            (r"GET /experiments/([^/:]+)", self._get_experiment),
             (r"GET /recurringruns/([^/:]+)", self._get_schedule),
             (r"POST /recurringruns/([^/:]+):(enable|disable)", self._switch),
             (r"DELETE /recurringruns/([^/:]+)", self._delete_schedule),
@@ -126,8 +129,13 @@ class KfpState:
                 run["error"] = {"code": 13, "message": "a step failed"}
         return _shown(run)
 
+    def _get_experiment(self, entry_id: str, query: dict[str, str], body: Any) -> dict[str, Any]:
+        return _one(self.experiments, "experiment_id", entry_id)
+
     def _create_schedule(self, query: dict[str, str], body: Any) -> dict[str, Any]:
         entry = self._of_experiment(json.loads(body))
+        if len(entry.get("description", "")) > _COLUMN:
+            raise Refusal(500, "Error 1406 (22001): Data too long for column 'Description' at row 1")
         entry["status"] = {"ENABLE": "ENABLED", "DISABLE": "DISABLED"}[entry["mode"]]
         entry["max_concurrency"] = str(entry["max_concurrency"])  # an int64 in JSON
         self.schedules.append(self._new("recurring_run", entry))

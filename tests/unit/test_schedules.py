@@ -225,6 +225,28 @@ def test_a_schedule_whose_run_is_in_flight_is_not_deleted(kfp: KfpServer, apply:
     assert schedule(kfp, "weekly")["mode"] == "ENABLE"
 
 
+def test_a_schedule_of_many_settings_fits_into_the_servers_columns(kfp: KfpServer, apply: Apply) -> None:
+    """The server refuses a description of more than 255 characters, and the settings alone have more here."""
+    many = "settings: [" + ", ".join(f"ppo.steps={number}" for number in range(2, 42)) + "]"
+    text = BOTH.replace("settings: [ppo.steps=2]", many)
+    assert apply(text)[0] == 0
+    assert apply(text) == (0, "weekly: unchanged\nmonthly: unchanged\n")
+    copies = [{**schedule(kfp, "weekly"), "recurring_run_id": f"{number:036d}"} for number in range(9)]
+    kfp.schedules += copies  # as many as no failure leaves
+    status, said = apply(text.replace("seed: 7", "seed: 8"))
+    assert status == 0, said
+    assert schedule(kfp, "weekly")["runtime_config"]["parameters"]["run_seed"] == 8
+
+
+def test_an_account_that_the_server_filled_in_is_no_difference(kfp: KfpServer, apply: Apply) -> None:
+    text = WEEKLY.replace(", service_account: saferlhf", "")
+    apply(text)
+    schedule(kfp, "weekly")["service_account"] = "pipeline-runner"
+    assert apply(text) == (0, "weekly: unchanged\n")
+    said = apply(text.replace("seed: 7", "seed: 8"), "--dry-run")[1]
+    assert said == "weekly: replace\n  seed: 7 -> 8\ndry run: nothing was changed\n"
+
+
 @pytest.mark.fault
 def test_what_somebody_else_made_is_never_touched(kfp: KfpServer, apply: Apply) -> None:
     theirs = {"display_name": "weekly", "recurring_run_id": "x", "mode": "ENABLE", "description": '{"cron": "mine"}'}
@@ -379,14 +401,7 @@ def test_a_run_that_starts_after_the_look_keeps_its_schedule(kfp: KfpServer, app
 def test_one_that_was_made_without_an_answer_is_taken_back(kfp: KfpServer, apply: Apply) -> None:
     apply(WEEKLY)
     before = [dict(entry) for entry in kfp.schedules]
-
-    def make_it_all_the_same(call: str) -> None:
-        if call == "POST /recurringruns":
-            description = before[0]["description"].replace('"seed": "7"', '"seed": "8"')
-            kfp.schedules.append({**before[0], "recurring_run_id": "unheard", "description": description})
-
-    kfp.on_call = make_it_all_the_same
-    kfp.refuse["POST /recurringruns"] = (503, "the answer is lost")
+    kfp.lose = "POST /recurringruns"
     status, said = apply(WEEKLY.replace("seed: 7", "seed: 8"))
     assert (status, "weekly: the old schedule is as it was; apply again" in said) == (1, True)
     assert kfp.schedules == before
