@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from typing import Annotated
 
@@ -19,5 +20,8 @@ INTERRUPTED = 128 + signal.SIGINT
 
 def with_start(overrides: list[str] | None, from_run: str, from_round: int) -> tuple[str, ...]:
     """The overrides, and --from-run and --from-round as the settings that they stand for."""
-    start = {"start.from_run": from_run, "start.from_round": from_round}
+    start = {
+        "start.from_run": json.dumps(from_run) if from_run else "",
+        "start.from_round": from_round,
+    }  # 2024 is an id
     return (*(overrides or ()), *(f"{key}={value}" for key, value in start.items() if value))

@@ -1,7 +1,7 @@
 """Asked once before it is registered: is the exported folder a model that a plain server can load and talk to?
 
 The question goes to vLLM's own server where SAFERLHF_VLLM_PYTHON names an environment that has it, else to plain
-transformers in a fresh process. Neither gets anything but the folder.
+transformers in a fresh process. Neither gets anything but the folder, and no key of the store or of a judge.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from components.foundation.errors import ModelError, RolloutError
+from components.foundation.redaction import without_secrets
 from components.foundation.results import TrialResult
 from components.foundation.rollout.vllm_server import PYTHON_VARIABLE, VllmServer, find_vllm_python
 
@@ -54,7 +55,12 @@ def _ask_transformers(policy_uri: str, folder: Path, seconds: float) -> str:
     command = [sys.executable, "-I", str(_PROGRAM), str(folder), QUESTION]  # -I: no PYTHONPATH, no current folder
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=seconds, check=False, env={**os.environ, **_OFFLINE}
+            command,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+            env={**without_secrets(os.environ), **_OFFLINE},
         )
     except subprocess.TimeoutExpired as error:
         raise _failure(

@@ -148,5 +148,6 @@ def roc_auc(unsafe: Tensor, safe: Tensor) -> float:
     """Probability that an unsafe answer scores above a safe one, ties one half; 0.5 if there are none."""
     if len(unsafe) == 0 or len(safe) == 0:
         return 0.5
-    difference = unsafe.double().unsqueeze(1) - safe.double().unsqueeze(0)
-    return float(((difference > 0).double() + 0.5 * (difference == 0).double()).mean())
+    unsafe, ordered = unsafe.double(), safe.double().sort().values
+    below, not_above = (torch.searchsorted(ordered, unsafe, right=right) for right in (False, True))
+    return float((below + not_above).double().mean()) / (2 * len(ordered))

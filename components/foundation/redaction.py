@@ -22,6 +22,11 @@ def without_password(text: str) -> str:
     return _URI_PASSWORD.sub("", text)
 
 
+def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables whose names do not say that they are secret: for a process that has no business with them."""
+    return {name: value for name, value in environment.items() if not _SECRET_VARIABLE.search(name)}
+
+
 def secret_values(environment: Mapping[str, str]) -> list[str]:
     """Values of the variables whose names say that they are secret, longest first."""
     values = {value for name, value in environment.items() if _SECRET_VARIABLE.search(name) and len(value) >= _SHORTEST}

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from components.foundation import distributed, logs
 from components.foundation.checkpoint_store import CheckpointStore, git_sha
-from components.foundation.errors import IntegrityError, OutOfMemoryError, SettingsError, StoreError
+from components.foundation.errors import ConflictError, IntegrityError, OutOfMemoryError, SettingsError, StoreError
 from components.foundation.metrics import Gauges, served_gauges
 from components.foundation.outages import wait_out
 from components.foundation.results import from_json, to_json
@@ -124,11 +124,26 @@ class Stage:
             "run_id": self.context.run_id,
             "seconds": f"{time.monotonic() - self.started:.3f}",
         }
-        self.context.store.commit(
-            uri, folder, parents=parents, labels=labels, settings_digest=self.context.settings.digest()
-        )
-        self.context.store.set_latest(self.context.stage_uri(self.name, self.round), uri)
+        store, settings_digest = self.context.store, self.context.settings.digest()
+        try:
+            store.commit(uri, folder, parents=parents, labels=labels, settings_digest=settings_digest)
+        except ConflictError:
+            if not self._was_left_unnamed(uri, parents, settings_digest):
+                raise
+            log.warning("%s: what an earlier attempt committed counts, though this one made other files", uri)
+        store.set_latest(self.context.stage_uri(self.name, self.round), uri)
         self._discard_checkpoints()
+
+    def _was_left_unnamed(self, uri: str, parents: Sequence[str], settings_digest: str) -> bool:
+        """Whether an attempt at the same work committed and was gone before LATEST said so.
+
+        Its files may be others: on GPUs, or with a language model as judge, a repetition is not the same bits.
+        """
+        store = self.context.store
+        if store.latest(self.context.stage_uri(self.name, self.round)) is not None or not store.is_whole(uri):
+            return False
+        standing = store.manifest(uri)
+        return (list(standing.parents), standing.settings_digest) == (list(parents), settings_digest)
 
     def _discard_checkpoints(self) -> None:
         if distributed.world().is_main:

@@ -272,7 +272,7 @@ def _read_value(override: str, text: str) -> Any:
         value = parse_yaml(text) if text else ""
     except ValueError as error:
         raise SettingsError(f"setting {shown(override)} is not YAML ({error}): put a text in quotes") from error
-    if isinstance(value, str):
+    if isinstance(value, str) and not text.lstrip().startswith(("'", '"')):
         try:
             return float(value)  # YAML 1.1 reads 1e-3 as text
         except ValueError:

@@ -16,7 +16,14 @@ from components.foundation.backbone import Backbone
 from components.foundation.base_model import resolve_base_model
 from components.foundation.batching import TokenSequence
 from components.foundation.checkpoint_store import CheckpointStore
-from components.foundation.errors import IntegrityError, ModelError, SettingsError, StoreError, TrainingError
+from components.foundation.errors import (
+    ConflictError,
+    IntegrityError,
+    ModelError,
+    SettingsError,
+    StoreError,
+    TrainingError,
+)
 from components.foundation.role_optimizer import make_optimizers
 from components.foundation.run_context import Stage, create_run, open_stage
 from components.foundation.s3 import split_uri
@@ -66,6 +73,29 @@ def restored(stage: Stage) -> TrainingState:
     backbone = a_model(stage)
     with TrainingCheckpoints(stage, backbone, []) as checkpoints:
         return checkpoints.restore(make_optimizers(backbone, {"sft": 1e-3}))
+
+
+@pytest.mark.parametrize("parents", [["s3://other/parent"], []], ids=["other work", "the same work"])
+def test_row_01_a_commit_that_latest_does_not_name_counts_for_the_work_it_was_made_of(
+    stage: Stage, tmp_path: Path, parents: list[str]
+) -> None:
+    """Killed between manifest and LATEST, and a repetition that is not the same bits, as on a GPU."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+        (folder / "weights").write_text(folder.name)
+    store, digest = stage.context.store, stage.context.settings.digest()
+    stage_uri = stage.context.stage_uri("sft", 0)
+    store.commit(f"{stage_uri}/step-5", first, parents=parents, settings_digest=digest)
+    if parents:
+        with pytest.raises(ConflictError, match="already committed with other files"):
+            stage.commit(second, step=5, parents=[])
+        assert store.latest(stage_uri) is None
+        return
+    assert stage.commit(second, step=5, parents=[]) == f"{stage_uri}/step-5" == store.latest(stage_uri)
+    assert (store.fetch(f"{stage_uri}/step-5") / "weights").read_text() == "first"
+    with pytest.raises(ConflictError, match="already committed with other files"):
+        stage.commit(second, step=5, parents=[])  # LATEST names it by now: nobody does the work again
 
 
 def put(s3: Any, uri: str, body: bytes) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from components.foundation.errors import DivergenceError, RolloutError, TrainingError
+from components.foundation.checkpoint_store import CheckpointStore
+from components.foundation.errors import DivergenceError, RolloutError, StoreUnavailableError, TrainingError
 from components.foundation.run_context import finished_uri, open_run, open_stage
 from components.foundation.training_checkpoints import TrainingCheckpoints
 from pipelines.local.services import Endpoints
@@ -102,6 +103,17 @@ def test_row_26_training_that_diverges_names_its_last_checkpoint_which_stays(
         TrainingCheckpoints(stage, backbone, []),
     ):
         raise DivergenceError("out of hand")
+
+    def away(*_: Any) -> None:
+        raise StoreUnavailableError("S3 does not answer")
+
+    with open_stage(run.uri, "sft", 11) as stage:
+        monkeypatch.setattr(CheckpointStore, "latest", away)
+        with (
+            pytest.raises(DivergenceError, match=r"out of hand; the last checkpoint could not be looked up: S3 does"),
+            TrainingCheckpoints(stage, backbone, []),
+        ):
+            raise DivergenceError("out of hand")
 
 
 @pytest.mark.fault

@@ -102,6 +102,8 @@ def test_the_readme_tells_the_papers_quantities_as_they_are_set() -> None:
     [
         ("sft.learning_rate=1e-3", "sft.learning_rate", 0.001),
         ("sft.learning_rate=2.5E-4", "sft.learning_rate", 0.00025),
+        ('experiment="2024"', "experiment", "2024"),
+        ("experiment='1e-3'", "experiment", "1e-3"),
         ("ppo.steps=2e1", "ppo.steps", 20),
         ("ppo.whiten_advantages=false", "ppo.whiten_advantages", False),
         ("ppo.whiten_advantages=true", "ppo.whiten_advantages", True),

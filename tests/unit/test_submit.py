@@ -94,7 +94,7 @@ def test_a_run_that_stopped_goes_on_by_its_id(kfp: KfpServer, compiled_pipeline:
 def test_a_run_starts_at_a_round_of_an_earlier_one(kfp: KfpServer, compiled_pipeline: Path) -> None:
     assert saferlhf("submit", str(compiled_pipeline), "--from-run", "0b5c-7", "--from-round", "1")[0] == 0
     sent = json.loads(kfp.runs[0]["runtime_config"]["parameters"]["run_set"])
-    assert sent == ["start.from_run=0b5c-7", "start.from_round=1"]
+    assert sent == ['start.from_run="0b5c-7"', "start.from_round=1"]
 
 
 def test_the_link_is_of_the_ui_where_that_is_elsewhere(

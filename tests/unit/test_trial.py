@@ -43,6 +43,20 @@ def test_row_28_an_exported_model_answers_in_a_process_of_its_own(
     assert result.answer.strip()
 
 
+def test_the_process_that_loads_an_exported_model_has_no_key(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder's files are read there by libraries that are not ours."""
+    program = tmp_path / "program.py"
+    program.write_text("import json, os; print(json.dumps({'answer': ' '.join(os.environ)}))")
+    monkeypatch.setattr("components.evaluate.trial._PROGRAM", program)
+    for name in ("AWS_SECRET_ACCESS_KEY", "SAFERLHF_JUDGE_KEY", "MLFLOW_TRACKING_PASSWORD", "AWS_DEFAULT_REGION"):
+        monkeypatch.setenv(name, "some value")
+    seen = try_model(POLICY, exported, PATIENCE).answer.split()
+    assert not {"AWS_SECRET_ACCESS_KEY", "SAFERLHF_JUDGE_KEY", "MLFLOW_TRACKING_PASSWORD"} & set(seen)
+    assert {"PATH", "AWS_DEFAULT_REGION", "HF_HUB_OFFLINE"} <= set(seen)
+
+
 @pytest.mark.fault
 def test_row_28_a_folder_that_does_not_load_is_an_error_that_names_the_policy(exported: Path) -> None:
     (exported / "model.safetensors").write_bytes(b"not weights")

@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 
 from components.foundation.errors import RolloutError, SettingsError
+from components.foundation.redaction import without_secrets
 
 PYTHON_VARIABLE = "SAFERLHF_VLLM_PYTHON"
 """Environment variable with the path of the interpreter that has vLLM."""
@@ -65,7 +66,7 @@ class VllmServer:
     Args:
         python: interpreter that has vLLM.
         arguments: of vLLM's server, but for host and port.
-        environment: variables on top of this process's own.
+        environment: variables on top of this process's own, of which the secret ones are left out.
         folder: for the server's log.
         answer_seconds: longest wait for one reply.
     """
@@ -79,7 +80,8 @@ class VllmServer:
         answer_seconds: float,
     ) -> None:
         self._command = [str(python), "-m", _MODULE, *arguments]
-        self._environment = {k: v for k, v in os.environ.items() if k not in _FOREIGN_VARIABLES} | dict(environment)
+        own = without_secrets(os.environ)
+        self._environment = {k: v for k, v in own.items() if k not in _FOREIGN_VARIABLES} | dict(environment)
         self._folder = folder
         self._log = folder / "vllm.log"
         self._timeout = httpx.Timeout(answer_seconds, pool=None)
