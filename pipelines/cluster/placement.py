@@ -185,6 +185,7 @@ def _train_job(stage: str, platform: Platform) -> dict[str, Any]:
         "nodes": pool.nodes,
         "processes_per_node": pool.gpus or 1,
         "resources": resources,
+        "requests": {"cpu": pool.cpu.request, "memory": pool.memory.request},
         "shared_memory": pool.shm or "",
         "environment": [
             {"variable": key, "kind": kind, "name": name}

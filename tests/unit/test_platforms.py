@@ -243,6 +243,7 @@ def test_a_stage_over_several_nodes_is_followed_from_a_small_pod(tree: Tree, com
         "nodes": 4,
         "processes_per_node": 8,
         "resources": {"cpu": "12", "memory": "160Gi", "nvidia.com/gpu": "8"},
+        "requests": {"cpu": "10", "memory": "128Gi"},
         "shared_memory": "32Gi",
         "service_account": "saferlhf",
         "user_id": 10001,
