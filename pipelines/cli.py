@@ -233,10 +233,20 @@ for command in (kubeflow.upload, kubeflow.submit, registry.promote, registry.rol
 
 
 def main() -> NoReturn:
-    """Entry point: an error that we explain is one sentence and status 1."""
+    """Entry point: an error that we explain, or a path that cannot be used, is one sentence and status 1."""
     try:
         app(standalone_mode=True)
     except SaferlhfError as error:
-        typer.echo(f"saferlhf: {error}", err=True)
-        sys.exit(1)
+        _end_with(str(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _end_with(
+            f"{error.filename} cannot be used ({error.strerror}): name a path whose folder is there and can be written"
+        )
     sys.exit(0)
+
+
+def _end_with(sentence: str) -> NoReturn:
+    typer.echo(f"saferlhf: {sentence}", err=True)
+    sys.exit(1)
