@@ -84,12 +84,7 @@ def run_parameters(pipeline: CompiledPipeline, choice: RunChoice) -> tuple[Setti
         SettingsError: a setting is refused, names what only this machine has, or asks for another number of rounds
             than the pipeline has; or its images are the examples of the shipped platform files.
     """
-    for image in pipeline.images:
-        if is_example_image(image):
-            raise SettingsError(
-                f"{pipeline.source} was compiled with the example image {image}: compile it with yours, with "
-                "--image-trainer, --image-rollout and --image-service"
-            )
+    refuse_example_images(pipeline)
     overrides = [*pipeline.settings, *choice.overrides]
     settings = resolve_settings(choice.profile, choice.seed, [f"rounds={pipeline.rounds}", *overrides])
     refuse_files_of_this_folder(settings)
@@ -99,6 +94,16 @@ def run_parameters(pipeline: CompiledPipeline, choice: RunChoice) -> tuple[Setti
             "compile it anew"
         )
     return settings, {"run_profile": choice.profile, "run_seed": choice.seed, "run_set": json.dumps(overrides)}
+
+
+def refuse_example_images(pipeline: CompiledPipeline) -> None:
+    """Raises: SettingsError where its images are the examples of the shipped platform files, which nobody can pull."""
+    for image in pipeline.images:
+        if is_example_image(image):
+            raise SettingsError(
+                f"{pipeline.source} was compiled with the example image {image}: compile it with yours, with "
+                "--image-trainer, --image-rollout and --image-service"
+            )
 
 
 def refuse_files_of_this_folder(settings: Settings) -> None:
