@@ -25,7 +25,6 @@ from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import (
     LabelsAwaited,
     NothingNew,
-    SaferlhfError,
     SettingsError,
     TrackingError,
     TrainingError,
@@ -114,7 +113,7 @@ def run_here(run: LocalRun) -> Path:
         except NothingNew:
             status = "FINISHED"
             raise
-        except SaferlhfError:
+        except Exception:
             status = "FAILED"
             raise
         finally:
