@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shlex
@@ -66,7 +67,8 @@ def run(
     try:
         run_here(LocalRun(settings, overrides, workdir, run_id, resumed=bool(resume)))
     except KeyboardInterrupt:
-        typer.echo(f"saferlhf: interrupted; the same command with --resume {run_id} goes on", err=True)
+        with contextlib.suppress(OSError):  # a terminal that was closed
+            typer.echo(f"saferlhf: interrupted; the same command with --resume {run_id} goes on", err=True)
         raise typer.Exit(INTERRUPTED) from None
     except LabelsAwaited as waiting:
         typer.echo(f"{waiting}; all with --workdir {workdir}")
