@@ -1,13 +1,15 @@
-"""The command line as a whole: a path that cannot be used is one sentence, whatever the command wanted of it."""
+"""The command line as a whole: paths and work folders that cannot be used, whatever the command wanted of them."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
 from pipelines.cli import main
+from tests.unit.kubeflow_command import saferlhf
 
 
 @pytest.mark.fault
@@ -39,3 +41,27 @@ def test_a_path_that_cannot_be_used_is_one_sentence(
     assert said.startswith("saferlhf: ") and said.count("\n") == 1
     assert f"{path} cannot be used ({reason}): name a path" in said
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("registry", "list"),
+        ("lineage",),
+        ("rollback", "--reason", "worse"),
+        ("annotations", "status", "r1"),
+        ("serve", "render", "-o", "service.yaml"),
+    ],
+    ids=" ".join,
+)
+def test_looking_into_a_work_folder_that_no_run_has_used_makes_nothing_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    for name in [name for name in os.environ if name.startswith(("AWS_", "MLFLOW_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    status, said = saferlhf(*arguments, "--workdir", "rusn")
+    assert status == 1
+    assert "no run has used the work folder rusn: name that of the run with --workdir" in said
+    assert list(tmp_path.iterdir()) == []
