@@ -204,7 +204,10 @@ def env(workdir: WorkDir = Path("runs")) -> None:
 
 
 @data_app.command()
-def validate(file: str, max_bad_share: float = 0.05) -> None:
+def validate(
+    file: str,
+    max_bad_share: Annotated[float, typer.Option(min=0, max=1, help="of the rows; more is exit status 1")] = 0.05,
+) -> None:
     """Check a data file and print the table of its rows; the kind of records is told from the columns."""
     from pipelines.validate import validate_file
 
