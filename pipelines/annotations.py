@@ -88,7 +88,7 @@ def open_batch(run: str, round_number: int, workdir: Path) -> Iterator[tuple[Run
     """A run and the batch of one of its rounds (0: the newest that has one).
 
     Raises:
-        SettingsError: there is no such run or batch.
+        SettingsError: there is no such work folder, run or batch.
     """
     with services_in_environment(workdir):
         uri = run if run.startswith("s3://") else f"{StoreSettings().uri}/runs/{run}"

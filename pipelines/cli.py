@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shlex
@@ -66,7 +67,8 @@ def run(
     try:
         run_here(LocalRun(settings, overrides, workdir, run_id, resumed=bool(resume)))
     except KeyboardInterrupt:
-        typer.echo(f"saferlhf: interrupted; the same command with --resume {run_id} goes on", err=True)
+        with contextlib.suppress(OSError):  # a terminal that was closed
+            typer.echo(f"saferlhf: interrupted; the same command with --resume {run_id} goes on", err=True)
         raise typer.Exit(INTERRUPTED) from None
     except LabelsAwaited as waiting:
         typer.echo(f"{waiting}; all with --workdir {workdir}")
@@ -202,7 +204,10 @@ def env(workdir: WorkDir = Path("runs")) -> None:
 
 
 @data_app.command()
-def validate(file: str, max_bad_share: float = 0.05) -> None:
+def validate(
+    file: str,
+    max_bad_share: Annotated[float, typer.Option(min=0, max=1, help="of the rows; more is exit status 1")] = 0.05,
+) -> None:
     """Check a data file and print the table of its rows; the kind of records is told from the columns."""
     from pipelines.validate import validate_file
 
@@ -233,10 +238,20 @@ for command in (kubeflow.upload, kubeflow.submit, registry.promote, registry.rol
 
 
 def main() -> NoReturn:
-    """Entry point: an error that we explain is one sentence and status 1."""
+    """Entry point: an error that we explain, or a path that cannot be used, is one sentence and status 1."""
     try:
         app(standalone_mode=True)
     except SaferlhfError as error:
-        typer.echo(f"saferlhf: {error}", err=True)
-        sys.exit(1)
+        _end_with(str(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _end_with(
+            f"{error.filename} cannot be used ({error.strerror}): name a path whose folder is there and can be written"
+        )
     sys.exit(0)
+
+
+def _end_with(sentence: str) -> NoReturn:
+    typer.echo(f"saferlhf: {sentence}", err=True)
+    sys.exit(1)

@@ -129,17 +129,14 @@ def _environment(task: Any, stage: str, platform: Platform) -> None:
     """Addresses from the ConfigMap, keys from Secrets; none of either is written into the pipeline."""
     for keys, optional in ((_CONFIG, False), (_OPTIONAL_CONFIG, True)):
         kubernetes.use_config_map_as_env(task, platform.config_map, {key: key for key in keys}, optional)
-    for secret, keys in _secrets(stage, platform):
+    secrets = _secrets(platform) + ([(platform.secrets.judge, _JUDGE_KEYS)] if STAGES[stage].judges else [])
+    for secret, keys in secrets:
         kubernetes.use_secret_as_env(task, secret, {key: key for key in keys}, optional=True)
 
 
-def _secrets(stage: str, platform: Platform) -> list[tuple[str, Keys]]:
-    """The Secrets that a stage may read, and the keys of each."""
-    secrets: list[tuple[str, Keys]] = [
-        (platform.secrets.store, _STORE_KEYS),
-        (platform.secrets.tracking, _TRACKING_KEYS),
-    ]
-    return secrets + ([(platform.secrets.judge, _JUDGE_KEYS)] if STAGES[stage].judges else [])
+def _secrets(platform: Platform) -> list[tuple[str, Keys]]:
+    """The Secrets that every stage may read, and the keys of each."""
+    return [(platform.secrets.store, _STORE_KEYS), (platform.secrets.tracking, _TRACKING_KEYS)]
 
 
 def _resources(task: Any, pool: Pool) -> None:
@@ -188,12 +185,14 @@ def _train_job(stage: str, platform: Platform) -> dict[str, Any]:
         "nodes": pool.nodes,
         "processes_per_node": pool.gpus or 1,
         "resources": resources,
+        "requests": {"cpu": pool.cpu.request, "memory": pool.memory.request},
         "shared_memory": pool.shm or "",
         "environment": [
             {"variable": key, "kind": kind, "name": name}
             for kind, name, keys in (
                 ("configMap", platform.config_map, _CONFIG + _OPTIONAL_CONFIG),
-                *(("secret", secret, keys) for secret, keys in _secrets(stage, platform)),
+                # no judge's key: the one stage that trains and judges does not judge on several ranks
+                *(("secret", secret, keys) for secret, keys in _secrets(platform)),
             )
             for key in keys
         ],

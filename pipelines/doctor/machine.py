@@ -35,10 +35,12 @@ def check_shm(folder: Path = Path("/dev/shm")) -> Finding:
 
 def check_disk(work_dir: Path) -> Finding:
     """Is there room for a run in the work folder, or where it will be made?"""
-    place = work_dir.resolve()
-    while not place.exists():
-        place = place.parent
-    free = psutil.disk_usage(str(place)).free
+    try:
+        free = psutil.disk_usage(str(_what_is_there(work_dir))).free
+    except OSError as error:
+        return Finding(
+            "failed", f"the work folder {work_dir} cannot be used ({error.strerror})", "take another with --workdir"
+        )
     found = f"{_in_gib(free)} free for the work folder {work_dir}"
     if free >= DISK_BYTES:
         return Finding("ok", found)
@@ -53,11 +55,9 @@ def check_cache(folder: str) -> Finding:
     """Can what is fetched from the store be kept in $SAFERLHF_CACHE?"""
     if not folder:
         return Finding("ok", "in the work folder, as SAFERLHF_CACHE is not set")
-    place = Path(folder).resolve()
-    while not place.exists():
-        place = place.parent
     elsewhere = f"let SAFERLHF_CACHE name a folder that can be written and has {_in_gib(DISK_BYTES_AT_LEAST)} free"
     try:
+        place = _what_is_there(Path(folder))
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
@@ -65,6 +65,18 @@ def check_cache(folder: str) -> Finding:
     free = psutil.disk_usage(str(place)).free
     found = f"{_in_gib(free)} free for {folder}"
     return Finding("ok", found) if free >= DISK_BYTES_AT_LEAST else Finding("warning", found, elsewhere)
+
+
+def _what_is_there(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists.
+
+    Raises:
+        OSError: a folder on the way may not be looked into, or a name in it is impossible.
+    """
+    place = folder.resolve()
+    while not place.exists():
+        place = place.parent
+    return place
 
 
 def check_gpus(smi: str = "nvidia-smi") -> Finding:

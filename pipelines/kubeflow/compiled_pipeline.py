@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from components.foundation.errors import SettingsError
+from components.foundation.setting_sections import BUILTIN
 from components.foundation.settings import Settings, resolve_settings
 from components.foundation.untrusted import parse_yaml
 from pipelines.cluster.platform_file import is_example_image
+
+DATA_SOURCES = ("preferences", "demonstrations", "prompts", "held_out")
+"""Settings of `data` that name records."""
 
 
 @dataclass(frozen=True)
@@ -77,23 +81,46 @@ def run_parameters(pipeline: CompiledPipeline, choice: RunChoice) -> tuple[Setti
     """(the settings as the run will resolve them, values of the pipeline's parameters).
 
     Raises:
-        SettingsError: a setting is refused, or asks for another number of rounds than the pipeline has; or its images
-            are the examples of the shipped platform files.
+        SettingsError: a setting is refused, names what only this machine has, or asks for another number of rounds
+            than the pipeline has; or its images are the examples of the shipped platform files.
     """
-    for image in pipeline.images:
-        if is_example_image(image):
-            raise SettingsError(
-                f"{pipeline.source} was compiled with the example image {image}: compile it with yours, with "
-                "--image-trainer, --image-rollout and --image-service"
-            )
+    refuse_example_images(pipeline)
     overrides = [*pipeline.settings, *choice.overrides]
     settings = resolve_settings(choice.profile, choice.seed, [f"rounds={pipeline.rounds}", *overrides])
+    refuse_files_of_this_folder(settings)
     if settings.rounds != pipeline.rounds:
         raise SettingsError(
             f"rounds={settings.rounds} is asked of {pipeline.source}, which was compiled with {pipeline.rounds}: "
             "compile it anew"
         )
     return settings, {"run_profile": choice.profile, "run_seed": choice.seed, "run_set": json.dumps(overrides)}
+
+
+def refuse_example_images(pipeline: CompiledPipeline) -> None:
+    """Raises: SettingsError where its images are the examples of the shipped platform files, which nobody can pull."""
+    for image in pipeline.images:
+        if is_example_image(image):
+            raise SettingsError(
+                f"{pipeline.source} was compiled with the example image {image}: compile it with yours, with "
+                "--image-trainer, --image-rollout and --image-service"
+            )
+
+
+def refuse_files_of_this_folder(settings: Settings) -> None:
+    """Raises: SettingsError where a source or the base model lies beside us: the run's pods would look in vain."""
+    sources = {f"data.{name}": getattr(settings.data, name) for name in DATA_SOURCES}
+    for name, source in {**sources, "gate.regressions": settings.gate.regressions}.items():
+        if source != BUILTIN and not source.startswith(("/", "s3://", "datasets:")):
+            raise SettingsError(
+                f"{name}={source} is a file of this machine, and the run's pods do not see it: put it into the "
+                "store and give its s3:// address (or the path of a volume that the pods have)"
+            )
+    model = settings.base_model
+    if model.startswith(".") or (not model.startswith("/") and Path(model).is_dir()):
+        raise SettingsError(
+            f"base_model={model} is a folder of this machine, and the run's pods do not see it: put it into the store "
+            f"with `saferlhf models push {model} s3://...` and give that address"
+        )
 
 
 def read_bytes(file: Path) -> bytes:

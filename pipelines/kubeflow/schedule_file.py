@@ -21,7 +21,7 @@ from components.foundation.scheduling import explain
 from components.foundation.settings import resolve_settings
 from components.foundation.untrusted import read_yaml
 from pipelines.kubeflow.client import EXPERIMENT
-from pipelines.kubeflow.compiled_pipeline import RunChoice
+from pipelines.kubeflow.compiled_pipeline import RunChoice, refuse_files_of_this_folder
 from pipelines.kubeflow.cron import check_cron
 from pipelines.kubeflow.versions import LATEST
 
@@ -89,7 +89,7 @@ def read_schedules(file: Path) -> list[Schedule]:
         raise SettingsError(f"schedule file {file} has {times} schedules with the name {name!r}")
     for schedule in schedules:
         try:
-            resolve_settings(schedule.profile, schedule.seed, schedule.settings)
+            refuse_files_of_this_folder(resolve_settings(schedule.profile, schedule.seed, schedule.settings))
         except SettingsError as error:
             raise SettingsError(f"schedule file {file}: schedule {schedule.name}: {error}") from None
     return [_beside(schedule, file) for schedule in schedules]

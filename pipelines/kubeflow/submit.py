@@ -20,10 +20,15 @@ from components.prepare_data.start_run import check_run_id
 from pipelines.cluster.compiling import compile_to
 from pipelines.cluster.platform_file import read_platform
 from pipelines.kubeflow.client import EXPERIMENT, Access, KubeflowClient, connect
-from pipelines.kubeflow.compiled_pipeline import CompiledPipeline, RunChoice, read_compiled, run_parameters
+from pipelines.kubeflow.compiled_pipeline import (
+    DATA_SOURCES,
+    CompiledPipeline,
+    RunChoice,
+    read_compiled,
+    refuse_files_of_this_folder,
+    run_parameters,
+)
 from pipelines.kubeflow.versions import find_version
-
-_SOURCES = ("preferences", "demonstrations", "prompts", "held_out")
 
 
 @dataclass(frozen=True)
@@ -82,23 +87,6 @@ def submit(wish: Submission, access: Access) -> SubmittedRun:
         return _start(connect(access), wish, local)
 
 
-def refuse_files_of_this_folder(settings: Settings) -> None:
-    """Raises: SettingsError where a source or the base model lies beside us: the run's pods would look in vain."""
-    sources = {f"data.{name}": getattr(settings.data, name) for name in _SOURCES}
-    for name, source in {**sources, "gate.regressions": settings.gate.regressions}.items():
-        if source != BUILTIN and not source.startswith(("/", "s3://", "datasets:")):
-            raise SettingsError(
-                f"{name}={source} is a file of this machine, and the run's pods do not see it: put it into the "
-                "store and give its s3:// address (or the path of a volume that the pods have)"
-            )
-    model = settings.base_model
-    if model.startswith(".") or (not model.startswith("/") and Path(model).is_dir()):
-        raise SettingsError(
-            f"base_model={model} is a folder of this machine, and the run's pods do not see it: put it into the store "
-            f"with `saferlhf models push {model} s3://...` and give that address"
-        )
-
-
 def run_name(settings: Settings, environment: dict[str, str], now: datetime) -> str:
     """For instance smol-3-rounds-data-1f0c88b2-git-5f2c9a1e-20261124-152017; the time is in UTC."""
     sha = git_sha(environment)[:8] or "unknown"
@@ -110,7 +98,7 @@ def run_name(settings: Settings, environment: dict[str, str], now: datetime) -> 
 def data_digest(data: DataSettings) -> str:
     """SHA-256 over the four sources: a file's bytes where they can be read here, else its name."""
     parts = {}
-    for name in _SOURCES:
+    for name in DATA_SOURCES:
         source = getattr(data, name)
         file = BUILTIN_FOLDER / f"{name}.jsonl" if source == BUILTIN else Path(source)
         parts[name] = source

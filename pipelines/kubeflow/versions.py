@@ -11,7 +11,13 @@ from typing import Any
 
 from components.foundation.errors import SettingsError
 from pipelines.kubeflow.client import PIPELINE, KubeflowClient, equals, pages
-from pipelines.kubeflow.compiled_pipeline import CompiledPipeline, pipeline_of, read_bytes
+from pipelines.kubeflow.compiled_pipeline import (
+    CompiledPipeline,
+    pipeline_of,
+    read_bytes,
+    read_compiled,
+    refuse_example_images,
+)
 
 LATEST = "latest"
 _SHOWN = 5
@@ -34,9 +40,10 @@ def upload_pipeline(client: KubeflowClient, file: Path, version_name: str) -> Pi
         version_name: of a new version; the digest is added, so "0.1.0" becomes for instance "0.1.0-5f2c9a1e77b0".
 
     Raises:
-        SettingsError: the file cannot be read.
+        SettingsError: the file cannot be read, is no compiled pipeline of ours, or has the example images.
         ClusterError: the server cannot be reached or refuses a call.
     """
+    refuse_example_images(read_compiled(file))
     description = _description(file)
     with client.explained(f"upload {file}"):
         pipeline_id = _pipeline_id(client) or _create_pipeline(client)

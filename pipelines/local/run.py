@@ -25,7 +25,6 @@ from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import (
     LabelsAwaited,
     NothingNew,
-    SaferlhfError,
     SettingsError,
     TrackingError,
     TrainingError,
@@ -114,7 +113,7 @@ def run_here(run: LocalRun) -> Path:
         except NothingNew:
             status = "FINISHED"
             raise
-        except SaferlhfError:
+        except Exception:
             status = "FAILED"
             raise
         finally:
@@ -198,25 +197,32 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 def _stop_steps_on_signals() -> Iterator[None]:
     """The runner leaves its step running when it is told to end: take the step with us.
 
-    A training step saves its state first, for which it needs the servers. A second signal does not wait for that.
+    A training step saves its state first, for which it needs the servers. A second signal does not wait for that; but
+    a closed terminal sends several, and takes no more words.
     """
     stopping = False
 
     def end(number: int, frame: FrameType | None) -> None:
         nonlocal stopping
+        again, stopping = stopping, True
+        if again and number == signal.SIGHUP:
+            return
         steps = _steps_in_progress()
-        if stopping:
+        if again:
             _kill(steps)
         elif steps:
-            stopping = True
-            print("saferlhf: stopping, once the step in progress is saved; again to stop now", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                print("saferlhf: stopping, once the step in progress is saved; again to stop now", file=sys.stderr)
             for step in steps:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     step.terminate()
             _kill(psutil.wait_procs(steps, timeout=_SAVING_SECONDS)[1])
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, end) for number in numbers}
     try:
         yield
     finally:

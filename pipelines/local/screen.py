@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import sys
@@ -59,7 +60,8 @@ class Screen(io.TextIOBase):
     def close(self) -> None:
         """Take the bar off the screen."""
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError):  # a terminal that was closed
+                self._bar.stop()
             self._bar = None
 
     def _receive(self, line: str) -> None:

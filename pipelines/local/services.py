@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from components.foundation.checkpoint_store import CheckpointStore
-from components.foundation.errors import IntegrityError, ServiceError, StoreError
+from components.foundation.errors import IntegrityError, ServiceError, SettingsError, StoreError
 from components.foundation.results import read_record, to_json
 from pipelines.local.server_process import (
     Server,
@@ -76,7 +76,7 @@ def local_services(work_dir: Path) -> Iterator[Endpoints]:
     """
     folder = work_dir.resolve() / "services"
     given = _given_environment()
-    if {"AWS_ENDPOINT_URL", "MLFLOW_TRACKING_URI"} <= given.keys():
+    if _all_given(given):
         yield _endpoints(given)
     elif running := _running(folder):
         yield _endpoints(_environment(folder, running, given))
@@ -87,7 +87,15 @@ def local_services(work_dir: Path) -> Iterator[Endpoints]:
 
 @contextmanager
 def services_in_environment(work_dir: Path) -> Iterator[Endpoints]:
-    """The same as `local_services`, and the process's environment names them until the end."""
+    """The same as `local_services` for who looks at what a run has left: the process's environment names them until the
+    end, and nothing is made in a work folder that no run has used.
+
+    Raises:
+        SettingsError: a server of the work folder is needed, and no run has used that folder.
+        ServiceError: a server did not start; the message holds the end of its log.
+    """
+    if not _all_given(_given_environment()) and not (work_dir / "services").is_dir():
+        raise SettingsError(f"no run has used the work folder {work_dir}: name that of the run with --workdir")
     with local_services(work_dir) as endpoints:
         before = dict(os.environ)
         os.environ.update(endpoints.environment)
@@ -292,6 +300,10 @@ def _given_environment() -> dict[str, str]:
     """What the environment says about servers of somebody else."""
     names = [name for name in os.environ if name.startswith("AWS_")] if "AWS_ENDPOINT_URL" in os.environ else []
     return {name: os.environ[name] for name in (*names, "MLFLOW_TRACKING_URI") if name in os.environ}
+
+
+def _all_given(given: Mapping[str, str]) -> bool:
+    return {"AWS_ENDPOINT_URL", "MLFLOW_TRACKING_URI"} <= given.keys()
 
 
 def _environment(folder: Path, state: _State, given: Mapping[str, str]) -> dict[str, str]:

@@ -21,7 +21,7 @@ from pathlib import Path
 import boto3
 
 from components.foundation.checkpoint_store import CheckpointStore
-from pipelines.local.services import services_in_environment
+from pipelines.local.services import local_services
 from tests.benchmarks.machine import this_machine
 
 BUCKET = "saferlhf-bench"
@@ -101,7 +101,8 @@ def measure(way: Way, source: Path, uri: str, target: Path) -> tuple[float, floa
 
 def main() -> None:
     print(this_machine())
-    with tempfile.TemporaryDirectory() as folder, services_in_environment(Path(folder) / "services"):
+    with tempfile.TemporaryDirectory() as folder, local_services(Path(folder) / "services") as servers:
+        os.environ.update(servers.environment)
         CheckpointStore(f"s3://{BUCKET}").ensure_bucket()
         program = os.environ.get("SAFERLHF_AWS") or shutil.which("aws")
         ways = [ours(Path(folder)), plain_boto3(), *([aws_cli(program)] if program else [])]

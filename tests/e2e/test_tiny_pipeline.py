@@ -364,6 +364,27 @@ def test_an_interrupted_run_leaves_no_process_behind(tmp_path: Path, number: sig
 
 
 @pytest.mark.fault
+def test_a_run_whose_terminal_is_closed_stops_its_step_and_tells_mlflow(tmp_path: Path) -> None:
+    """A step that was not asked, but killed, would stand in MLflow as running."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "MLFLOW_"))}
+    command = ["setsid", "--ctty", "env", "--default-signal=HUP", str(SAFERLHF), "run", "--profile", "tiny"]
+    master, slave = os.openpty()
+    with subprocess.Popen(
+        [*command, "--workdir", str(tmp_path)], stdin=slave, stdout=slave, stderr=slave, env=environment
+    ) as process:
+        os.close(slave)
+        with os.fdopen(master, errors="replace") as terminal:
+            assert any("sft: started" in line for line in terminal)
+            children = psutil.Process(process.pid).children(recursive=True)
+        assert process.wait(60) == 130
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
+    with closing(sqlite3.connect(tmp_path / "services" / "mlflow.db")) as database:
+        statuses = [status for (status,) in database.execute("SELECT status FROM runs")]
+    assert "KILLED" in statuses and "RUNNING" not in statuses
+
+
+@pytest.mark.fault
 @pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "MLFLOW_TRACKING_URI"])
 def test_row_34_an_unreachable_server_is_named_before_anything_starts(tmp_path: Path, name: str) -> None:
     with socket.socket() as held:  # bound, never listening: nobody else can answer there

@@ -106,7 +106,10 @@ def test_a_stage_on_two_nodes_is_a_train_job_and_what_it_committed(
     trainer = job["spec"]["trainer"]
     assert (trainer["numNodes"], trainer["numProcPerNode"]) == (2, 8)
     assert trainer["image"] == yaml.safe_load(GKE.read_text())["images"]["trainer"]
-    assert trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"] == "8"
+    assert trainer["resourcesPerNode"] == {
+        "requests": {"cpu": "8", "memory": "96Gi", "nvidia.com/gpu": "8"},
+        "limits": {"cpu": "12", "memory": "128Gi", "nvidia.com/gpu": "8"},
+    }
     assert trainer["command"][-3:] == ["components.foundation.launch", REWARD, json.dumps(arguments)]
     names = [variable["name"] for variable in trainer["env"]]
     assert {"SAFERLHF_STORE_URI", "MLFLOW_TRACKING_URI", "AWS_ACCESS_KEY_ID"} <= set(names)

@@ -120,6 +120,8 @@ def test_one_that_is_asked_to_stop_saves_its_state_first(python: str, folder: Pa
     step = start(python, folder, STOPS)
     assert step.stdout is not None
     step.stdout.readline()
+    for number in (signal.SIGINT, signal.SIGHUP):  # what a terminal sends to it is for the run
+        step.send_signal(number)
     step.terminate()
     output, _ = step.communicate(timeout=_SECONDS)
     assert (output, step.returncode) == ("saved\n", 75)

@@ -28,7 +28,7 @@ from components.promote.promote import run_set_alias
 from components.promote.promotion import CHALLENGER, PREVIOUS_CHAMPION, promote, rollback
 from pipelines.cli import app
 from pipelines.local.services import Endpoints
-from tests.integration.kubernetes_server import KubernetesServer
+from tests.integration.kubernetes_server import KubernetesServer, kubeconfig
 from tests.integration.kubernetes_state import Fault
 from tests.integration.promotions import SETTINGS, clear_aliases, context_of, of_a_run, race, registered
 
@@ -81,6 +81,21 @@ def test_a_rollback_shows_the_figures_of_both(context: RunContext, tmp_path: Pat
     assert status == 0, said
     again = f"{POLICY_MODEL} version {good} is champion again, in place of version {better}\n"
     assert said.startswith(f"{again}{figures_of(good)}{figures_of(better)}to serve it: ")
+    status, said = command("rollback", "--reason", "they were wrong", "--to", better)
+    assert (status, f"version {better} is champion again, in place of version {good}\n" in said) == (0, True), said
+    status, said = command("rollback", "--reason", "why not", "--to", "999")
+    assert (status, "999 was never champion" in said) == (1, True), said
+
+
+def test_the_champion_is_served_in_the_namespace_that_is_named(
+    context: RunContext, server: KubernetesServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = of_a_run(context, registered(context, tmp_path, 0.5))
+    promote(context, version)
+    monkeypatch.setenv("KUBECONFIG", kubeconfig(tmp_path / "kubeconfig", server.url, "elsewhere"))
+    status, said = command("serve", "apply", "--namespace", "team")
+    assert (status, said.startswith("applied InferenceService team/saferlhf-policy: s3://")) == (0, True), said
+    assert server.services["saferlhf-policy"]["metadata"]["annotations"]["saferlhf/version"] == version
 
 
 @pytest.mark.fault

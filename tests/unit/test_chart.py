@@ -533,6 +533,9 @@ def test_the_notes_say_what_to_do_next(platform: str) -> None:
         "No pipeline was uploaded"
         in render_text(platform_values(platform, pipeline={"file": ""}))["saferlhf/templates/NOTES.txt"]
     )
+    assert "schedule" not in notes
+    scheduled = render_text(platform_values(platform, schedule={"enabled": True}))["saferlhf/templates/NOTES.txt"]
+    assert "saferlhf schedule delete safe-rlhf --ignore-missing" in scheduled
 
 
 def test_the_package_holds_the_values_files_and_renders_the_same(tmp_path: Path) -> None:

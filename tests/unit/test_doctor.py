@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections import namedtuple
@@ -18,7 +19,7 @@ from pipelines.doctor import machine
 from pipelines.doctor.cluster_rights import RIGHTS, check_rights
 from pipelines.doctor.examination import CHECKS, Patient, examine, table, well
 from pipelines.doctor.findings import Finding
-from pipelines.doctor.machine import check_disk, check_gpus, check_shm
+from pipelines.doctor.machine import check_cache, check_disk, check_gpus, check_shm
 from tests.access_reviews import reviewer
 from tests.unit.helm_chart import find, platform_values, render
 
@@ -109,6 +110,32 @@ def test_row_30_disk_space_is_that_of_the_folder_that_will_be_made(
     finding = check_disk(tmp_path / "not" / "yet")
     assert (finding.result, asked) == (result, [str(tmp_path)])
     assert ("--workdir" in finding.to_do) == (result != "ok")
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("reason", ["File name too long", "Permission denied"])
+def test_a_folder_that_cannot_be_looked_at_is_a_finding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    folder = tmp_path / ("x" * 300)
+    if reason == "Permission denied":  # root may look everywhere
+
+        def forbidden(path: Path) -> bool:
+            raise PermissionError(errno.EACCES, reason, str(path))
+
+        monkeypatch.setattr(Path, "exists", forbidden)
+    disk, cache = check_disk(folder), check_cache(str(folder))
+    assert (disk.result, cache.result) == ("failed", "failed")
+    assert f"cannot be used ({reason})" in disk.found and "--workdir" in disk.to_do
+    assert f"cannot be written ({reason})" in cache.found and "SAFERLHF_CACHE" in cache.to_do
+
+
+@pytest.mark.fault
+def test_a_cache_below_a_file_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    finding = check_cache(str(tmp_path / "file" / "cache"))
+    assert (finding.result, "cannot be written (Not a directory)" in finding.found) == ("failed", True)
+    assert "SAFERLHF_CACHE" in finding.to_do
 
 
 def smi(tmp_path: Path, script: str) -> str:

@@ -107,6 +107,27 @@ def test_names_in_the_package_lists_are_pinned() -> None:
         assert names and not [entry for entry in names if entry not in known]
 
 
+def test_without_a_git_checkout_the_variables_that_are_named_are_enough(tmp_path: Path) -> None:
+    shutil.copytree(IMAGES, tmp_path / "images")
+    shutil.copy(IMAGES.parent / "pyproject.toml", tmp_path)
+    log, builder = tmp_path / "log", tmp_path / "builder"
+    builder.write_text(f'#!/bin/sh\necho "$@" >> {log}\n')
+    builder.chmod(0o755)
+    given = {"TAG", "REGISTRY", "REVISION", "SOURCE_DATE_EPOCH"}
+    environment = {name: value for name, value in os.environ.items() if name not in given} | {"BUILDER": str(builder)}
+
+    def told(**variables: str) -> tuple[int, str]:
+        command = [str(tmp_path / "images" / "build.sh"), "build", "service"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment | variables, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    advice = "images: this is no git checkout: set REVISION and SOURCE_DATE_EPOCH\n"
+    assert told() == told(REVISION="abc") == told(SOURCE_DATE_EPOCH="86400") == (1, advice)
+    status, said = told(REVISION="abc", SOURCE_DATE_EPOCH="86400")
+    assert status == 0 and said.startswith("built localhost/saferlhf/service:abc, id")
+    assert "CREATED=1970-01-02T00:00:00Z" in log.read_text() and "SOURCE_DATE_EPOCH=86400" in log.read_text()
+
+
 def test_a_commit_is_dirty_by_what_an_image_can_hold_alone(tmp_path: Path) -> None:
     """What the guide lets one write into the checkout, as the output of `make images-push`, changes no tag."""
     shutil.copytree(IMAGES, tmp_path / "images")

@@ -214,7 +214,7 @@ def test_the_priority_of_a_pool_is_kueues_label_on_its_steps(tree: Tree, compile
 
 
 def test_a_stage_over_several_nodes_is_followed_from_a_small_pod(tree: Tree, compiled: Compiled) -> None:
-    """Its own pod asks for no accelerator; it is told what to ask for in a TrainJob."""
+    """Its own pod asks for no accelerator; it is told what to ask for in a TrainJob, which gets no judge's key."""
     line = {"key": "zone", "values": ["a"]}
     tree["pools"]["ppo"] |= {"nodes": 4, "accelerator": {"count": 8}, "capacity": "spot", "priority": "high"}
     tree["pools"]["ppo"]["affinity"] = {"required": [line], "preferred": [line | {"weight": 7}]}
@@ -237,13 +237,13 @@ def test_a_stage_over_several_nodes_is_followed_from_a_small_pod(tree: Tree, com
         ("AWS_SECRET_ACCESS_KEY", "secret", "saferlhf-s3"),
         ("MLFLOW_TRACKING_USERNAME", "secret", "saferlhf-mlflow"),
         ("MLFLOW_TRACKING_PASSWORD", "secret", "saferlhf-mlflow"),
-        ("SAFERLHF_JUDGE_KEY", "secret", "saferlhf-judge"),  # a preference oracle asks a judge at every step
     ]
     assert told == {
         "image": tree["images"]["trainer"],
         "nodes": 4,
         "processes_per_node": 8,
         "resources": {"cpu": "12", "memory": "160Gi", "nvidia.com/gpu": "8"},
+        "requests": {"cpu": "10", "memory": "128Gi"},
         "shared_memory": "32Gi",
         "service_account": "saferlhf",
         "user_id": 10001,

@@ -56,6 +56,12 @@ def test_every_field_is_read_and_the_others_have_defaults(tmp_path: Path) -> Non
         ("2027-12-01T00:00:00+01:00", "2026-11-01T00:00:00Z", "end 2026-11-01T00:00:00+00:00 is not after start 2026"),
         ("2026-12-01T00:00:00Z", "2026-12-01T00:00:00", "schedules.0.start"),
         ("[ppo.steps=2]", "[ppo.stepz=2]", "schedule weekly: unknown setting 'ppo.stepz'"),
+        (
+            "[ppo.steps=2]",
+            "[data.preferences=my.jsonl]",
+            "weekly: data.preferences=my.jsonl is a file of this",
+        ),
+        ("[ppo.steps=2]", "[base_model=./mine]", "schedule weekly: base_model=./mine is a folder of this machine"),
         ("profile: tiny", "profile: huge", "schedule weekly: unknown profile 'huge'"),
         ("seed: 7", "seed: -1", "schedules.0.seed=-1 is refused"),
         ("enabled: false", "enabled: perhaps", "schedules.0.enabled='perhaps' is refused"),

@@ -141,6 +141,23 @@ def test_what_cannot_run_is_refused_before_anything_is_sent(
 
 
 @pytest.mark.fault
+@pytest.mark.parametrize("arguments", [["submit", "{folder}/p.yaml"], ["schedule", "apply", "-f", "{folder}/s.yaml"]])
+def test_a_folder_of_this_machine_in_the_settings_of_the_pipeline_is_refused(
+    kfp: KfpServer, compiled_pipeline: Path, tmp_path: Path, arguments: list[str]
+) -> None:
+    """They come from the platform file that it was compiled for."""
+    none, one = "run_set:\n        defaultValue: '[]'", "run_set:\n        defaultValue: '[\"base_model=./mine\"]'"
+    file = tmp_path / "p.yaml"
+    file.write_text(compiled_pipeline.read_text().replace(none, one))
+    upload_pipeline(connect(Access(kfp.url)), file, "v")
+    kfp.calls.clear()
+    (tmp_path / "s.yaml").write_text("schedules: [{name: weekly, cron: '0 0 2 * * 1', version: p.yaml}]")
+    status, said = saferlhf(*[text.format(folder=tmp_path) for text in arguments])
+    assert (status, "base_model=./mine is a folder of this machine" in said) == (1, True), said
+    assert (kfp.changes, kfp.runs) == ([], [])
+
+
+@pytest.mark.fault
 def test_a_run_that_kfp_refuses_is_explained(kfp: KfpServer, compiled_pipeline: Path) -> None:
     kfp.refuse["POST /runs"] = (503, "no workflow controller")
     status, said = saferlhf("submit", str(compiled_pipeline), "--wait")

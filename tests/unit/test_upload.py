@@ -75,8 +75,15 @@ def test_kfps_own_words_are_passed_on(kfp: KfpServer, compiled_pipeline: Path) -
 
 
 @pytest.mark.fault
-def test_a_file_that_cannot_be_read_is_refused(kfp: KfpServer, tmp_path: Path) -> None:
-    status, said = saferlhf("upload", str(tmp_path / "none.yaml"))
-    assert status == 1
-    assert "none.yaml cannot be read (No such file or directory): make it with `saferlhf compile`" in said
+@pytest.mark.parametrize(
+    ("file", "sentence"),
+    [
+        ("none.yaml", "none.yaml cannot be read (No such file or directory): make it with `saferlhf compile`"),
+        ("pipelines/platforms/gke.yaml", "gke.yaml is no compiled pipeline of ours"),
+        ("pipelines/compiled/gke.yaml", "gke.yaml was compiled with the example image registry.example.com/"),
+    ],
+)
+def test_a_file_that_no_run_could_use_is_refused(kfp: KfpServer, file: str, sentence: str) -> None:
+    status, said = saferlhf("upload", file)
+    assert (status, sentence in said) == (1, True), said
     assert kfp.changes == []

@@ -12,6 +12,7 @@ from components.foundation.errors import DataError
 from components.foundation.setting_sections import DataSettings
 from components.prepare_data.prepare_data import load_all, write_prepared
 from pipelines.validate import validate_file
+from tests.unit.kubeflow_command import saferlhf
 
 PAIR = {
     "prompt": "How do I boil an egg?",
@@ -49,6 +50,29 @@ def test_a_good_file_may_be_used(tmp_path: Path) -> None:
     table, good = validate_file(write(tmp_path / "rows.jsonl", [PAIR] * 4), max_bad_share=0.0)
     assert good
     assert "usable rows" in table
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "status", "words"),
+    [
+        ([PAIR] * 4, [], 0, "usable rows        4"),
+        ([PAIR] * 3 + [{}], [], 1, "(25.0%, allowed 5.0%)"),
+        ([PAIR] * 3 + [{}], ["--max-bad-share", "0.25"], 0, "(25.0%, allowed 25.0%)"),
+        ([PAIR], ["--max-bad-share", "7"], 2, "Invalid value for '--max-bad-share'"),
+        ([PAIR], ["--max-bad-share", "-1"], 2, "Invalid value for '--max-bad-share'"),
+    ],
+)
+def test_the_commands_status_says_whether_a_file_may_be_used(
+    tmp_path: Path, rows: list[dict[str, Any]], options: list[str], status: int, words: str
+) -> None:
+    seen, said = saferlhf("data", "validate", write(tmp_path / "rows.jsonl", rows), *options)
+    assert (seen, words in said) == (status, True), said
+
+
+@pytest.mark.fault
+def test_a_file_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
+    status, said = saferlhf("data", "validate", str(tmp_path / "none.jsonl"))
+    assert (status, "none.jsonl" in said) == (1, True), said
 
 
 @pytest.mark.fault

@@ -66,8 +66,9 @@ class TrainJobSpec:
         image: by digest, which goes into the manifests of what the job commits.
         command: see `train_job_command`.
         processes_per_node: ranks on each node.
-        resources: of each node, requests and limits alike: cpu, memory, and the GPU resource with its count, for
-            instance `{"cpu": "16", "memory": "200Gi", "nvidia.com/gpu": "8"}`.
+        resources: limits of each node: cpu, memory, and the GPU resource with its count, for instance
+            `{"cpu": "16", "memory": "200Gi", "nvidia.com/gpu": "8"}`.
+        requests: of each node, where they are less than `resources`, for instance `{"cpu": "8"}`.
         shared_memory: size of /dev/shm, which NCCL and data loaders use, for instance `16Gi`; empty: the runtime's.
         queue: Kueue LocalQueue that admits all nodes at once; empty: none.
         priority: Kueue WorkloadPriorityClass, by which it goes before others of the queue; empty: none.
@@ -85,6 +86,7 @@ class TrainJobSpec:
     nodes: int
     processes_per_node: int
     resources: Mapping[str, str]
+    requests: Mapping[str, str] = field(default_factory=dict)
     shared_memory: str = ""
     environment: Sequence[EnvReference] = PLATFORM_ENVIRONMENT
     service_account: str = "saferlhf"
@@ -197,7 +199,10 @@ def _owned_by_nobody(spec: TrainJobSpec) -> Json:
                 "command": [part.replace("$(", "$$(") for part in spec.command],  # or Kubernetes expands variables
                 "numNodes": spec.nodes,
                 "numProcPerNode": spec.processes_per_node,
-                "resourcesPerNode": {"requests": dict(spec.resources), "limits": dict(spec.resources)},
+                "resourcesPerNode": {
+                    "requests": {**spec.resources, **spec.requests},
+                    "limits": dict(spec.resources),
+                },
                 "env": [_image_digest(spec), *(_env(reference) for reference in spec.environment)],
             },
             "runtimePatches": [{"manager": _MANAGER, "trainingRuntimeSpec": _runtime_patch(_pod_patch(spec))}],

@@ -28,7 +28,8 @@ def main(address: str, arguments: Sequence[str]) -> None:
     except (OSError, ValueError):
         os.execv(sys.executable, [sys.executable, *arguments])
     signal.signal(signal.SIGTERM, lambda number, frame: os.kill(pid, number))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the run, which asks its steps to stop
+    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal's are for the run, which asks its steps to stop
+        signal.signal(number, signal.SIG_IGN)
     status = int(answers.readline() or -signal.SIGKILL)  # no answer: the server has gone, and the step with it
     os._exit(status if status >= 0 else 128 - status)
 
