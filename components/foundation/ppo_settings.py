@@ -174,7 +174,9 @@ class PpoSettings(Section):
     )
     red_team_share: float = Field(0.6, ge=0, le=1, description="share of red-team prompts in a rollout batch")
     max_skipped_updates: int = Field(
-        3, ge=0, description="updates in a row that may be skipped because loss or gradient is not finite (with ZeRO: none)"
+        3,
+        ge=0,
+        description="updates in a row that may be skipped because loss or gradient is not finite; with ZeRO none",
     )
     max_kl: float | None = Field(
         10.0,
