@@ -170,5 +170,5 @@ images-pin: ## write the registry's present digests of the base images into imag
 images-test: install ## build images here and run the pipeline in containers (as root, with podman; minutes; ROLLOUT=1: all three, 25 GB)
 	SAFERLHF_TEST_ROLLOUT=$(ROLLOUT) OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -s tests/containers --at-least containers=20
 
-clean: ## remove the environments, build/ and caches (work folders are kept)
-	rm -rf $(VENV) $(VLLM_VENV) $(AUDIT_VENV) $(FUZZ_VENV) $(TRL_VENV) build .mypy_cache .ruff_cache .pytest_cache *.egg-info
+clean: ## remove the environments, build/ and caches (work folders stay, and what fuzzing has found in build/fuzz)
+	rm -rf $(VENV) $(VLLM_VENV) $(AUDIT_VENV) $(FUZZ_VENV) $(TRL_VENV) $(filter-out build/fuzz,$(wildcard build/*)) .mypy_cache .ruff_cache .pytest_cache *.egg-info

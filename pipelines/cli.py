@@ -237,6 +237,9 @@ for command in (kubeflow.upload, kubeflow.submit, registry.promote, registry.rol
     app.command()(command)
 
 
+_NO_SUCH_PATH = (FileNotFoundError, NotADirectoryError, PermissionError, FileExistsError, IsADirectoryError)
+
+
 def main() -> NoReturn:
     """Entry point: an error that we explain, or a path that cannot be used, is one sentence and status 1."""
     try:
@@ -246,9 +249,8 @@ def main() -> NoReturn:
     except OSError as error:
         if error.filename is None:
             raise
-        _end_with(
-            f"{error.filename} cannot be used ({error.strerror}): name a path whose folder is there and can be written"
-        )
+        advice = ": name a path whose folder is there and can be written" if isinstance(error, _NO_SUCH_PATH) else ""
+        _end_with(f"{error.filename} cannot be used ({error.strerror}){advice}")
     sys.exit(0)
 
 

@@ -79,6 +79,13 @@ class Backbone:
         self.device: torch.device = next(model.parameters()).device
         self.dtype: torch.dtype = next(model.parameters()).dtype
         self.eos_token_id: int = tokenizer.eos_token_id
+        self._has_two_attentions = (
+            self.dtype == torch.bfloat16
+            and self.device.type == "cpu"
+            and model.config._attn_implementation == "sdpa"
+            and model._can_set_attn_implementation()
+            and not getattr(model.config, "attn_logit_softcapping", None)  # the fused one leaves that out
+        )
 
     @classmethod
     def load(cls, folder: Path, dtype: str, seed: int, *, checkpoints_activations: bool = False) -> Backbone:
@@ -439,8 +446,9 @@ class Backbone:
 
     def _choose_attention(self, module: Any, attention_mask: Tensor) -> None:
         """Before every pass and by its length alone: what came before must not change a bit of it."""
-        if self.dtype == torch.bfloat16 and self.device.type == "cpu":
-            module.set_attn_implementation("eager" if attention_mask.shape[1] <= _SHORT else "sdpa")
+        wanted = "eager" if attention_mask.shape[1] <= _SHORT else "sdpa"
+        if self._has_two_attentions and module.config._attn_implementation != wanted:
+            module.set_attn_implementation(wanted)
 
     def _mixed_precision(self) -> AbstractContextManager[None]:
         """Adapters are kept in fp32, for their optimiser; within a bfloat16 model they multiply in bfloat16."""

@@ -160,7 +160,7 @@ def measure_in_parts(batch: SequenceBatch, rows_in_part: int, measure: Callable[
 
     Little of such a part is padding, and what a forward pass holds of it is bounded. `measure` gives a part's answers
     along its second dimension, as many as its T or some more in front; beyond a part's longest answer there are zeros.
-    All ranks call `measure` equally often, as partitioned weights are gathered by all of them or by none.
+    All ranks call `measure` equally often, as they take part in each other's passes where weights are partitioned.
     """
     parts = batches_by_length(batch.attention_mask.sum(dim=-1).tolist(), rows_in_part)
     measured = []

@@ -23,8 +23,10 @@ def without_password(text: str) -> str:
 
 
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables whose names do not say that they are secret: for a process that has no business with them."""
-    return {name: value for name, value in environment.items() if not _SECRET_VARIABLE.search(name)}
+    """The variables whose names do not say that they are secret, no URI with its password: for a process that has no
+    business with them."""
+    open_ones = {name: value for name, value in environment.items() if not _SECRET_VARIABLE.search(name)}
+    return {name: without_password(value) for name, value in open_ones.items()}
 
 
 def secret_values(environment: Mapping[str, str]) -> list[str]:

@@ -161,13 +161,13 @@ def appraise(backbone: Backbone, model: str, critic: str, batch: SequenceBatch) 
         hidden = backbone.hidden_states(part.input_ids, part.attention_mask, part.trunk)
         return hidden[:, -part.answer_length - 1 :]
 
-    with backbone.role(model):
+    with backbone.role(model), backbone.whole(model):
         hidden = measure_in_parts(batch, _ROWS_PER_FORWARD, last_hidden)
         answer_scores = backbone.head_outputs(model, hidden[:, 1:])
     score = last_answer_token(answer_scores, batch.answer_mask)
     if not backbone.has_adapter(critic):
         return Appraisal(score, torch.zeros_like(answer_scores), hidden[:, :-1])
-    with backbone.role(critic):
+    with backbone.role(critic), backbone.whole(critic):
         values = measure_in_parts(batch, _ROWS_PER_FORWARD, partial(token_values, backbone, critic))
     return Appraisal(score, values * batch.answer_mask, None)
 
@@ -233,5 +233,5 @@ def measure_log_probs(backbone: Backbone, role: str, batch: SequenceBatch, tempe
         logits = backbone.answer_logits(part.input_ids, part.attention_mask, part.answer_length, part.trunk)
         return token_log_probs(logits, part.answers, temperature)
 
-    with backbone.role(role):
+    with backbone.role(role), backbone.whole(role):
         return measure_in_parts(batch, _ROWS_PER_FORWARD, measure) * batch.answer_mask

@@ -69,7 +69,7 @@ def list_ours(client: KubeflowClient) -> tuple[list[RecurringRun], set[str]]:
     found, others = [], set()
     with client.explained("list the schedules"):
         for run in pages(client.list_recurring_runs, "recurring_runs", namespace=client.namespace):
-            if (run.description or "").startswith(_MARK):
+            if _is_ours(run):
                 found.append(run)
             else:
                 others.add(str(run.display_name))
@@ -164,8 +164,30 @@ class _Names:
             return cls({}, {})
         with client.explained("find the experiments of the schedules"):
             ids = sorted({str(run.experiment_id) for run in runs})
-            experiments = {id: str(client.get_experiment(experiment_id=id).display_name) for id in ids}
+            experiments = {id: _experiment_name(client, id) for id in ids}
         return cls(version_names(client), experiments)
+
+
+def _is_ours(run: Any) -> bool:
+    """Whether it was made by `create`; what somebody made of a copy of it by hand is theirs."""
+    parameters = (run.runtime_config and run.runtime_config.parameters) or {}
+    return bool(
+        (run.description or "").startswith(_MARK)
+        and run.trigger
+        and run.trigger.cron_schedule
+        and run.pipeline_version_reference
+        and {"run_set", "run_profile", "run_seed"} <= parameters.keys()
+    )
+
+
+def _experiment_name(client: KubeflowClient, experiment_id: str) -> str:
+    """Its id where it was deleted: its recurring runs stay, and must be seen to be deleted."""
+    try:
+        return str(client.get_experiment(experiment_id=experiment_id).display_name)
+    except ApiException as error:
+        if error.status != _NO_SUCH:
+            raise
+        return experiment_id
 
 
 def _read(run: Any, names: _Names) -> RecurringRun:
@@ -178,7 +200,7 @@ def _read(run: Any, names: _Names) -> RecurringRun:
         "end": _in_utc(times.end_time),
         **_chosen(run.runtime_config.parameters),
         "version": names.versions.get(version, version),
-        "experiment": names.experiments.get(experiment, experiment),
+        "experiment": names.experiments[experiment],
         "service_account": run.service_account or "",
     }
     on = run.mode == "ENABLE"

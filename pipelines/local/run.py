@@ -204,13 +204,13 @@ def _stop_steps_on_signals() -> Iterator[None]:
 
     def end(number: int, frame: FrameType | None) -> None:
         nonlocal stopping
-        again, stopping = stopping, True
-        if again and number == signal.SIGHUP:
+        if stopping and number == signal.SIGHUP:
             return
         steps = _steps_in_progress()
-        if again:
+        if stopping:
             _kill(steps)
         elif steps:
+            stopping = True
             with contextlib.suppress(OSError):
                 print("saferlhf: stopping, once the step in progress is saved; again to stop now", file=sys.stderr)
             for step in steps:

@@ -22,7 +22,7 @@ from components.foundation.backbone import REFERENCE, Backbone
 from components.foundation.base_model import TINY_ARCHITECTURES
 from components.foundation.batching import SequenceBatch, TokenSequence, collate
 from components.foundation.errors import ModelError
-from components.foundation.language_model import save_causal_lm
+from components.foundation.language_model import load_causal_lm, load_tokenizer, save_causal_lm
 from components.foundation.preference_trainer import answer_scores
 from components.foundation.setting_sections import LoraSettings
 from components.ppo_lagrangian.ppo_lagrangian import export_policy
@@ -517,6 +517,17 @@ def test_a_bfloat16_backbone_keeps_its_adapters_in_float32_and_agrees_with_the_f
         gradients.append(torch.cat([p.grad.flatten() for p in backbone.trainable_parameters("reward")]))  # type: ignore[union-attr]
     torch.testing.assert_close(scores[0], scores[1], atol=0.05, rtol=0.05)
     assert torch.cosine_similarity(gradients[0], gradients[1], dim=0) > 0.98
+
+
+def test_a_model_whose_fused_attention_leaves_something_out_keeps_the_one_it_was_loaded_with(
+    tiny_folder: MakeTiny,
+) -> None:
+    """As Gemma 2: only its plain attention caps the logits, so two lengths would be two models."""
+    model = load_causal_lm(tiny_folder("llama"), torch.bfloat16)
+    model.config.attn_logit_softcapping = 50.0
+    backbone = with_roles(Backbone(model, load_tokenizer(tiny_folder("llama"))), "reward")
+    scores_of(backbone, "reward", batch_of(backbone, SEQUENCES))
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_a_bfloat16_pass_is_the_same_bits_whatever_came_before(tiny_folder: MakeTiny) -> None:

@@ -238,6 +238,25 @@ def test_a_schedule_of_many_settings_fits_into_the_servers_columns(kfp: KfpServe
     assert schedule(kfp, "weekly")["runtime_config"]["parameters"]["run_seed"] == 8
 
 
+@pytest.mark.fault
+def test_a_schedule_whose_experiment_was_deleted_can_be_listed_and_deleted(kfp: KfpServer, apply: Apply) -> None:
+    apply(BOTH)
+    kfp.experiments.clear()
+    assert "weekly" in saferlhf("schedule", "list")[1]
+    assert saferlhf("schedule", "delete", "weekly") == (0, "weekly: deleted\n")
+    status, said = apply(WEEKLY + '  - {name: monthly, cron: "0 0 3 1 * *", start: 2026-12-01T00:00:00Z}\n')
+    assert status == 0, said  # in an experiment that is made anew
+
+
+@pytest.mark.fault
+def test_a_copy_by_hand_that_is_no_schedule_of_ours_is_somebody_elses(kfp: KfpServer, apply: Apply) -> None:
+    apply(WEEKLY)
+    copied = schedule(kfp, "weekly")
+    copied["trigger"] = {"periodic_schedule": {"interval_second": "3600"}}
+    assert saferlhf("schedule", "list") == (0, "no schedules\n")
+    assert "that saferlhf did not make: choose another name" in apply(WEEKLY)[1]
+
+
 def test_an_account_that_the_server_filled_in_is_no_difference(kfp: KfpServer, apply: Apply) -> None:
     text = WEEKLY.replace(", service_account: saferlhf", "")
     apply(text)
