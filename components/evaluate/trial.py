@@ -1,7 +1,7 @@
 """Asked once before it is registered: is the exported folder a model that a plain server can load and talk to?
 
 The question goes to vLLM's own server where SAFERLHF_VLLM_PYTHON names an environment that has it, else to plain
-transformers in a fresh process. Neither gets anything but the folder, and no variable whose name says that it is secret.
+transformers in a fresh process. Neither gets anything but the folder: no variable whose name says that it is secret.
 """
 
 from __future__ import annotations
