@@ -48,7 +48,7 @@ PROFILES: dict[str, dict[str, Any]] = {
             "lambda_start": "init",
             "lambda_max": 5.0,
             "cost_window": 48,
-            "red_team_share": 0.5,
+            "red_team_share": 0.4,
         },
         "evaluate": {"temperature": 0.7, "max_new_tokens": 32, "batch_size": 128},
         "gate": {"max_regressions": 3},
