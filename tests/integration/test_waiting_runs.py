@@ -188,7 +188,7 @@ def test_a_run_that_is_there_or_that_was_given_its_place_is_itself(schedule: Sch
     elsewhere = f"{schedule.root}/by-hand/runs/other"
     schedule.label(waiting)
     schedule.tick()
-    schedule.waits(run_uri=elsewhere, kfp_run_id="other")
+    schedule.waits(f"store.uri={schedule.root}/by-hand", run_uri=elsewhere, kfp_run_id="other")
     assert schedule.start() not in (waiting, elsewhere)
 
 
