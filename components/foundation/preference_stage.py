@@ -68,8 +68,8 @@ def run_preference_stage(
 
         training, validation = map(pairs_in, (TRAINING_FILE, VALIDATION_FILE))
         stage.mlflow.log_params({"truncated": str(encoder.truncated)})
-        if round_number > 1 and settings.later_max_pairs:
-            settings = settings.model_copy(update={"max_pairs": settings.later_max_pairs})
+        if round_number > 1:
+            settings = in_later_round(settings)
         training = draw_pairs(training, settings, random.Random(stage.seed))
         progress = Progress(name, batch_count(len(training), settings.batch_size, settings.epochs), "steps")
 
@@ -100,6 +100,16 @@ def run_preference_stage(
         (stage.folder / "out").mkdir(exist_ok=True)
         (stage.folder / "out" / "result.json").write_text(to_json(result))
         return stage.commit(stage.folder / "out", step=len(training), parents=parents)
+
+
+def in_later_round(settings: PreferenceModelSettings) -> PreferenceModelSettings:
+    """The settings with what is different in a later round: how many pairs, and the learning rate."""
+    return settings.model_copy(
+        update={
+            "max_pairs": settings.later_max_pairs or settings.max_pairs,
+            "learning_rate": settings.later_learning_rate or settings.learning_rate,
+        }
+    )
 
 
 def draw_pairs(pairs: Sequence[ScoredPair], settings: PreferenceModelSettings, rng: random.Random) -> list[ScoredPair]:

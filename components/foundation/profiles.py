@@ -10,6 +10,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "sft": {"learning_rate": 2e-3, "batch_size": 8, "max_length": 96},
         "reward_model": {
             "learning_rate": 3e-3,
+            "later_learning_rate": 1e-3,
             "batch_size": 8,
             "start": "previous",
             "max_pairs": 256,
@@ -19,6 +20,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         },
         "cost_model": {
             "learning_rate": 3e-3,
+            "later_learning_rate": 1e-3,
             "batch_size": 8,
             "start": "previous",
             "max_pairs": 560,

@@ -102,6 +102,9 @@ class PreferenceModelSettings(Section):
     learning_rate: float = Field(
         5e-4, gt=0, description="AdamW's learning rate, at the peak of a cosine schedule with 5 % warm-up"
     )
+    later_learning_rate: float | None = Field(
+        None, gt=0, description="learning_rate of rounds after the first; empty: the same"
+    )
     batch_size: int = Field(16, ge=1, description="pairs per optimiser step")
     start: Literal["sft", "previous"] = Field(
         "sft", description="begin each round anew on the SFT model, or go on from the model of the round before"

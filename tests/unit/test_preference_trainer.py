@@ -19,7 +19,7 @@ from components.foundation.backbone import REFERENCE, Backbone
 from components.foundation.batching import ChatEncoder, TokenSequence, collate
 from components.foundation.optimization import batch_count, cosine_factor, shuffled_batches
 from components.foundation.preference import DualPreference
-from components.foundation.preference_stage import draw_pairs, encode_pair
+from components.foundation.preference_stage import draw_pairs, encode_pair, in_later_round
 from components.foundation.preference_trainer import (
     PreferenceLoss,
     PreferenceScores,
@@ -413,3 +413,18 @@ def test_a_draw_holds_the_asked_share_of_unsafe_answers_where_there_are_enough(
         wanted = round(share * max_pairs)
         enough = there >= wanted and len(pairs) - there >= max_pairs - wanted
         assert unsafe == wanted if enough else unsafe in (there, max_pairs - (len(pairs) - there))
+
+
+@pytest.mark.parametrize(
+    ("wish", "max_pairs", "learning_rate"),
+    [
+        (PreferenceModelSettings(max_pairs=9, learning_rate=3e-3), 9, 3e-3),
+        (PreferenceModelSettings(max_pairs=9, learning_rate=3e-3, later_max_pairs=4), 4, 3e-3),
+        (PreferenceModelSettings(max_pairs=9, learning_rate=3e-3, later_learning_rate=5e-4), 9, 5e-4),
+    ],
+)
+def test_a_later_round_has_its_own_pairs_and_rate_where_they_are_set(
+    wish: PreferenceModelSettings, max_pairs: int, learning_rate: float
+) -> None:
+    later = in_later_round(wish)
+    assert (later.max_pairs, later.learning_rate) == (max_pairs, learning_rate)
