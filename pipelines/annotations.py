@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ class ToolFormat(StrEnum):
     argilla = ARGILLA
 
 
-Run = Annotated[str, typer.Argument(help="the run's id, or its s3:// URI where store.uri is not the default")]
+Run = Annotated[str, typer.Argument(help="the run's id in the store (SAFERLHF_STORE_URI, or that of `saferlhf run`), or its s3:// URI")]
 Round = Annotated[int, typer.Option("--round", help="default: the newest round that has a batch")]
 WorkDir = Annotated[Path, typer.Option(help="folder of the servers' data, unless the environment names servers")]
 
@@ -91,8 +92,9 @@ def open_batch(run: str, round_number: int, workdir: Path) -> Iterator[tuple[Run
         SettingsError: there is no such work folder, run or batch.
     """
     with services_in_environment(workdir):
-        uri = run if run.startswith("s3://") else f"{StoreSettings().uri}/runs/{run}"
-        if not CheckpointStore(StoreSettings().uri).has_text(f"{uri}/run.json"):
+        store_uri = os.environ.get("SAFERLHF_STORE_URI", "").rstrip("/") or StoreSettings().uri
+        uri = run if run.startswith("s3://") else f"{store_uri}/runs/{run}"
+        if not CheckpointStore(store_uri).has_text(f"{uri}/run.json"):
             raise SettingsError(f"there is no run {uri}: give its id or s3:// URI, and the --workdir that it has")
         context = open_run(uri)
         rounds = [round_number] if round_number else range(context.settings.rounds, 0, -1)

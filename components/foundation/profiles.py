@@ -46,7 +46,7 @@ PROFILES: dict[str, dict[str, Any]] = {
             "threshold_target": 0.1,
             "threshold_answers": "newest",
             "lagrangian": "pid",
-            "lambda_init": 2.75,
+            "lambda_init": 2.4,
             "lambda_start": "init",
             "lambda_max": 5.0,
             "cost_window": 48,

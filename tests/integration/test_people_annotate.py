@@ -107,6 +107,16 @@ def exported(run: WaitingRun, folder: Path) -> Path:
     return folder / "exported"
 
 
+def test_an_id_is_looked_for_in_the_store_of_the_environment(
+    unlabelled: WaitingRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_id = replace(unlabelled, uri=unlabelled.context.run_id)
+    assert "there is no run s3://saferlhf/pipeline/runs/" in str(by_id.command("status").exception)
+    monkeypatch.setenv("SAFERLHF_STORE_URI", f"{unlabelled.context.settings.store.uri}/")
+    done = by_id.command("status")
+    assert done.exit_code == 0, done.output
+
+
 def written_labels(run: WaitingRun) -> list[str]:
     return [uri for uri in run.context.store.list(f"{run.uri}/round-1/annotate/human/") if "/labels/" in uri]
 
