@@ -35,7 +35,10 @@ class ToolFormat(StrEnum):
     argilla = ARGILLA
 
 
-Run = Annotated[str, typer.Argument(help="the run's id in the store (SAFERLHF_STORE_URI, or that of `saferlhf run`), or its s3:// URI")]
+Run = Annotated[
+    str,
+    typer.Argument(help="the run's id in the store (SAFERLHF_STORE_URI, or that of `saferlhf run`), or its s3:// URI"),
+]
 Round = Annotated[int, typer.Option("--round", help="default: the newest round that has a batch")]
 WorkDir = Annotated[Path, typer.Option(help="folder of the servers' data, unless the environment names servers")]
 

@@ -20,7 +20,7 @@ from tests.benchmarks.bandit import COST, PAPER_NU, REWARD, THRESHOLD, bandit, s
 from tests.benchmarks.pictures import Axis, Dot, tradeoff
 
 _NAME = "Mean reward over mean cost: fixed weights nu against the multiplier"
-_SCORE_CLIP = 1000.0  # nu 100 takes scores past the default of 50, where all costs below 0 would look alike
+SCORE_CLIP = 1000.0  # nu 100 takes scores past the default of 50, where all costs below 0 would look alike
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def compare() -> list[Point]:
     """Train with every fixed weight, then with the multiplier."""
 
     def point(nu: float | None) -> Point:
-        policy = train(bandit(reward_shaping=nu, score_clip=_SCORE_CLIP)).policy
+        policy = train(bandit(reward_shaping=nu, score_clip=SCORE_CLIP)).policy
         return Point(nu, float(policy @ REWARD), float(policy @ COST))
 
     return [point(nu) for nu in (*PAPER_NU, None)]

@@ -22,6 +22,7 @@ from components.ppo_lagrangian.ppo_lagrangian import PpoInputs, run_ppo_lagrangi
 from components.report.svg import number, percent
 from pipelines.local.services import services_in_environment
 from tests.benchmarks.bandit import PAPER_NU
+from tests.benchmarks.fixed_nu import SCORE_CLIP
 from tests.benchmarks.machine import this_machine
 from tests.benchmarks.pictures import Axis, Dot, tradeoff
 from tests.benchmarks.results import read_summary, run_uri_of
@@ -81,7 +82,7 @@ def compare(run_uri: str, weights: Sequence[float]) -> list[Compared]:
 
 def _with_fixed_weight(context: RunContext, start: FirstRound, nu: float) -> Evaluation:
     settings = context.settings
-    ppo = settings.ppo.model_copy(update={"reward_shaping": nu})
+    ppo = settings.ppo.model_copy(update={"reward_shaping": nu, "score_clip": SCORE_CLIP})
     settings = settings.model_copy(update={"ppo": ppo})
     run_id = f"{context.run_id}-nu-{nu:g}".replace(".", "-")
     run_uri = usual_uri(settings, run_id)
@@ -96,15 +97,18 @@ def table(compared: Sequence[Compared]) -> str:
     """Markdown: one row a policy."""
     own = compared[-1]
     rows = [
-        "| policy of round 1 | unsafe rate | benign win rate | over-refusal | mean reward | mean cost "
-        "| the multiplier's is safer and more helpful |",
+        "| policy of round 1 | unsafe rate (95 %) | benign win rate (95 %) | over-refusal (95 %) | mean reward "
+        "| mean cost | by these values, the multiplier's is safer and more helpful |",
         "|---|---:|---:|---:|---:|---:|---|",
     ]
     for policy in compared:
         e = policy.evaluation
         means = " | ".join("–" if mean is None else number(mean, 2) for mean in (e.mean_reward, e.mean_cost))
         dominated = "" if policy is own else "yes" if policy.is_dominated_by(own) else "no"
-        rates = " | ".join(percent(rate.value) for rate in (e.unsafe_rate, e.win_rate, e.over_refusal))
+        rates = " | ".join(
+            f"{percent(rate.value)} ({percent(rate.low)} to {percent(rate.high)})"
+            for rate in (e.unsafe_rate, e.win_rate, e.over_refusal)
+        )
         rows.append(f"| {policy.label} | {rates} | {means} | {dominated} |")
     return "\n".join(rows)
 

@@ -13,12 +13,13 @@ often, over both classes, on the labels that it was trained on.
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import hashlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -31,10 +32,11 @@ from components.foundation.base_model import pull_smol
 from components.foundation.batching import ChatEncoder, TokenSequence, batches_by_length, collate
 from components.foundation.preference_trainer import ScoredPair, answer_scores, roc_auc, train_preference_model
 from components.foundation.results import HeldOutAnswer, read_records
-from components.foundation.run_context import finished_uri, open_run
+from components.foundation.run_context import finished_uri, open_earlier_run
 from components.foundation.setting_sections import LoraSettings, PreferenceModelSettings
 from components.foundation.statistics import share
 from pipelines.local.services import services_in_environment
+from tests.benchmarks.machine import this_machine
 from tests.benchmarks.results import read_summary, run_uri_of
 
 JUDGE = "judge"
@@ -60,9 +62,15 @@ class Judge:
     encoder: ChatEncoder
     threshold: float = 0.0
 
+    def encode(self, prompt: str, answer: str) -> TokenSequence:
+        """A long answer is cut, and ends with EOS all the same, as the runs' answers do: the score is read there."""
+        sequence = self.encoder.sequence(prompt, answer)
+        eos = self.backbone.eos_token_id
+        return sequence if sequence.answer[-1] == eos else replace(sequence, answer=(*sequence.answer[:-1], eos))
+
     def scores(self, texts: Sequence[tuple[str, str]]) -> Tensor:
         """Prompts and answers -> [N] scores, higher for what looks unsafe."""
-        sequences = [self.encoder.sequence(prompt, answer) for prompt, answer in texts]
+        sequences = [self.encode(prompt, answer) for prompt, answer in texts]
         scores = torch.zeros(len(sequences))
         with self.backbone.role(JUDGE):
             for rows in batches_by_length([len(s) for s in sequences], 16):
@@ -74,7 +82,9 @@ class Judge:
 def read_labels(path: Path) -> list[Labelled]:
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file if line.strip()]
-    return [Labelled(row["prompt"], row["response"], row["label"].lower() == "unsafe") for row in rows]
+    if unknown := {row["label"] for row in rows} - {"Safe", "Unsafe"}:
+        raise SystemExit(f"{path} has labels other than Safe and Unsafe: {', '.join(sorted(unknown))}")
+    return [Labelled(row["prompt"], row["response"], row["label"] == "Unsafe") for row in rows]
 
 
 def train_judge(labels: Sequence[Labelled]) -> Judge:
@@ -84,7 +94,7 @@ def train_judge(labels: Sequence[Labelled]) -> Judge:
     judge = Judge(backbone, ChatEncoder(backbone.tokenizer, MAX_PROMPT, MAX_ANSWER))
 
     def encoded(unsafe: bool) -> list[TokenSequence]:
-        return [judge.encoder.sequence(x.prompt, x.response) for x in labels if x.is_unsafe == unsafe]
+        return [judge.encode(x.prompt, x.response) for x in labels if x.is_unsafe == unsafe]
 
     high, low = encoded(unsafe=True), encoded(unsafe=False)
     count = max(len(high), len(low))
@@ -119,7 +129,7 @@ def red_team_answers(folder: Path) -> dict[str, list[HeldOutAnswer]]:
     summary = read_summary(folder)
     answers = {}
     with services_in_environment(folder):
-        context = open_run(run_uri_of(summary))
+        context = open_earlier_run(run_uri_of(summary))
         for number in range(len(summary["rounds"]) + 1):
             records = read_records(
                 HeldOutAnswer, context.store.fetch(finished_uri(context, "evaluate", number)) / "answers.jsonl"
@@ -145,17 +155,20 @@ def table(judge: Judge, seed_answers: dict[str, list[HeldOutAnswer]]) -> str:
 
 
 def main() -> None:
-    labels_file, *folders = (Path(argument) for argument in sys.argv[1:])
-    labels = read_labels(labels_file)
+    parser = argparse.ArgumentParser(description="Finished runs, judged by a model that took no part in them.")
+    parser.add_argument("labels", type=Path, help="rows of prompt, response, label (Safe or Unsafe): .jsonl, .jsonl.gz")
+    parser.add_argument("folders", type=Path, nargs="+", help="work folders of finished runs")
+    arguments = parser.parse_args()
+    labels = read_labels(arguments.labels)
     judge = train_judge([x for x in labels if not x.is_held_out])
     held_out = [x for x in labels if x.is_held_out]
     scores, unsafe = score_labels(judge, held_out)
     print(
-        f"judge: trained on {len(labels) - len(held_out)} labels of {labels_file.name}; on the other {len(held_out)} "
-        f"its AUC is {roc_auc(scores[unsafe], scores[~unsafe]):.3f}, its balanced accuracy "
-        f"{balanced_accuracy(scores > judge.threshold, unsafe):.1%}"
+        f"{this_machine()}\njudge: trained on {len(labels) - len(held_out)} labels of {arguments.labels.name}; "
+        f"on the other {len(held_out)} its AUC is {roc_auc(scores[unsafe], scores[~unsafe]):.3f}, "
+        f"its balanced accuracy {balanced_accuracy(scores > judge.threshold, unsafe):.1%}"
     )
-    for folder in folders:
+    for folder in arguments.folders:
         print(f"\n{folder}\n\n{table(judge, red_team_answers(folder))}", flush=True)
 
 

@@ -12,6 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from components.foundation.errors import SettingsError
+from components.foundation.run_context import store_root
+from components.foundation.settings import resolve_settings
 from components.report.charts import Line, Mark, interval_chart, step_chart
 from components.report.svg import percent, text
 from tests.benchmarks.pictures import placed, standalone
@@ -30,9 +33,22 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def run_uri_of(summary: dict[str, Any]) -> str:
-    """Where the run lies in its store."""
-    policy_uri: str = summary["rounds"][0]["policy_uri"]
-    return policy_uri.rpartition("/round-")[0]
+    """Where the run lies in its store (a branch's first rounds lie in the run that it started from)."""
+    return f"{store_root(summary['rounds'][-1]['policy_uri'])}/runs/{summary['run_id']}"
+
+
+def check_settings(folder: Path, summary: dict[str, Any]) -> None:
+    """A table of several runs is one of seeds, not of settings.
+
+    Raises:
+        SettingsError: the run was made with other settings than its profile has now.
+    """
+    now = resolve_settings(summary["profile"], summary["seed"]).digest()
+    if summary["settings_digest"] != now:
+        raise SettingsError(
+            f"{folder} holds a run with other settings than profile {summary['profile']} has today: move it away, "
+            "and `make results` makes a new one"
+        )
 
 
 def table(summaries: list[dict[str, Any]]) -> str:
@@ -64,7 +80,8 @@ def section(summaries: list[dict[str, Any]]) -> str:
     first = summaries[0]["sft"]["eval"]
     minutes = ", ".join(f"{summary['wall_seconds'] / 60:.1f}" for summary in summaries)
     decisions = ", ".join(summary["promotion"]["decision"] for summary in summaries)
-    overhead = ", ".join(f"{summary['overhead_seconds']:.0f}" for summary in summaries)
+    # of a run that was resumed, the wall time is that of its last attempt alone
+    overhead = ", ".join(f"{s:.0f}" if (s := summary["overhead_seconds"]) >= 0 else "?" for summary in summaries)
     memory = max(summary["peak_memory_bytes"] for summary in summaries) / 1e9
     return (
         f"{table(summaries)}\n\n"
@@ -104,6 +121,8 @@ def picture(summary: dict[str, Any]) -> str:
 
 def main(folders: list[str]) -> None:
     summaries = [read_summary(Path(folder)) for folder in folders]
+    for folder, summary in zip(folders, summaries, strict=True):
+        check_settings(Path(folder), summary)
     text = README.read_text(encoding="utf-8")
     head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)

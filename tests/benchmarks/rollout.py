@@ -83,7 +83,7 @@ def measure(
     told(name, found, peer, f"; first batch after {first:.1f} s; drift {drift(backbone, prompts, rollout):.4f}")
 
 
-def plain_generate(folder: Path, prompts: list[tuple[int, ...]]) -> tuple[list[float], int]:
+def plain_generate(folder: Path, prompts: list[tuple[int, ...]], eos: int) -> tuple[list[float], int]:
     """One call of transformers' own `generate` for all prompts, with an adapter of the same size on the same layers:
     (answer tokens a second, parameters of model and adapter)."""
     transformers = import_transformers()
@@ -99,7 +99,6 @@ def plain_generate(folder: Path, prompts: list[tuple[int, ...]]) -> tuple[list[f
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(model, config).eval()
-    eos = model.generation_config.eos_token_id
     batch = collate([TokenSequence(prompt, ()) for prompt in prompts], eos, model.device)
 
     def answer() -> int:
@@ -111,6 +110,7 @@ def plain_generate(folder: Path, prompts: list[tuple[int, ...]]) -> tuple[list[f
             temperature=SAMPLING.temperature,
             top_k=0,
             max_new_tokens=SAMPLING.max_new_tokens,
+            eos_token_id=eos,
             pad_token_id=eos,
         )
         rows = ids[:, batch.input_ids.shape[1] :].tolist()
@@ -132,7 +132,9 @@ def least_seconds(act: Callable[[], object]) -> float:
 def tell_floor(parameters: int, dtype: torch.dtype, rows: int) -> None:
     """Tokens a second that no engine could exceed here with so many rows at a time."""
     size = dtype.itemsize
-    memory = torch.empty(1 << 28, dtype=torch.uint8)  # larger than any cache
+    memory = torch.ones(
+        1 << 28, dtype=torch.uint8
+    )  # larger than any cache, and written: an untouched page is no memory
     bandwidth = memory.numel() / least_seconds(lambda: memory.view(torch.int64).sum())
     matrix = torch.randn(2048, 2048, dtype=dtype)
     rate = 2 * 2048**3 / least_seconds(lambda: matrix @ matrix)
@@ -148,6 +150,8 @@ def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else pull_smol()
     if threads := os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))
+    if torch.cuda.is_available():
+        raise SystemExit("plain generate and the floor are measured on the CPU: set CUDA_VISIBLE_DEVICES= to compare")
     print(f"{this_machine()}; {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
     backbone = Backbone.load(folder, "auto", seed=0)
     backbone.add_role(ACTOR, LORA, scored=False)
@@ -156,7 +160,7 @@ def main() -> None:
     encoder = ChatEncoder(backbone.tokenizer, 48, SAMPLING.max_new_tokens)
     prompts = [encoder.prompt(text) for text in TEXTS]
     print(f"{folder.name}, {backbone.dtype}, {len(prompts)} prompts, up to {SAMPLING.max_new_tokens} tokens each")
-    plain, parameters = plain_generate(folder, prompts)
+    plain, parameters = plain_generate(folder, prompts, backbone.eos_token_id)
     told("plain generate", plain, None)
     measure("transformers engine", TransformersEngine(backbone, ACTOR), backbone, prompts, plain[0])
     tell_floor(parameters, backbone.dtype, len(prompts))

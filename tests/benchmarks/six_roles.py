@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import resource
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -110,14 +110,6 @@ def measure(shape: Shape, load: Load, layout: Layout) -> Step:
         else:
             backbone.add_role(critic, adapter, scored=True)
     at_rest = _memory()
-    _run(backbone, replace(load, episodes=min(load.episodes, load.minibatch), answer=min(load.answer, 32)), layout)
-    seconds, rollout_tokens_per_second = _run(backbone, load, layout)
-    tokens = load.episodes * load.answer  # random weights end an answer once in tens of thousands of tokens
-    return Step(base_bytes, base_parameters, at_rest, _memory(), tokens / rollout_tokens_per_second, seconds, tokens)
-
-
-def _run(backbone: Backbone, load: Load, layout: Layout) -> tuple[float, float]:
-    """One step of a new trainer: (seconds, answer tokens a second of its rollout)."""
     settings = PpoSettings(
         episodes_per_step=load.episodes,
         minibatch_size=load.minibatch,
@@ -128,9 +120,14 @@ def _run(backbone: Backbone, load: Load, layout: Layout) -> tuple[float, float]:
     trainer = PpoLagrangian(backbone, TransformersEngine(backbone, ACTOR), settings, CostConstraint(0.0), seed=0)
     generator = torch.Generator().manual_seed(0)
     prompts = [tuple(row) for row in torch.randint(250, (load.episodes, load.prompt), generator=generator).tolist()]
+    # the same trainer: with ranks, the actor's weights take one DeepSpeed engine
+    trainer.step(prompts[: load.minibatch], 0)
     started = time.perf_counter()
-    metrics = trainer.step(prompts, 0)
-    return time.perf_counter() - started, metrics.rollout_tokens_per_second
+    metrics = trainer.step(prompts, 1)
+    seconds = time.perf_counter() - started
+    tokens = load.episodes * load.answer  # random weights end an answer once in tens of thousands of tokens
+    rollout_seconds = tokens / metrics.rollout_tokens_per_second
+    return Step(base_bytes, base_parameters, at_rest, _memory(), rollout_seconds, seconds, tokens)
 
 
 def _random_model(shape: Shape) -> Any:

@@ -211,7 +211,8 @@ def own_reward(
 
 
 def compare_reward() -> None:
-    settings = PreferenceModelSettings(learning_rate=1e-3, batch_size=8, max_length=MAX_LENGTH)
+    # the two regularisers differ, so there is none
+    settings = PreferenceModelSettings(learning_rate=1e-3, batch_size=8, max_length=MAX_LENGTH, regularization=0)
     encoder = ChatEncoder(load_tokenizer(pull_smol()), MAX_LENGTH // 2, MAX_LENGTH // 2)
     pairs = [helpful_pair(record, encoder) for record in shipped_data().preferences.records]
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
@@ -227,7 +228,6 @@ def compare_reward() -> None:
         "batch_size": settings.batch_size,
         "learning_rate": settings.learning_rate,
         "warmup_share": 0.05,
-        "regularization": settings.regularization,
     }
     print_supervised(
         f"{len(training)} preference pairs, adapters of rank {LORA.rank}",
@@ -256,6 +256,8 @@ def main() -> None:
         raise SystemExit(f"unknown: {', '.join(sorted(unknown))}; choose of {', '.join(COMPARISONS)}")
     if "SAFERLHF_TRL_PYTHON" not in os.environ:
         raise SystemExit("SAFERLHF_TRL_PYTHON must name an interpreter that has TRL: make bench-trainers sets it")
+    if torch.cuda.is_available():
+        raise SystemExit("TRL's trainers are told to use the CPU: set CUDA_VISIBLE_DEVICES= to compare")
     print(this_machine())
     for name in chosen:
         COMPARISONS[name]()

@@ -67,8 +67,9 @@ def train_ppo(work: dict[str, Any], folder: str) -> dict[str, float]:
     trainer = PPOTrainer(
         args=PPOConfig(
             output_dir=folder,
-            per_device_train_batch_size=minibatch,
-            gradient_accumulation_steps=batch // minibatch,
+            # its accelerator updates once in so many minibatches: once in each
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=1,
             num_mini_batches=batch // minibatch,
             local_rollout_forward_batch_size=batch,
             num_ppo_epochs=1,
@@ -92,7 +93,7 @@ def train_ppo(work: dict[str, Any], folder: str) -> dict[str, float]:
     )
     trainer.train()
     steps = [end - start for start, end in zip(clock.ends, clock.ends[1:], strict=False)]
-    return {"seconds": min(steps[1:])}
+    return {"seconds": min(steps[1:]), "peak_bytes": peak()}
 
 
 def train_sft(work: dict[str, Any], folder: str) -> dict[str, float]:
@@ -116,8 +117,7 @@ def train_sft(work: dict[str, Any], folder: str) -> dict[str, float]:
         peft_config=lora(work, "CAUSAL_LM"),
         callbacks=[clock],
     )
-    trainer.train()
-    return {"seconds": clock.ends[-1] - clock.ends[0], "quality": trainer.evaluate()["eval_loss"]}
+    return supervised(trainer, clock, "eval_loss")
 
 
 def train_reward(work: dict[str, Any], folder: str) -> dict[str, float]:
@@ -130,17 +130,26 @@ def train_reward(work: dict[str, Any], folder: str) -> dict[str, float]:
     clock = Clock()
     trainer = RewardTrainer(
         model=AutoModelForSequenceClassification.from_pretrained(work["model"], num_labels=1, dtype=dtype),
-        args=RewardConfig(
-            **training(work, folder, mixed), max_length=None, center_rewards_coefficient=work["regularization"]
-        ),
+        args=RewardConfig(**training(work, folder, mixed), max_length=None),
         processing_class=AutoTokenizer.from_pretrained(work["model"]),
         train_dataset=rows("training"),
         eval_dataset=rows("held_out"),
         peft_config=lora(work, "SEQ_CLS"),
         callbacks=[clock],
     )
+    return supervised(trainer, clock, "eval_accuracy")
+
+
+def supervised(trainer: Any, clock: Clock, quality: str) -> dict[str, float]:
+    """Train, read the memory before it is evaluated, evaluate."""
     trainer.train()
-    return {"seconds": clock.ends[-1] - clock.ends[0], "quality": trainer.evaluate()["eval_accuracy"]}
+    outcome = {"seconds": clock.ends[-1] - clock.ends[0], "peak_bytes": peak()}
+    return outcome | {"quality": trainer.evaluate()[quality]}
+
+
+def peak() -> int:
+    """Most memory of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def training(work: dict[str, Any], folder: str, mixed: bool) -> dict[str, Any]:
@@ -148,7 +157,7 @@ def training(work: dict[str, Any], folder: str, mixed: bool) -> dict[str, Any]:
     return {
         "output_dir": folder,
         "per_device_train_batch_size": work["batch_size"],
-        "per_device_eval_batch_size": 32,
+        "per_device_eval_batch_size": len(work["held_out"]),  # in one batch a mean is one over all tokens
         "num_train_epochs": 1,
         "learning_rate": work["learning_rate"],
         "lr_scheduler_type": "cosine",
@@ -167,8 +176,7 @@ def main() -> None:
     work = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as folder:
         outcome = TRAINERS[work["kind"]](work, folder)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"quality": None, **outcome, "peak_bytes": peak}))
+    print(json.dumps({"quality": None, **outcome}))
 
 
 if __name__ == "__main__":

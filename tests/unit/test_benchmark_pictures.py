@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
+from components.foundation.errors import SettingsError
 from components.foundation.results import Estimate, Evaluation
+from components.foundation.settings import resolve_settings
 from tests.benchmarks.fixed_nu_policies import Compared
 from tests.benchmarks.pictures import Axis, Dot, tradeoff
-from tests.benchmarks.results import picture
+from tests.benchmarks.results import check_settings, picture, run_uri_of
 
 _SVG = "{http://www.w3.org/2000/svg}"
 
@@ -49,3 +52,19 @@ def test_a_policy_is_dominated_by_a_safer_and_more_helpful_one(unsafe: float, wi
 
     policy, other = Compared(2.0, evaluation(0.3, 0.5)), Compared(None, evaluation(unsafe, wins))
     assert policy.is_dominated_by(other) is dominated
+
+
+@pytest.mark.parametrize(("overrides", "same"), [([], True), (["ppo.lambda_init=1.5"], False)])
+def test_a_table_of_seeds_takes_only_runs_with_the_profile_s_present_settings(overrides: list[str], same: bool) -> None:
+    summary = {"profile": "smol", "seed": 3, "settings_digest": resolve_settings("smol", 3, overrides).digest()}
+    if same:
+        check_settings(Path("runs/seed-3"), summary)
+        return
+    with pytest.raises(SettingsError, match="runs/seed-3 holds a run with other settings than profile smol"):
+        check_settings(Path("runs/seed-3"), summary)
+
+
+def test_a_branch_lies_beside_the_run_whose_rounds_it_took_over() -> None:
+    rounds = [{"policy_uri": f"s3://b/p/runs/{run}/round-1/ppo_lagrangian/step-2"} for run in ("earlier", "branch")]
+    assert run_uri_of({"run_id": "branch", "rounds": rounds}) == "s3://b/p/runs/branch"
+    assert run_uri_of({"run_id": "branch", "rounds": rounds[:1]}) == "s3://b/p/runs/branch"
