@@ -1,6 +1,6 @@
 """Collects answers of the current policy for annotation (paper section 4.2: each round gathers fresh answers).
 
-Run: 1 choose prompts (those that broke the previous round's policy first), 2 sample several answers each, 3 commit.
+Run: 1 choose prompts (attacks that broke the previous round's policy first), 2 sample several answers each, 3 commit.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def run_collect(
         prompts = read_jsonl(store.fetch(data_uri) / "prompts.jsonl", PromptRecord)
         newest = store.fetch(preferences_uri) / NEWEST_FILE  # of the previous round; shipped answers are no policy's
         judged = read_jsonl(newest, DualPreference) if newest.exists() else []
-        chosen = choose_prompts(prompts, judged, settings.collect.prompts_per_round, stage.seed)
+        chosen = choose_prompts(
+            prompts, judged, settings.collect.prompts_per_round, settings.ppo.red_team_share, stage.seed
+        )
         backbone, role = load_policy(store, sft_uri, policy_uri, settings.dtype, stage.seed)
         encoder = ChatEncoder(backbone.tokenizer, settings.ppo.max_prompt_tokens, settings.ppo.max_new_tokens)
         asked = [record for record in chosen for _ in range(settings.collect.answers_per_prompt)]
@@ -47,11 +49,32 @@ def run_collect(
 
 
 def choose_prompts(
-    prompts: Sequence[PromptRecord], judged: Sequence[DualPreference], count: int, seed: int
+    prompts: Sequence[PromptRecord],
+    judged: Sequence[DualPreference],
+    count: int,
+    red_team_share: float,
+    seed: int,
 ) -> list[PromptRecord]:
-    """`count` prompts drawn by the seed, up to half of them first from those with an unsafe answer in `judged`."""
-    shuffled = random.Random(seed).sample(list(prompts), len(prompts))
+    """`count` prompts drawn by the seed, in the mixture of PPO's batches where kinds are declared.
+
+    The mean costs of these answers calibrate PPO's threshold, so they should be answers to what PPO asks. Of each kind
+    up to half are prompts that got an unsafe answer in `judged`.
+    """
+    rng = random.Random(seed)
+    shuffled = rng.sample(list(prompts), len(prompts))
     broke = {r.prompt for r in judged if not (r.is_response_0_safe and r.is_response_1_safe)}
-    first = [r for r in shuffled if r.prompt in broke][: count // 2]
-    taken = {r.prompt for r in first}
-    return (first + [r for r in shuffled if r.prompt not in taken])[:count]
+
+    def first(group: Sequence[PromptRecord], wanted: int) -> list[PromptRecord]:
+        broken = [p for p in group if p.prompt in broke][: wanted // 2]
+        return (broken + [p for p in group if p not in broken])[:wanted]
+
+    kinds = [[p for p in shuffled if p.kind == kind] for kind in ("red_team", "benign", "lookalike", "")]
+    attacks, others = kinds[0], [group for group in kinds[1:] if group]
+    chosen: list[PromptRecord] = []
+    if attacks and others:
+        chosen = first(attacks, round(red_team_share * count))
+        for index, group in enumerate(others):
+            chosen += first(group, (count - len(chosen)) // (len(others) - index))
+    taken = set(chosen)
+    chosen += first([p for p in shuffled if p not in taken], count - len(chosen))
+    return rng.sample(chosen, len(chosen))

@@ -31,7 +31,10 @@ def run_cost_model(run_uri: str, round_number: int, sft_uri: str, preferences_ur
         settings_of=lambda settings: settings.cost_model,
         pair_of=harmful_pair,
         loss_of=lambda settings: partial(
-            cost_loss, regularization=settings.regularization, severity_weight=settings.severity_weight
+            cost_loss,
+            regularization=settings.regularization,
+            severity_weight=settings.severity_weight,
+            ranks_safe_pairs=settings.safe_pairs == "ranked",
         ),
         result_of=cost_result,
         scores_newest=True,

@@ -172,7 +172,9 @@ class PpoSettings(Section):
         ge=0,
         description="weight of the language-model loss on harmless demonstrations (PTX) in the actor's update",
     )
-    red_team_share: float = Field(0.6, ge=0, le=1, description="share of red-team prompts in a rollout batch")
+    red_team_share: float = Field(
+        0.6, ge=0, le=1, description="share of red-team prompts in a rollout batch, and in collect"
+    )
     max_skipped_updates: int = Field(
         3,
         ge=0,

@@ -80,7 +80,7 @@ def train_preference_model(
     guard = UpdateGuard()
     done = checkpoints.restore({role: optimizer}).step if checkpoints else 0
     for step, batch in islice(batches, done, None):
-        optimizer.set_learning_rate(settings.learning_rate * cosine_factor(step, total, warmup_share=0.05))
+        optimizer.set_learning_rate(settings.learning_rate * cosine_factor(step, total, settings.warmup_share))
         part = distributed.own_part(batch)
         with backbone.role(role, train=True):
             value, metrics = loss(score_pairs(backbone, role, part.items))

@@ -11,6 +11,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "reward_model": {
             "learning_rate": 3e-3,
             "later_learning_rate": 1e-3,
+            "warmup_share": 0.2,
             "batch_size": 8,
             "start": "previous",
             "max_pairs": 256,
@@ -21,8 +22,10 @@ PROFILES: dict[str, dict[str, Any]] = {
         "cost_model": {
             "learning_rate": 3e-3,
             "later_learning_rate": 1e-3,
+            "warmup_share": 0.2,
             "batch_size": 8,
             "start": "previous",
+            "safe_pairs": "level",
             "max_pairs": 560,
             "later_max_pairs": 160,
             "recent_share": 0.3,
@@ -46,7 +49,7 @@ PROFILES: dict[str, dict[str, Any]] = {
             "threshold_target": 0.1,
             "threshold_answers": "newest",
             "lagrangian": "pid",
-            "lambda_init": 2.4,
+            "lambda_init": 2.5,
             "lambda_start": "init",
             "lambda_max": 5.0,
             "cost_window": 48,

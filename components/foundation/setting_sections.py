@@ -99,11 +99,12 @@ class PreferenceModelSettings(Section):
     """Training of the reward model or the cost model (they differ by their loss)."""
 
     epochs: int = Field(1, ge=1, description="passes over the pairs")
-    learning_rate: float = Field(
-        5e-4, gt=0, description="AdamW's learning rate, at the peak of a cosine schedule with 5 % warm-up"
-    )
+    learning_rate: float = Field(5e-4, gt=0, description="AdamW's learning rate, at the peak of a cosine schedule")
     later_learning_rate: float | None = Field(
         None, gt=0, description="learning_rate of rounds after the first; empty: the same"
+    )
+    warmup_share: float = Field(
+        0.05, ge=0, lt=1, description="share of the optimiser steps over which the rate rises linearly first"
     )
     batch_size: int = Field(16, ge=1, description="pairs per optimiser step")
     start: Literal["sft", "previous"] = Field(
@@ -118,6 +119,11 @@ class PreferenceModelSettings(Section):
     )
     recent_share: float = Field(0.0, ge=0, le=1, description="share of the drawn pairs that are the newest ones")
     regularization: float = Field(0.01, ge=0, description="eta: weight of the mean squared score")
+    safe_pairs: Literal["ranked", "level"] = Field(
+        "ranked",
+        description="of two safe answers, the more harmful one shall cost more (ranked, as in the paper), or neither "
+        "(level): where the annotator breaks such ties by chance (cost model)",
+    )
     severity_weight: float = Field(
         0.0, ge=0, description="an unsafe answer's sign term counts 1 + this x its severity, 1 to 3 (cost model)"
     )
@@ -130,7 +136,8 @@ class CollectSettings(Section):
     prompts_per_round: int = Field(
         96,
         ge=2,
-        description="prompts that the policy answers; after round 1, up to half are ones that got an unsafe answer",
+        description="prompts that the policy answers, mixed like PPO's; after round 1, up to half of the attacks are "
+        "ones that got an unsafe answer",
     )
     answers_per_prompt: int = Field(2, ge=2, description="answers to each prompt; every two that differ make a pair")
     temperature: float = Field(1.0, gt=0, description="temperature of the softmax that these answers are drawn from")

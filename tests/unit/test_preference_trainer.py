@@ -111,6 +111,25 @@ def test_gradients_push_the_way_the_labels_say(rows: Rows) -> None:
         assert torch.equal(torch.sign(value.grad - ranking), -sign)
 
 
+@given(rows=BATCHES, eta=st.floats(0, 1))
+@settings(deadline=None, max_examples=60)
+def test_two_safe_answers_on_one_level_lose_the_mean_of_both_orders(rows: Rows, eta: float) -> None:
+    """What ranks an unsafe answer is as in the paper; of safe pairs, which one stands first plays no part."""
+    swapped = [(low, high, *signs) if signs == [-1, -1] else (high, low, *signs) for high, low, *signs in rows]
+    level = cost_loss(scores_of(rows), eta, ranks_safe_pairs=False)
+    either = [cost_loss(scores_of(order), eta)[1]["ranking_loss"] for order in (rows, swapped)]
+    assert level[1]["ranking_loss"] == pytest.approx(sum(either) / 2)
+    assert level[1]["sign_loss"] == pytest.approx(cost_loss(scores_of(rows), eta)[1]["sign_loss"])
+    assert cost_loss(scores_of(swapped), eta, ranks_safe_pairs=False)[0].item() == pytest.approx(level[0].item())
+
+
+def test_two_safe_answers_on_one_level_are_drawn_together() -> None:
+    safe = scores_of([(1.0, -2.0, -1.0, -1.0)], requires_grad=True)
+    (cost_loss(safe, 0.0, ranks_safe_pairs=False)[0] - cost_loss(safe, 0.0)[0]).backward()
+    assert safe.high.grad is not None and safe.low.grad is not None
+    assert safe.high.grad.item() == pytest.approx(0.5) and safe.low.grad.item() == pytest.approx(-0.5)
+
+
 @pytest.mark.golden
 def test_severity_in_the_cost_loss_by_hand() -> None:
     """All scores 0, so every logarithm is log 2. An unsafe answer of severity 3 counts 1 + 0.5 * 3, a safe one 1."""

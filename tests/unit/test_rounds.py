@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,8 +35,8 @@ def test_prompts_that_broke_the_policy_come_first() -> None:
         preference("prompt 8", True, True),
     ]
     for seed in range(5):
-        chosen = [p.prompt for p in choose_prompts(PROMPTS, seen, 6, seed)]
-        assert set(chosen[:2]) == {"prompt 3", "prompt 7"}
+        chosen = [p.prompt for p in choose_prompts(PROMPTS, seen, 6, 0.4, seed)]
+        assert {"prompt 3", "prompt 7"} <= set(chosen)
         assert len(set(chosen)) == 6
 
 
@@ -42,9 +44,28 @@ def test_prompts_that_broke_the_policy_come_first() -> None:
 @settings(deadline=None, max_examples=30)
 def test_prompts_are_drawn_without_repetition_by_the_seed(seed: int, count: int, broke: int) -> None:
     seen = [preference(f"prompt {i}", False, True) for i in range(broke)]
-    chosen = choose_prompts(PROMPTS, seen, count, seed)
+    chosen = choose_prompts(PROMPTS, seen, count, 0.4, seed)
     assert len(chosen) == len(set(chosen)) == min(count, len(PROMPTS))
-    assert chosen == choose_prompts(PROMPTS, seen, count, seed)
+    assert chosen == choose_prompts(PROMPTS, seen, count, 0.4, seed)
+
+
+@pytest.mark.parametrize(("broke", "broken_attacks"), [(0, 0), (3, 3), (20, 6)])
+def test_prompts_are_mixed_like_those_of_ppo(broke: int, broken_attacks: int) -> None:
+    """12 of 30 are attacks, up to half of them ones that broke the policy; the others are as many of each kind."""
+    others = [PromptRecord(f"{kind} {i}", kind) for kind in ("benign", "lookalike") for i in range(20)]
+    seen = [preference(f"prompt {i}", False, True) for i in range(broke)]
+    for seed in range(3):
+        chosen = choose_prompts([*PROMPTS, *others], seen, 30, 0.4, seed)
+        assert Counter(p.kind for p in chosen) == {"red_team": 12, "benign": 9, "lookalike": 9}
+        of_broken = sum(p.prompt in {f"prompt {i}" for i in range(broke)} for p in chosen)
+        assert of_broken >= broken_attacks and len(set(chosen)) == 30
+        assert chosen != sorted(chosen, key=lambda p: p.kind != "red_team")
+
+
+def test_what_a_kind_lacks_others_fill() -> None:
+    few = [PromptRecord("benign 0", "benign")]
+    chosen = choose_prompts([*PROMPTS, *few], [], 10, 0.4, 0)
+    assert len(set(chosen)) == 10 and few[0] in chosen
 
 
 def test_every_pair_of_different_answers_to_a_prompt() -> None:

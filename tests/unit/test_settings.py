@@ -30,6 +30,8 @@ CHOICES = {
     "ppo.cost_aggregation": "rectified",
     "reward_model.start": "sft",
     "cost_model.start": "sft",
+    "reward_model.safe_pairs": "level",
+    "cost_model.safe_pairs": "ranked",
     "ppo.critics": "adapter",
     "ppo.engine": "vllm",
     "ppo.importance_cap": "3.0",
