@@ -121,8 +121,8 @@ class PreferenceModelSettings(Section):
     regularization: float = Field(0.01, ge=0, description="eta: weight of the mean squared score")
     safe_pairs: Literal["ranked", "level"] = Field(
         "ranked",
-        description="of two safe answers, the more harmful one shall cost more (ranked, as in the paper), or neither "
-        "(level): where the annotator breaks such ties by chance (cost model)",
+        description="two safe answers: the more harmful one costs more (ranked), or neither (level: for annotators "
+        "who guess) (cost model)",
     )
     severity_weight: float = Field(
         0.0, ge=0, description="an unsafe answer's sign term counts 1 + this x its severity, 1 to 3 (cost model)"
