@@ -53,7 +53,7 @@ def cost_result(
 
     Args:
         scores: of the held-out pairs.
-        newest: of all pairs of the newest round; most of them were in no training, as only a part is drawn for it.
+        newest: of all pairs of the newest round, those that were drawn for training among them.
     """
     safe_costs, unsafe_costs = costs_by_label(scores)
     newest_safe, newest_unsafe = costs_by_label(newest) if newest else (torch.empty(0), torch.empty(0))

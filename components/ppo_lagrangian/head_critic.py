@@ -48,7 +48,7 @@ class TokenSums:
 
 
 def ridge_regression(sums: TokenSums, ridge: float) -> Tensor:
-    """Weights [D + 1], the constant's last, that minimise the squared error + penalty x the squared weights.
+    """Weights [D + 1], the constant's last, that minimise the mean squared error + penalty x the squared weights.
 
     The penalty is `ridge` x the mean squared deviation of a feature from its mean; the constant is free.
     """
