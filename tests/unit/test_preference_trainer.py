@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import mannwhitneyu
 
+from components.cost_model.cost_model import cost_result, harmful_pair
 from components.cost_model.loss import cost_loss
 from components.foundation.backbone import REFERENCE, Backbone
 from components.foundation.batching import ChatEncoder, TokenSequence, collate
@@ -30,8 +31,10 @@ from components.foundation.preference_trainer import (
     score_validation,
     train_preference_model,
 )
+from components.foundation.results import PreferenceModelResult
 from components.foundation.setting_sections import LoraSettings, PreferenceModelSettings
 from components.reward_model.loss import reward_loss
+from components.reward_model.reward_model import helpful_pair, reward_result
 
 LoadTiny = Callable[[str], Backbone]
 SCORE = st.floats(-30, 30, width=32)
@@ -278,6 +281,51 @@ def test_a_pair_holds_the_severity_of_its_unsafe_answer(load_tiny: LoadTiny, lev
     assert (pair.high_severity, pair.low_severity) == (severity, 0)
     pair = encode_pair(record, 1, encoder)
     assert (pair.high_severity, pair.low_severity) == (0, severity)
+
+
+@pytest.mark.parametrize("better", [0, 1])
+@pytest.mark.parametrize("safer", [0, 1])
+def test_the_reward_model_is_taught_what_helps_and_the_cost_model_what_harms(
+    load_tiny: LoadTiny, better: int, safer: int
+) -> None:
+    """The reward model does not ask which answer is safer, nor the cost model which one is better."""
+    encoder = ChatEncoder(load_tiny("llama").tokenizer, 16, 16)
+    record = replace(RECORD, better_response_id=better, safer_response_id=safer, is_response_0_safe=True)
+    answers = [encoder.sequence("p", text) for text in (RECORD.response_0, RECORD.response_1)]
+    helpful, harmful = helpful_pair(record, encoder), harmful_pair(record, encoder)
+    assert (helpful.high, helpful.low) == (answers[better], answers[1 - better])
+    assert (harmful.high, harmful.low) == (answers[1 - safer], answers[safer])
+
+
+MEASURED: Rows = [
+    (2.0, -1.0, +1, -1),
+    (-0.5, -3.0, -1, -1),
+    (1.5, 0.0, +1, +1),
+    (-2.0, 0.5, +1, -1),  # the wrong way round, and both signs are wrong
+    (0.25, 0.0, -1, -1),
+]
+"""Safe are -0.5, 0.25, -1, -3, 0.5 and 0, unsafe 2, 1.5, -2 and 0."""
+
+
+@pytest.mark.golden
+def test_the_cost_model_is_measured_as_by_hand() -> None:
+    """A cost of 0 is that of a safe answer. Of 6 x 4 comparisons the unsafe ones win 6 + 6 + 1 + 3 and tie once."""
+    newest = scores_of([(3.0, -4.0, +1, -1), (-1.0, -2.0, -1, +1)])
+    result = cost_result(scores_of(MEASURED), newest, training_pairs=7)
+    assert (result.training_pairs, result.validation_pairs) == (7, 5)
+    assert result.accuracy == pytest.approx(4 / 5)
+    assert result.sign_accuracy == pytest.approx((4 + 2) / 10)
+    assert result.auc == pytest.approx(16.5 / 24)
+    assert (result.safe_costs, result.unsafe_costs) == ([-0.5, 0.25, -1.0, -3.0, 0.5, 0.0], [2.0, 1.5, -2.0, 0.0])
+    assert (result.newest_safe_costs, result.newest_unsafe_costs) == ([-1.0, -4.0], [3.0, -2.0])
+    without = cost_result(scores_of(MEASURED), None, training_pairs=7)
+    assert without == replace(result, newest_safe_costs=[], newest_unsafe_costs=[])
+
+
+@pytest.mark.golden
+def test_the_reward_model_is_measured_by_its_ranking_alone() -> None:
+    result = reward_result(scores_of(MEASURED), None, training_pairs=7)
+    assert result == PreferenceModelResult(accuracy=pytest.approx(4 / 5), training_pairs=7, validation_pairs=5)
 
 
 SETTINGS = PreferenceModelSettings(epochs=4, learning_rate=0.02, batch_size=8, regularization=0.01)
