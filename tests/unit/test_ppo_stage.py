@@ -5,28 +5,33 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from components.foundation.backbone import Backbone
 from components.foundation.errors import ConstraintError, GateError
 from components.foundation.preference import PromptRecord
 from components.foundation.results import PpoTrace, PreferenceModelResult, from_json
 from components.foundation.settings import Settings, resolve_settings
-from components.ppo_lagrangian import ppo_lagrangian
+from components.ppo_lagrangian import episode, ppo_lagrangian
 from components.ppo_lagrangian.multiplier_rule import start_multiplier
 from components.ppo_lagrangian.ppo_lagrangian import (
     MIN_NEWEST,
     draw_prompts,
     gate_models,
     in_later_round,
+    place_roles,
     tracked_metrics,
 )
 from components.ppo_lagrangian.trainer import StepMetrics
+from tests.unit.random_roles import save_random_role
 
 PROMPTS = (
     [PromptRecord(f"attack {i}", "red_team", "theft") for i in range(9)]
@@ -121,6 +126,25 @@ def test_row_23_a_model_that_is_not_good_enough_blocks_ppo(
 ) -> None:
     with pytest.raises(GateError, match=words):
         gate_models(reward, cost, smol("ppo.cost_aggregation=rectified"))
+
+
+@pytest.mark.parametrize("critics", ["adapter", "head"])
+def test_models_and_critics_start_from_the_weights_of_their_own_model(
+    load_tiny: Callable[[str], Backbone], tmp_path: Path, critics: str
+) -> None:
+    """A critic that is a head shares its model's adapter, and has of its own the head alone."""
+    trained = load_tiny("llama")
+    for seed, model in enumerate((episode.REWARD, episode.COST)):
+        save_random_role(trained, model, tmp_path / model, seed)
+    backbone = load_tiny("llama")
+    place_roles(backbone, smol(f"ppo.critics={critics}"), None, tmp_path / episode.REWARD, tmp_path / episode.COST)
+    for model, critic in ((episode.REWARD, episode.REWARD_CRITIC), (episode.COST, episode.COST_CRITIC)):
+        whole = trained.role_state(model)
+        head = {name: tensor for name, tensor in whole.items() if name.startswith("head.")}
+        for role, expected in ((model, whole), (critic, head if critics == "head" else whole)):
+            found = backbone.role_state(role)
+            assert found.keys() == expected.keys(), role
+            assert all(torch.equal(found[name], expected[name]) for name in expected), role
 
 
 @given(seed=st.integers(0, 1000), count=st.integers(4, 30), share=st.floats(0, 1))
