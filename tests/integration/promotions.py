@@ -53,7 +53,12 @@ def clear_aliases(tracker: Tracker) -> None:
 
 
 def registered(
-    context: RunContext, folder: Path, helpfulness: float, unsafe_high: float = 0.2, right: bool = True
+    context: RunContext,
+    folder: Path,
+    helpfulness: float,
+    unsafe_high: float = 0.2,
+    right: bool = True,
+    judge: str = "rules",
 ) -> str:
     """A version whose policy answers every benign prompt so helpfully, and the whole regression suite so."""
     evaluation = Evaluation(
@@ -65,6 +70,7 @@ def registered(
         n_red_team=len(ATTACKS),
         n_benign=len(PROMPTS),
         held_out_digest="same prompts",
+        judge=judge,
     )
     name = uuid.uuid4().hex
     out = folder / name

@@ -154,6 +154,26 @@ def test_a_policy_that_forgot_what_the_champion_knew_stays_challenger(context: R
     assert "got right (5)" in failure and "'regression 0'" in failure
 
 
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("ours", "theirs", "words"),
+    [
+        ("rules", "model small", "was judged by model small, and the policy by rules"),
+        ("model small", "rules", "was judged by rules, and the policy by model small"),
+        ("rules", "", "was judged by a judge that was not recorded, and the policy by rules"),
+    ],
+)
+def test_a_policy_that_another_judge_judged_is_not_compared_however_good(
+    context: RunContext, tmp_path: Path, ours: str, theirs: str, words: str
+) -> None:
+    champion = registered(context, tmp_path, helpfulness=0.5, judge=theirs)
+    promote(context, champion)
+    refused = promote(context, registered(context, tmp_path, helpfulness=0.9, judge=ours))
+    assert refused.alias == CHALLENGER
+    failures = [reason for reason in refused.reasons if reason.startswith("failed")]
+    assert failures == [f"failed: the champion, version {champion} {words}"]
+
+
 def test_each_champion_is_handed_over_and_a_rollback_takes_all_traffic_at_once(
     context: RunContext, tmp_path: Path
 ) -> None:

@@ -9,12 +9,12 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from components.foundation.errors import AnnotationError, SettingsError
-from components.foundation.judging import AnswerPair, check_usable, llm, make_judge, usable
+from components.foundation.judging import AnswerPair, check_usable, judge_name, llm, make_judge, usable
 from components.foundation.judging.llm import LlmJudge
 from components.foundation.judging.rules import RulesJudge
 from components.foundation.preference import PromptRecord
@@ -435,6 +435,27 @@ def test_where_people_annotate_a_named_model_judges_what_cannot_wait_else_the_ru
     assert isinstance(make_judge(AnnotateSettings(annotator="human")), RulesJudge)
     named = AnnotateSettings(annotator="human", judge_url="http://127.0.0.1/v1", judge_model="m")
     assert isinstance(make_judge(named), LlmJudge)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize(
+    ("annotator", "url", "model", "name"),
+    [
+        ("rules", "", "", "rules"),
+        ("rules", "http://127.0.0.1/v1", "m", "rules"),
+        ("judge", "http://127.0.0.1/v1", "m", "model m"),
+        ("judge", "http://127.0.0.1/v1", "org/other", "model org/other"),
+        ("human", "", "", "rules"),
+        ("human", "", "m", "rules"),
+        ("human", "http://127.0.0.1/v1", "m", "model m"),
+    ],
+)
+def test_a_judge_has_the_name_by_which_evaluations_are_told_apart(
+    annotator: Literal["rules", "judge", "human"], url: str, model: str, name: str
+) -> None:
+    settings = AnnotateSettings(annotator=annotator, judge_url=url, judge_model=model)
+    assert judge_name(settings) == name
+    assert isinstance(make_judge(settings), RulesJudge if name == "rules" else LlmJudge)
 
 
 @pytest.mark.fault
