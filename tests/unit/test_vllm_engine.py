@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -100,13 +101,31 @@ def test_nonsense_is_refused_whatever_it_is(actor: Backbone, tmp_path: Path) -> 
             engine.generate(PROMPTS, SAMPLING)
 
 
-def test_answers_keep_their_order_and_never_pass_for_exact(actor: Backbone, tmp_path: Path) -> None:
+def test_answers_never_pass_for_exact(actor: Backbone, tmp_path: Path) -> None:
     with engine_on(actor, tmp_path, "behaves") as engine:
         rollout = engine.generate(PROMPTS, SAMPLING)
         assert (rollout.answers, rollout.log_probs) == ([(EOS,)] * 3, [(-1.0,)] * 3)
         assert not rollout.exact
         assert engine.generate(PROMPTS, Sampling(0.0, 6, seed=0)).log_probs == [(0.0,)] * 3
         assert engine.generate([], SAMPLING).answers == []
+
+
+def test_answers_are_in_the_order_of_the_prompts_whichever_comes_first(actor: Backbone, tmp_path: Path) -> None:
+    """The first prompt's comes last. Each is drawn with a seed of its own, by the newest weights, as the settings say;
+    rows that are asked for alone with the seeds that they have among all."""
+    prompts, repeated = [(9,), (7, 2), (1,), (7, 2), (4,)], (0, 0, 0, 1, 0)
+    sampling = Sampling(0.7, 6, seed=5, top_p=0.9, top_k=20)
+    with engine_on(actor, tmp_path, "echoes") as engine:
+        assert engine.generate(prompts, sampling).answers == [(prompt[0], EOS) for prompt in prompts]
+        assert engine.generate(prompts, sampling, rows=[3, 0]).answers == [(7, EOS), (9, EOS)]
+    asked = [json.loads(line) for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
+    wanted = [(prompt, prompt_seed(5, prompt, times)) for prompt, times in zip(prompts, repeated, strict=True)]
+    seeded = [(tuple(body["prompt"]), body["seed"]) for body in asked]
+    assert sorted(seeded[:5]) == sorted(wanted)
+    assert sorted(seeded[5:]) == sorted([wanted[3], wanted[0]])
+    assert [body["model"] for body in asked] == ["policy-1"] * 5 + ["policy-2"] * 2
+    drawn = {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "max_tokens": 6, "stop_token_ids": [EOS]}
+    assert all({name: body[name] for name in drawn} == drawn for body in asked)
 
 
 _OWNER = """
