@@ -9,7 +9,7 @@ import pytest
 
 from components.foundation.train_job.pods import PodBoard
 
-_UNLIKELY_SECONDS = 600
+_UNLIKELY_SECONDS = 600.0
 
 
 RUNNING = {"running": {}}
@@ -26,24 +26,39 @@ def pod(uid: str, state: dict[str, Any], restarts: int = 0, **before: Any) -> di
     }
 
 
+def start_to_wait(board: PodBoard, *present: str) -> threading.Thread:
+    """A thread that waits for the end of all pods but those present; a test that fails does not wait for it."""
+    waiter = threading.Thread(target=board.wait_for_ends_except, args=(present, _UNLIKELY_SECONDS), daemon=True)
+    waiter.start()
+    return waiter
+
+
+def has_ended(waiter: threading.Thread) -> bool:
+    waiter.join(30)
+    return not waiter.is_alive()
+
+
 def test_the_board_waits_for_the_end_of_a_pod_that_is_gone() -> None:
     board = PodBoard()
     board.update([pod("a", RUNNING)])
-    waiter = threading.Thread(target=board.wait_for_ends_except, args=(set(), _UNLIKELY_SECONDS))
-    waiter.start()
+    waiter = start_to_wait(board)
     waiter.join(0.05)
     assert waiter.is_alive()
     board.update([pod("a", terminated(139))])
-    waiter.join(_UNLIKELY_SECONDS)
+    assert has_ended(waiter)
     assert [state.exit_code for state in board.all()] == [139]
 
 
 def test_the_board_does_not_wait_for_pods_that_are_there_nor_once_it_is_closed() -> None:
     board = PodBoard()
     board.update([pod("a", RUNNING)])
-    board.wait_for_ends_except({"a"}, _UNLIKELY_SECONDS)
+    assert has_ended(start_to_wait(board, "a"))
+    waiter = start_to_wait(board)
+    waiter.join(0.05)
+    assert waiter.is_alive()
     board.close()
-    board.wait_for_ends_except(set(), _UNLIKELY_SECONDS)
+    assert has_ended(waiter)
+    assert has_ended(start_to_wait(board))
 
 
 @pytest.mark.parametrize(
