@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+
+import pytest
 
 from pipelines.local.memory import PeakMemory, memory_of_tree
 
@@ -20,6 +23,22 @@ def test_the_peak_holds_what_a_child_process_took_and_gave_back() -> None:
             pass  # it looks at once, then every second
         child.communicate("\n")
     assert memory.bytes - memory_of_tree(os.getpid()) > 150_000_000
+
+
+def test_the_peak_is_the_highest_of_all_looks_and_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks, seen = iter((1, 5, 2)), threading.Event()
+
+    def look(pid: int) -> int:
+        found = next(looks, None)
+        if found is None:
+            seen.set()
+        return found or 2
+
+    monkeypatch.setattr("pipelines.local.memory._SECONDS_BETWEEN_LOOKS", 0)
+    monkeypatch.setattr("pipelines.local.memory.memory_of_tree", look)
+    with PeakMemory() as memory:
+        assert seen.wait(30)
+    assert memory.bytes == 5
 
 
 def test_a_process_that_is_gone_takes_nothing() -> None:
