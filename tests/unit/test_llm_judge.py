@@ -27,11 +27,12 @@ _BLOCK = re.compile(r"<([\w ]+) ([0-9a-f]+)>\n(.*?)\n</\1 \2>", re.DOTALL)
 
 @dataclass(frozen=True)
 class Question:
-    """What the judge was asked: its instruction, and the texts between the markers."""
+    """What the judge was asked: its instruction, and the texts between the markers; the first question has number 1."""
 
     system: str
     texts: dict[str, str]
     marker: str
+    number: int
 
     @property
     def is_ranking(self) -> bool:
@@ -91,9 +92,10 @@ class JudgeServer:
     def respond(self, path: str, headers: dict[str, str], body: dict[str, Any]) -> tuple[int, dict[str, str], bytes]:
         system, user = (message["content"] for message in body["messages"])
         blocks = _BLOCK.findall(user)
-        question = Question(system, {name: text for name, _, text in blocks}, blocks[0][1])
-        with self.lock:
+        with self.lock:  # several may come at once
             self.requests.append((path, headers, body))
+            number = len(self.questions) + 1
+            question = Question(system, {name: text for name, _, text in blocks}, blocks[0][1], number)
             self.questions.append(question)
             if self.raw:
                 return self.raw.pop(0)
@@ -315,7 +317,7 @@ def test_row_36_a_judge_that_goes_away_in_mid_batch_and_comes_back_has_judged_al
                 server.start()
 
     def reply(question: Question) -> str:
-        if len(server.questions) == 5 and not stopped:
+        if question.number == 5:
             stopped.append(question)
             server.stop()
         return "1"
@@ -336,7 +338,7 @@ def test_row_36_a_judge_that_is_too_slow_is_asked_again(server: JudgeServer, mon
     waits: list[float] = []
 
     def reply(question: Question) -> str:
-        if len(server.questions) <= 2:
+        if question.number <= 2:
             given_up.wait(30)
         return "1"
 
