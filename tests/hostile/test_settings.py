@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from hypothesis import given, settings
@@ -27,6 +27,7 @@ from tests.hostile.bounded import bounded
 
 pytestmark = pytest.mark.fault
 
+T = TypeVar("T")
 MEGABYTE = 1_000_000
 KEYS = sorted(resolve_settings("tiny").flat())
 LAUGHS = "{a0: &a0 [x,x], " + ", ".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40)) + "}"
@@ -64,13 +65,25 @@ BAD_YAML = [
 READ = "from components.foundation.settings import *; resolve_settings('tiny')"
 
 
-def refused(action: Callable[[], Any]) -> str:
+def check_refusal(error: SettingsError) -> str:
     """The one short line that says why."""
-    with pytest.raises(SettingsError) as error:
-        action()
-    message = str(error.value)
+    message = str(error)
     assert message.isprintable() and len(message) < 3000, message
     return message
+
+
+def refused(action: Callable[[], Any]) -> str:
+    with pytest.raises(SettingsError) as error:
+        action()
+    return check_refusal(error.value)
+
+
+def read_or_refused(read: Callable[[str], T], text: str) -> T | None:
+    try:
+        return read(text)
+    except SettingsError as error:
+        check_refusal(error)
+        return None
 
 
 @pytest.mark.parametrize("text", BAD_YAML, ids=lambda text: ascii(text[:24]))
@@ -138,18 +151,30 @@ def test_whatever_is_set_the_settings_can_be_stored_and_read_or_are_refused(key:
 )  # fmt: skip
 def test_a_record_of_settings_that_is_none_is_refused_in_a_line(text: str) -> None:
     refused(lambda: read_settings(text))
-    for read in (read_settings_of_any_version, RecordedSettings.parse):
-        with suppress(SettingsError):
-            read(text)
+    found = read_or_refused(read_settings_of_any_version, text)
+    assert found is None or found.digest() == read_settings("{}").digest()  # all that it held was left out
+    read_or_refused(RecordedSettings.parse, text)
 
 
 @given(TREES | st.fixed_dictionaries({"ppo": TREES, "seed": PLAIN}))
 @settings(derandomize=True, deadline=None, max_examples=200)
 def test_a_record_of_whatever_version_is_shown_and_read_or_refused(tree: Any) -> None:
-    text = json.dumps(tree)
-    for read in (read_settings_of_any_version, RecordedSettings.parse):
-        with suppress(SettingsError):
-            read(text)
+    found = read_or_refused(read_settings_of_any_version, json.dumps(tree))
+    assert found is None or read_settings(found.model_dump_json()).digest() == found.digest()
+    recorded = read_or_refused(RecordedSettings.parse, json.dumps(tree))
+    if recorded is not None:
+        assert RecordedSettings.parse(json.dumps(dict(reversed(tree.items())))).digest == recorded.digest
+
+
+def test_a_record_is_shown_as_it_was_written_with_the_digest_of_what_its_run_committed() -> None:
+    """Also settings that another version had; on how many devices a run was spread does not count."""
+    tree = {"seed": 3, "ppo": {"steps": None, "gone": [1, "a"]}, "distributed": {"processes": 2}}
+    recorded = RecordedSettings.parse(json.dumps(tree))
+    assert recorded.flat == {"seed": "3", "ppo.steps": "", "ppo.gone": "[1, 'a']", "distributed.processes": "2"}
+    counted = b'{"ppo":{"gone":[1,"a"],"steps":null},"seed":3}'
+    assert recorded.digest == hashlib.sha256(counted).hexdigest()
+    known = resolve_settings("tiny", 3, ["ppo.steps=5"])
+    assert RecordedSettings.parse(known.model_dump_json()).digest == known.digest()
 
 
 def test_what_another_version_knew_is_left_out_and_the_rest_is_kept() -> None:
