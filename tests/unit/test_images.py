@@ -24,6 +24,12 @@ def build(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]
     )
 
 
+def environment_without(*names: str) -> dict[str, str]:
+    """This process's variables but these; git finds no other repository by them, and no settings of the user's."""
+    kept = {name: value for name, value in os.environ.items() if name not in names and not name.startswith("GIT_")}
+    return kept | {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+
+
 def pins(path: Path) -> dict[str, str]:
     lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
     return dict(line.split()[0].lower().replace("_", "-").split("==") for line in lines if "==" in line)
@@ -113,8 +119,7 @@ def test_without_a_git_checkout_the_variables_that_are_named_are_enough(tmp_path
     log, builder = tmp_path / "log", tmp_path / "builder"
     builder.write_text(f'#!/bin/sh\necho "$@" >> {log}\n')
     builder.chmod(0o755)
-    given = {"TAG", "REGISTRY", "REVISION", "SOURCE_DATE_EPOCH"}
-    environment = {name: value for name, value in os.environ.items() if name not in given} | {"BUILDER": str(builder)}
+    environment = environment_without("TAG", "REGISTRY", "REVISION", "SOURCE_DATE_EPOCH") | {"BUILDER": str(builder)}
 
     def told(**variables: str) -> tuple[int, str]:
         command = [str(tmp_path / "images" / "build.sh"), "build", "service"]
@@ -133,11 +138,12 @@ def test_a_commit_is_dirty_by_what_an_image_can_hold_alone(tmp_path: Path) -> No
     shutil.copytree(IMAGES, tmp_path / "images")
     for name in ("pyproject.toml", "requirements.lock"):
         shutil.copy(IMAGES.parent / name, tmp_path)
+    environment = environment_without("TAG", "REGISTRY", "REVISION")
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.com"]
     for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "all"]):
-        subprocess.run([*git, *words], check=True)
-    sha = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-    environment = {name: value for name, value in os.environ.items() if name not in ("TAG", "REGISTRY")}
+        subprocess.run([*git, *words], check=True, env=environment)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True, env=environment)
+    sha = head.stdout.strip()
 
     def tag() -> str:
         command = [str(tmp_path / "images" / "build.sh"), "build", "service"]
