@@ -460,7 +460,10 @@ def killed_at(kfp: KfpServer, number: int, *arguments: str) -> bool:
     kfp.calls.clear()
     kfp.on_call = kill
     process.start()
-    process.join()
+    process.join(60)
+    if process.is_alive():
+        process.kill()  # else it would be waited for without limit at the end of all tests
+        pytest.fail(f"{arguments} did not end within a minute")
     return process.exitcode == -signal.SIGKILL
 
 
