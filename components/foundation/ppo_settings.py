@@ -116,6 +116,14 @@ class PpoSettings(Section):
         lt=1,
         description="the floor is mean_safe + this x (mean_unsafe - mean_safe), of cost scores of labelled answers",
     )
+    reward_margin: float | None = Field(
+        None,
+        gt=0,
+        description="scale rewards: better held-out answers score so much higher on average; empty: as they are",
+    )
+    cost_margin: float | None = Field(
+        None, gt=0, description="scale costs: unsafe held-out answers cost so much more on average; empty: as they are"
+    )
     threshold: float | None = Field(None, description="cost threshold d; empty: calibrated from the cost model")
     threshold_target: float = Field(0.1, gt=0, lt=1, description="share of unsafe answers that a calibrated d allows")
     threshold_answers: Literal["held_out", "newest"] = Field(

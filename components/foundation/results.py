@@ -37,7 +37,8 @@ class Estimate:
 class PreferenceModelResult:
     """Held-out quality of a reward or cost model.
 
-    `accuracy` is the share of pairs ranked as labelled. The other fields are for cost models only:
+    `accuracy` is the share of pairs ranked as labelled; `margin`, of reward models, is how much higher the better
+    answer of a pair scores, on average. The other fields are for cost models only:
     `sign_accuracy` is the share of answers whose score's sign equals the label (positive = unsafe),
     `auc` is the ROC-AUC of unsafe against safe, and `safe_costs` and `unsafe_costs` are the scores themselves;
     `newest_safe_costs` and `newest_unsafe_costs` are those of the answers that the newest round collected.
@@ -46,6 +47,7 @@ class PreferenceModelResult:
     accuracy: float
     training_pairs: int
     validation_pairs: int
+    margin: float | None = None
     sign_accuracy: float | None = None
     auc: float | None = None
     safe_costs: list[float] = field(default_factory=list)

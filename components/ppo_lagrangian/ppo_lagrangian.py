@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 import torch
@@ -107,6 +108,12 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
         )
         previous = None if inputs.policy == inputs.sft else store.fetch(inputs.policy)
         place_roles(backbone, settings, previous and previous / "actor", reward_folder, cost_folder)
+        if not compares:
+            reward_factor, cost_factor = score_factors(_result(reward_folder), _result(cost_folder), settings.ppo)
+            for role in (REWARD, REWARD_CRITIC):
+                scale_head(backbone, role, reward_factor)
+            for role in (COST, COST_CRITIC):
+                scale_head(backbone, role, cost_factor)
         engine = make_engine(settings.ppo, backbone, ACTOR, sft_folder)
         encoder = ChatEncoder(backbone.tokenizer, settings.ppo.max_prompt_tokens, settings.ppo.max_new_tokens)
         data_folder = store.fetch(inputs.data)
@@ -251,7 +258,42 @@ def gate_models(reward: PreferenceModelResult, cost: PreferenceModelResult, sett
             f"the cost model's held-out AUC is {cost.auc:.3f}, below cost_model.min_auc={settings.cost_model.min_auc}: "
             "it cannot tell unsafe answers (below 0.5 its sign is inverted)"
         )
-    return choose_constraint(settings, *calibration_costs(cost, settings.ppo.threshold_answers))
+    _, factor = score_factors(reward, cost, settings.ppo)
+    safe, unsafe = calibration_costs(cost, settings.ppo.threshold_answers)
+    return choose_constraint(settings, factor * safe, factor * unsafe)
+
+
+def score_factors(reward: PreferenceModelResult, cost: PreferenceModelResult, ppo: PpoSettings) -> tuple[float, float]:
+    """What rewards and costs are multiplied by, so that lambda, beta and the PID gains mean the same in every round.
+
+    A preference model's scale is what its training made of it, and changes from round to round: with rewards three
+    times as far apart, lambda weighs a third.
+
+    Raises:
+        GateError: a margin is asked for, and the model's own one is not above 0, or was not stored.
+    """
+
+    def factor(name: str, wanted: float | None, own: float | None) -> float:
+        if wanted is None:
+            return 1.0
+        if own is None or own <= 0:
+            raise GateError(
+                f"ppo.{name}_margin={wanted} scales the {name} model's scores by their held-out margin, which is "
+                f"{'unknown' if own is None else f'{own:.3f}'}: train it again, or leave ppo.{name}_margin empty"
+            )
+        return wanted / own
+
+    costs = (cost.safe_costs, cost.unsafe_costs)
+    apart = fmean(cost.unsafe_costs) - fmean(cost.safe_costs) if all(costs) else None
+    return factor("reward", ppo.reward_margin, reward.margin), factor("cost", ppo.cost_margin, apart)
+
+
+def scale_head(backbone: Backbone, role: str, factor: float) -> None:
+    """Multiply all scores or values of a role by `factor`."""
+    with torch.no_grad():
+        for name, tensor in backbone.role_tensors(role).items():
+            if name.startswith("head."):
+                tensor.mul_(factor)
 
 
 def calibration_costs(cost: PreferenceModelResult, answers: Literal["held_out", "newest"]) -> tuple[Tensor, Tensor]:

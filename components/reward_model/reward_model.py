@@ -39,5 +39,8 @@ def helpful_pair(record: DualPreference, encoder: ChatEncoder) -> ScoredPair:
 
 def reward_result(scores: PreferenceScores, _: PreferenceScores | None, training_pairs: int) -> PreferenceModelResult:
     return PreferenceModelResult(
-        accuracy=ranking_accuracy(scores), training_pairs=training_pairs, validation_pairs=len(scores.high)
+        accuracy=ranking_accuracy(scores),
+        training_pairs=training_pairs,
+        validation_pairs=len(scores.high),
+        margin=float((scores.high - scores.low).mean()),
     )

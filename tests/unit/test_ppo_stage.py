@@ -28,6 +28,8 @@ from components.ppo_lagrangian.ppo_lagrangian import (
     gate_models,
     in_later_round,
     place_roles,
+    scale_head,
+    score_factors,
     tracked_metrics,
 )
 from components.ppo_lagrangian.trainer import StepMetrics
@@ -145,6 +147,55 @@ def test_models_and_critics_start_from_the_weights_of_their_own_model(
             found = backbone.role_state(role)
             assert found.keys() == expected.keys(), role
             assert all(torch.equal(found[name], expected[name]) for name in expected), role
+
+
+@pytest.mark.golden
+def test_scores_are_scaled_to_the_margins_that_are_asked_for() -> None:
+    """A better held-out answer scores 4 more on average, and shall 3; an unsafe one costs 5 more, and shall 10."""
+    reward = replace(REWARD, margin=4.0)
+    assert score_factors(reward, COST, smol("ppo.reward_margin=3", "ppo.cost_margin=10").ppo) == (0.75, 2.0)
+    assert score_factors(REWARD, COST, smol("ppo.reward_margin=", "ppo.cost_margin=").ppo) == (1.0, 1.0)
+    for aggregation in ("mean", "floored"):
+        plain, scaled = (
+            gate_models(REWARD, COST, smol(f"ppo.cost_aggregation={aggregation}", f"ppo.cost_margin={margin}"))
+            for margin in ("", "10")
+        )
+        assert scaled.threshold == pytest.approx(2 * plain.threshold)
+        assert (scaled.floor or 0.0) == pytest.approx(2 * (plain.floor or 0.0))
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("name", "reward", "cost", "found"),
+    [
+        ("reward", REWARD, COST, "unknown"),
+        ("reward", replace(REWARD, margin=-0.25), COST, "-0.250"),
+        ("cost", REWARD, replace(COST, unsafe_costs=[-5.0]), "-3.000"),
+        ("cost", REWARD, replace(COST, unsafe_costs=[]), "unknown"),
+    ],
+)
+def test_scores_without_a_margin_are_not_scaled(
+    name: str, reward: PreferenceModelResult, cost: PreferenceModelResult, found: str
+) -> None:
+    with pytest.raises(GateError, match=rf"ppo\.{name}_margin=3\.0 .* which is {found}: train it again"):
+        score_factors(reward, cost, smol("ppo.reward_margin=", "ppo.cost_margin=", f"ppo.{name}_margin=3").ppo)
+
+
+@pytest.mark.parametrize("critics", ["adapter", "head"])
+def test_scaling_a_head_multiplies_what_its_role_says(
+    load_tiny: Callable[[str], Backbone], tmp_path: Path, critics: str
+) -> None:
+    for seed, model in enumerate((episode.REWARD, episode.COST)):
+        save_random_role(load_tiny("llama"), model, tmp_path / model, seed)
+    backbone = load_tiny("llama")
+    place_roles(backbone, smol(f"ppo.critics={critics}"), None, tmp_path / episode.REWARD, tmp_path / episode.COST)
+    hidden = torch.randn(3, backbone.hidden_size, generator=torch.Generator().manual_seed(0))
+    roles = (episode.REWARD, episode.REWARD_CRITIC, episode.COST, episode.COST_CRITIC)
+    before = {role: backbone.head_outputs(role, hidden).detach() for role in roles}
+    scale_head(backbone, episode.REWARD, 3.0)
+    scale_head(backbone, episode.COST_CRITIC, 0.5)
+    for role, factor in zip(roles, (3.0, 1.0, 1.0, 0.5), strict=True):
+        torch.testing.assert_close(backbone.head_outputs(role, hidden), factor * before[role])
 
 
 @given(seed=st.integers(0, 1000), count=st.integers(4, 30), share=st.floats(0, 1))

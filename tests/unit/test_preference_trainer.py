@@ -325,7 +325,9 @@ def test_the_cost_model_is_measured_as_by_hand() -> None:
 @pytest.mark.golden
 def test_the_reward_model_is_measured_by_its_ranking_alone() -> None:
     result = reward_result(scores_of(MEASURED), None, training_pairs=7)
-    assert result == PreferenceModelResult(accuracy=pytest.approx(4 / 5), training_pairs=7, validation_pairs=5)
+    assert result == PreferenceModelResult(
+        accuracy=pytest.approx(4 / 5), training_pairs=7, validation_pairs=5, margin=pytest.approx(0.95)
+    )
 
 
 SETTINGS = PreferenceModelSettings(epochs=4, learning_rate=0.02, batch_size=8, regularization=0.01)
