@@ -42,7 +42,7 @@ def write_summary(work_dir: Path, facts: RunFacts) -> Path:
         "run_id": context.run_id,
         "profile": context.settings.profile,
         "seed": context.settings.seed,
-        "settings_digest": context.settings.digest(),
+        "settings": context.settings.flat(),
         "wall_seconds": facts.wall_seconds,
         "stage_seconds": seconds,
         "overhead_seconds": facts.wall_seconds - sum(seconds.values()),

@@ -14,7 +14,7 @@ from typing import Any
 
 from components.foundation.errors import SettingsError
 from components.foundation.run_context import store_root
-from components.foundation.settings import resolve_settings
+from components.foundation.settings import Settings, resolve_settings
 from components.report.charts import Line, Mark, interval_chart, step_chart
 from components.report.svg import percent, text
 from tests.benchmarks.pictures import placed, standalone
@@ -43,11 +43,12 @@ def check_settings(folder: Path, summary: dict[str, Any]) -> None:
     Raises:
         SettingsError: the run was made with other settings than its profile has now.
     """
-    now = resolve_settings(summary["profile"], summary["seed"]).digest()
-    if summary["settings_digest"] != now:
+    now = resolve_settings(summary["profile"], summary["seed"]).flat()
+    then = Settings().flat() | summary["settings"]  # what is new since then was as it is by default
+    if changed := [f"{key} ({then[key]} there, {value} here)" for key, value in now.items() if then[key] != value]:
         raise SettingsError(
-            f"{folder} holds a run with other settings than profile {summary['profile']} has today: move it away, "
-            "and `make results` makes a new one"
+            f"{folder} holds a run with other settings than profile {summary['profile']} has today: "
+            f"{', '.join(changed)}; move it away, and `make results` makes a new one"
         )
 
 
