@@ -47,13 +47,13 @@ class PreferenceModelResult:
     accuracy: float
     training_pairs: int
     validation_pairs: int
-    margin: float | None = None
     sign_accuracy: float | None = None
     auc: float | None = None
     safe_costs: list[float] = field(default_factory=list)
     unsafe_costs: list[float] = field(default_factory=list)
     newest_safe_costs: list[float] = field(default_factory=list)
     newest_unsafe_costs: list[float] = field(default_factory=list)
+    margin: float | None = None
 
 
 @dataclass(frozen=True)
