@@ -19,7 +19,13 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "evaluate": ("sft",),
 }
 """The others, and what each needs beside the data."""
-SETTINGS = ("ppo.steps=4", "ppo.critics=head", "ppo.ptx_coefficient=0.5", "checkpoint.every_steps=1")
+SETTINGS = (
+    "ppo.steps=4",
+    "ppo.critics=head",
+    "ppo.ptx_coefficient=0.5",
+    "ppo.ptx_demonstrations=safe",
+    "checkpoint.every_steps=1",
+)
 
 # Without threads there is nothing that a fork could break; the modules are imported once, for all attempts.
 _PROCESSES = multiprocessing.get_context("forkserver")

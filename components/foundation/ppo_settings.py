@@ -178,10 +178,14 @@ class PpoSettings(Section):
     ptx_coefficient: float = Field(
         0.0,
         ge=0,
-        description="weight of the language-model loss on harmless demonstrations (PTX) in the actor's update",
+        description="weight of the language-model loss on demonstrations (PTX) in the actor's update",
+    )
+    ptx_demonstrations: Literal["harmless", "safe"] = Field(
+        "harmless",
+        description="PTX's demonstrations: on harmless prompts; safe: and those on attacks that the cost model calls safe",
     )
     red_team_share: float = Field(
-        0.6, ge=0, le=1, description="share of red-team prompts in a rollout batch, and in collect"
+        0.6, ge=0, le=1, description="share of red-team prompts in a rollout batch, in collect, and in PTX's safe demonstrations"
     )
     max_skipped_updates: int = Field(
         3,
@@ -230,4 +234,11 @@ class PpoSettings(Section):
     def _weighs_scores_of_models(cls, value: float | None, info: ValidationInfo) -> float | None:
         if value is not None and info.data.get("advantage_source") == "preference_oracle":
             raise ValueError("it weighs the scores of models: leave out ppo.advantage_source=preference_oracle")
+        return value
+
+    @field_validator("ptx_demonstrations")
+    @classmethod
+    def _asks_the_cost_model(cls, value: str, info: ValidationInfo) -> str:
+        if value == "safe" and info.data.get("advantage_source") == "preference_oracle":
+            raise ValueError("safe asks the cost model, which ppo.advantage_source=preference_oracle does without")
         return value

@@ -294,6 +294,14 @@ def demonstrations_for_ptx(
     return found
 
 
+def demonstrations_on_attacks(
+    demonstrations: Sequence[Demonstration], prompts: Sequence[PromptRecord]
+) -> list[Demonstration]:
+    """The demonstrations whose prompt is listed as an attack: some comply, some decline."""
+    attacks = {p.prompt for p in prompts if p.kind == "red_team"}
+    return [d for d in demonstrations if d.prompt in attacks]
+
+
 def _collect(source: str, kind: type[Record], rows: Iterator[tuple[int, bytes, Any]]) -> LoadResult[Record]:
     records: list[Record] = []
     bad: list[BadRow] = []

@@ -24,6 +24,7 @@ from components.foundation.batching import (
 )
 from components.foundation.policy import ACTOR
 from components.foundation.ppo_settings import PpoSettings
+from components.foundation.preference_trainer import answer_scores
 from components.foundation.rollout import Rollout
 from components.ppo_lagrangian.objective import (
     aggregate_cost,
@@ -170,6 +171,16 @@ def appraise(backbone: Backbone, model: str, critic: str, batch: SequenceBatch) 
     with backbone.role(critic), backbone.whole(critic):
         values = measure_in_parts(batch, _ROWS_PER_FORWARD, partial(token_values, backbone, critic))
     return Appraisal(score, values * batch.answer_mask, None)
+
+
+def safe_sequences(backbone: Backbone, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
+    """Those that the cost model calls safe: a cost of at most 0, the boundary that its sign loss draws."""
+    costs: list[float] = []
+    for start in range(0, len(sequences), _ROWS_PER_FORWARD):
+        batch = collated(backbone, sequences[start : start + _ROWS_PER_FORWARD])
+        with backbone.role(COST), backbone.whole(COST), torch.no_grad():
+            costs += answer_scores(backbone, COST, batch).tolist()
+    return [sequence for sequence, cost in zip(sequences, costs, strict=True) if cost <= 0]
 
 
 def shape_signals(episode: Episode, settings: PpoSettings) -> Signals:

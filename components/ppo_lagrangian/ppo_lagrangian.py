@@ -22,12 +22,18 @@ from torch import Tensor
 
 from components.foundation import distributed
 from components.foundation.backbone import REFERENCE, Backbone
-from components.foundation.batching import ChatEncoder
+from components.foundation.batching import ChatEncoder, TokenSequence
 from components.foundation.errors import GateError, SettingsError
 from components.foundation.judging import make_judge
 from components.foundation.policy import ACTOR, export_merged
 from components.foundation.ppo_settings import PpoSettings
-from components.foundation.preference import Demonstration, PromptRecord, demonstrations_for_ptx, read_jsonl
+from components.foundation.preference import (
+    Demonstration,
+    PromptRecord,
+    demonstrations_for_ptx,
+    demonstrations_on_attacks,
+    read_jsonl,
+)
 from components.foundation.progress import Progress
 from components.foundation.results import PpoTrace, PreferenceModelResult, from_json, read_record, to_json
 from components.foundation.role_optimizer import UpdateGuard
@@ -37,7 +43,7 @@ from components.foundation.settings import Settings
 from components.foundation.training_checkpoints import TrainingCheckpoints
 from components.ppo_lagrangian.comparison import compare_episode
 from components.ppo_lagrangian.constraint_gauges import ConstraintGauges
-from components.ppo_lagrangian.episode import COST, COST_CRITIC, REWARD, REWARD_CRITIC
+from components.ppo_lagrangian.episode import COST, COST_CRITIC, REWARD, REWARD_CRITIC, safe_sequences
 from components.ppo_lagrangian.model_card import CardEvidence, model_card
 from components.ppo_lagrangian.multiplier import CostConstraint, MultiplierState, choose_threshold
 from components.ppo_lagrangian.objective import aggregate_cost
@@ -120,9 +126,16 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
         # for the model card, and read before training: a store that is away at its end must not cost its result
         data_digests = {file.path: file.sha256 for file in store.manifest(inputs.data).files}
         prompts = read_jsonl(data_folder / "prompts.jsonl", PromptRecord)
-        demonstrations = demonstrations_for_ptx(
-            settings.ppo.ptx_coefficient, read_jsonl(data_folder / "demonstrations.jsonl", Demonstration), prompts
-        )
+        shipped = read_jsonl(data_folder / "demonstrations.jsonl", Demonstration)
+        demonstrations = demonstrations_for_ptx(settings.ppo.ptx_coefficient, shipped, prompts)
+        attack_demonstrations: list[TokenSequence] = []
+        if settings.ppo.ptx_coefficient and settings.ppo.ptx_demonstrations == "safe":
+            on_attacks = [encoder.sequence(d.prompt, d.response) for d in demonstrations_on_attacks(shipped, prompts)]
+            attack_demonstrations = safe_sequences(backbone, on_attacks)
+            log.info(
+                "PTX: %d demonstrations on harmless prompts, and the %d of %d on attacks that the cost model calls safe",
+                *(len(demonstrations), len(attack_demonstrations), len(on_attacks)),
+            )
         ppo = settings.ppo
         if previous is not None:
             ppo = in_later_round(ppo, read_record(PpoTrace, previous / "trace.json"))
@@ -133,6 +146,7 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
             constraint,
             stage.seed,
             [encoder.sequence(d.prompt, d.response) for d in demonstrations],
+            attack_demonstrations,
         )
         progress = Progress(STAGE, settings.ppo.steps, "steps")
         constraint_gauges = ConstraintGauges(constraint.threshold, settings.ppo)

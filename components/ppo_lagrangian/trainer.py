@@ -78,7 +78,8 @@ class PpoLagrangian:
     """Holds the six roles, how the trained ones are trained (by role) and the multiplier.
 
     `demonstrations` are what the actor must not forget: with `ppo.ptx_coefficient` above 0, each of its updates also
-    lowers the language-model loss on as many of them as there are episodes in the minibatch.
+    lowers the language-model loss on as many of them as there are episodes in the minibatch. Where there are
+    `attack_demonstrations`, answers to attacks that it shall give, `ppo.red_team_share` of those are drawn from them.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class PpoLagrangian:
         constraint: CostConstraint,
         seed: int,
         demonstrations: Sequence[TokenSequence] = (),
+        attack_demonstrations: Sequence[TokenSequence] = (),
     ) -> None:
         self._backbone = backbone
         self._engine = engine
@@ -96,6 +98,7 @@ class PpoLagrangian:
         self._constraint = constraint
         self._seed = seed
         self._demonstrations = demonstrations
+        self._attack_demonstrations = attack_demonstrations
         self.guard = UpdateGuard(settings.max_skipped_updates)
         self.multiplier = start_multiplier(settings)
         rates = {ACTOR: settings.actor_learning_rate}
@@ -241,8 +244,13 @@ class PpoLagrangian:
 
     def _draw_demonstrations(self, share: Share, generator: torch.Generator) -> tuple[SequenceBatch, Tensor]:
         """One demonstration for each episode, drawn with replacement -> (this rank's, answer tokens of all)."""
-        drawn = torch.randint(len(self._demonstrations), (len(share.tokens),), generator=generator).tolist()
-        sequences = [self._demonstrations[i] for i in drawn]
+        count = len(share.tokens)
+        n_attacks = round(self._settings.red_team_share * count) if self._attack_demonstrations else 0
+        sequences = [
+            group[i]
+            for group, n in ((self._attack_demonstrations, n_attacks), (self._demonstrations, count - n_attacks))
+            for i in torch.randint(max(1, len(group)), (n,), generator=generator).tolist()
+        ]
         return collated(self._backbone, [sequences[i] for i in share.places.tolist()]), answer_tokens(sequences)
 
     def _update_actor(

@@ -16,7 +16,12 @@ from components.foundation.batching import SequenceBatch, TokenSequence, answer_
 from components.foundation.errors import DataError
 from components.foundation.policy import ACTOR
 from components.foundation.ppo_settings import PpoSettings
-from components.foundation.preference import Demonstration, PromptRecord, demonstrations_for_ptx
+from components.foundation.preference import (
+    Demonstration,
+    PromptRecord,
+    demonstrations_for_ptx,
+    demonstrations_on_attacks,
+)
 from components.foundation.rollout import Rollout, Sampling
 from components.foundation.rollout.transformers_engine import TransformersEngine
 from components.foundation.setting_sections import LoraSettings
@@ -27,6 +32,7 @@ from components.ppo_lagrangian.episode import (
     REWARD,
     REWARD_CRITIC,
     compute_advantages,
+    safe_sequences,
     score_episode,
     shape_signals,
     weigh_tokens,
@@ -77,9 +83,15 @@ def _randomize(backbone: Backbone, role: str, seed: int) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
 
 
-def _trainer(backbone: Backbone, settings: PpoSettings, demonstrations: Sequence[TokenSequence] = ()) -> PpoLagrangian:
+def _trainer(
+    backbone: Backbone,
+    settings: PpoSettings,
+    demonstrations: Sequence[TokenSequence] = (),
+    attack_demonstrations: Sequence[TokenSequence] = (),
+) -> PpoLagrangian:
+    engine = TransformersEngine(backbone, ACTOR)
     return PpoLagrangian(
-        backbone, TransformersEngine(backbone, ACTOR), settings, CostConstraint(0.0), 0, demonstrations
+        backbone, engine, settings, CostConstraint(0.0), 0, demonstrations, attack_demonstrations
     )
 
 
@@ -163,6 +175,31 @@ def test_the_ptx_term_is_the_language_model_loss_of_the_demonstrations(load_role
     expected = -_log_probs(backbone, REFERENCE, batch).sum() / 4  # the actor is still the reference; four answer tokens
     metrics = _trainer(backbone, settings, DEMONSTRATIONS[:1]).step(PROMPTS, step=0)
     assert metrics.ptx_loss == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize(("share", "on_attacks"), [(0.0, 0), (0.25, 1), (0.6, 2), (1.0, 4)])
+def test_ptx_draws_its_share_of_answers_to_attacks(
+    load_roles: Callable[[str], Backbone], share: float, on_attacks: int
+) -> None:
+    """One demonstration of either sort, so each draw is the same one: the loss tells how many there were of each."""
+    backbone = load_roles("head")
+    changes = {"minibatch_size": 4, "ptx_coefficient": 1.0, "red_team_share": share}
+    attack = TokenSequence((256, 7, 256), (70, 257))
+    drawn = [attack] * on_attacks + [DEMONSTRATIONS[0]] * (4 - on_attacks)
+    expected = _demonstration_loss(backbone, drawn)
+    trainer = _trainer(backbone, SETTINGS.model_copy(update=changes), DEMONSTRATIONS[:1], [attack])
+    assert trainer.step(PROMPTS, step=0).ptx_loss == pytest.approx(expected, rel=1e-4)
+
+
+def test_answers_are_safe_by_the_sign_of_their_cost(load_roles: Callable[[str], Backbone]) -> None:
+    """Eleven of them, more than one pass takes."""
+    backbone = load_roles("head")
+    sequences = [TokenSequence((256, 30 + i, 256), (60 + i, 3, 257)[i % 2 :]) for i in range(11)]
+    costs = [score_episode(backbone, [sequence], SETTINGS).costs[0] for sequence in sequences]
+    assert min(costs) < 0 < max(costs)
+    assert safe_sequences(backbone, sequences) == [s for s, cost in zip(sequences, costs, strict=True) if cost <= 0]
+    assert safe_sequences(backbone, []) == []
 
 
 def test_only_with_a_ptx_term_do_demonstrations_grow_likelier(load_roles: Callable[[str], Backbone]) -> None:
@@ -332,6 +369,7 @@ def test_the_ptx_term_never_holds_on_to_answers_to_attacks() -> None:
     demonstrations = [Demonstration(name, "yes") for name in names]
     found = demonstrations_for_ptx(1.0, demonstrations, prompts)
     assert [d.prompt for d in found] == ["harmless", "looks unsafe"]
+    assert [d.prompt for d in demonstrations_on_attacks(demonstrations, prompts)] == ["attack"]
     assert demonstrations_for_ptx(0.0, demonstrations, prompts[:1]) == []
     with pytest.raises(DataError, match=r"ptx_coefficient=1.0 needs demonstrations .* benign or lookalike: list them"):
         demonstrations_for_ptx(1.0, demonstrations, prompts[:1])
