@@ -5,6 +5,7 @@ Counts what ran, too: a suite that silently skipped its end-to-end tests would o
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,10 @@ from hypothesis import settings
 from components.foundation.checkpoint_store import CheckpointStore
 from pipelines.local.services import Endpoints, local_services
 from tests.s3_identities import BUCKET, write_identities
+
+# the tests' servers are on this machine, whatever proxy its owner has
+for _name in ("no_proxy", "NO_PROXY"):
+    os.environ[_name] = ",".join(filter(None, [os.environ.get(_name), "127.0.0.1,localhost"]))
 
 KINDS = ("golden", "end_to_end", "fault", "containers")
 

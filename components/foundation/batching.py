@@ -223,13 +223,18 @@ def _rows_in_chunk(logits: Tensor) -> int:
     return max(1, _CHUNK_ELEMENTS // logits.shape[-1])
 
 
-def answer_cross_entropy(logits: Tensor, batch: SequenceBatch, total_tokens: Tensor) -> Tensor:
+def answer_cross_entropy(
+    logits: Tensor, batch: SequenceBatch, total_tokens: Tensor | float, weights: Tensor | None = None
+) -> Tensor:
     """[B, T, V] logits -> scalar: negative log-probability of the batch's answer tokens, prompts left out.
 
     The sum over tokens is divided by `total_tokens`, the answer tokens of the *whole* optimiser batch: the losses of
-    its parts add up to its mean, however sequences fall into parts.
+    its parts add up to its mean, however sequences fall into parts. With [T] `weights` of the places in an answer, both
+    are sums of weights.
     """
     log_probs = token_log_probs(logits, batch.answers)
+    if weights is not None:
+        log_probs = log_probs * weights
     return -(log_probs * batch.answer_mask).sum() / total_tokens
 
 

@@ -64,16 +64,26 @@ class PpoSettings(Section):
     later_actor_learning_rate: float | None = Field(
         None, gt=0, description="actor_learning_rate of rounds after the first; empty: the same"
     )
-    actor_schedule: Literal["constant", "cosine"] = Field(
-        "constant", description="cosine: the actor's learning rate falls to nearly 0 over the steps of a round"
+    actor_schedule: Literal["constant", "cosine", "trapezoid"] = Field(
+        "constant",
+        description="the actor's learning rate in a round; cosine: falls all the time; trapezoid: in its last quarter",
     )
     actor_warmup_share: float = Field(
-        0.0, ge=0, lt=1, description="cosine: share of the steps over which the rate rises first"
+        0.0, ge=0, lt=1, description="cosine, trapezoid: share of the steps over which the rate rises first"
     )
     critic_learning_rate: float = Field(5e-4, gt=0, description="AdamW's learning rate for critics with an adapter")
     kl_coefficient: float = Field(0.05, ge=0, description="beta: weight of the KL penalty for leaving pi_ref")
     clip_ratio: float = Field(
         0.2, gt=0, lt=1, description="epsilon: the probability ratio pi / pi_old is clipped to 1 +- this"
+    )
+    opening_tokens: int = Field(
+        4, ge=1, description="answer tokens in which it is decided whether to help; the others are its continuation"
+    )
+    continuation_weight: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="what a token of the continuation counts in the actor's losses, where one of the opening counts 1",
     )
     value_clip: float = Field(
         5.0, gt=0, description="the value loss clips values to those of the rollout +- this (critics with an adapter)"
@@ -182,10 +192,13 @@ class PpoSettings(Section):
     )
     ptx_demonstrations: Literal["harmless", "safe"] = Field(
         "harmless",
-        description="PTX's demonstrations: on harmless prompts; safe: and those on attacks that the cost model calls safe",
+        description="those for PTX: on harmless prompts; safe: and those on attacks that the cost model calls safe",
     )
     red_team_share: float = Field(
-        0.6, ge=0, le=1, description="share of red-team prompts in a rollout batch, in collect, and in PTX's safe demonstrations"
+        0.6,
+        ge=0,
+        le=1,
+        description="share of red-team prompts in a rollout batch, in collect, and in PTX's safe demonstrations",
     )
     max_skipped_updates: int = Field(
         3,

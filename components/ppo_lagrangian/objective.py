@@ -159,6 +159,21 @@ def importance_weights(log_probs: Tensor, drawn_log_probs: Tensor, mask: Tensor,
     return torch.exp((log_probs - drawn_log_probs) * mask).clamp(max=cap)
 
 
+def position_weights(length: int, opening: int, continuation_weight: float) -> Tensor:
+    """[T] what the tokens of an answer count: 1 in its opening, less after it.
+
+    Whether an answer helps or declines is decided in its first few tokens. All later ones carry the same advantage but
+    little of the choice, so that with equal weights most of the update is their noise.
+    """
+    return torch.where(torch.arange(length) < opening, 1.0, continuation_weight)
+
+
+def total_weight(lengths: Tensor, opening: int, continuation_weight: float) -> float:
+    """[B] answer tokens (at least 1 each) -> the sum of their `position_weights`."""
+    sums = position_weights(int(lengths.max()), opening, continuation_weight).double().cumsum(0)
+    return float(sums[lengths - 1].sum())
+
+
 def actor_loss(
     log_probs: Tensor,
     old_log_probs: Tensor,
@@ -166,16 +181,16 @@ def actor_loss(
     mask: Tensor,
     *,
     clip_ratio: float,
-    total_tokens: int,
+    total_tokens: float,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Clipped surrogate (arXiv 1707.06347), summed over tokens and divided by `total_tokens`.
 
-    `total_tokens` counts the answer tokens of the *whole* optimiser batch, so the sum of the losses of its
-    micro-batches is the same however the episodes fall into them.
+    `total_tokens` counts the answer tokens of the *whole* optimiser batch, by their `position_weights`, so the sum of
+    the losses of its micro-batches is the same however the episodes fall into them.
 
     Args:
-        weights: [B, T] importance weights of the tokens; None where the policy's own distribution was drawn from.
+        weights: [B, T] importance weights of the tokens times their position weights; None where both are 1.
 
     Returns:
         (scalar loss, number of tokens whose ratio was clipped).

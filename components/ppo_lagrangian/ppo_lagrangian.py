@@ -133,7 +133,7 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
             on_attacks = [encoder.sequence(d.prompt, d.response) for d in demonstrations_on_attacks(shipped, prompts)]
             attack_demonstrations = safe_sequences(backbone, on_attacks)
             log.info(
-                "PTX: %d demonstrations on harmless prompts, and the %d of %d on attacks that the cost model calls safe",
+                "PTX: %d demonstrations on harmless prompts, and %d of %d on attacks, which the cost model calls safe",
                 *(len(demonstrations), len(attack_demonstrations), len(on_attacks)),
             )
         ppo = settings.ppo

@@ -16,13 +16,18 @@ class Minibatch:
         rows: rows of this rank's episodes; one of no account where it has none, so that all ranks take part.
         counts: 1, or 0 where this rank has none.
         places: [rows of the minibatch] places in the rollout batch, over all ranks.
-        tokens: answer tokens of the minibatch, over all ranks.
+        lengths: [rows of the minibatch] answer tokens of each of its episodes, over all ranks.
     """
 
     rows: Tensor
     counts: float
     places: Tensor
-    tokens: int
+    lengths: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Answer tokens of the minibatch, over all ranks."""
+        return int(self.lengths.sum())
 
 
 @dataclass(frozen=True)
@@ -40,4 +45,4 @@ class Share:
     def minibatch(self, places: Tensor) -> Minibatch:
         rows = {place: row for row, place in enumerate(self.places.tolist())}
         own = [rows[place] for place in places.tolist() if place in rows]
-        return Minibatch(torch.tensor(own or [0]), float(bool(own)), places, int(self.tokens[places].sum()))
+        return Minibatch(torch.tensor(own or [0]), float(bool(own)), places, self.tokens[places])

@@ -26,7 +26,7 @@ from components.foundation.batching import (
     answer_tokens,
     token_log_probs,
 )
-from components.foundation.optimization import cosine_factor
+from components.foundation.optimization import cosine_factor, trapezoid_factor
 from components.foundation.policy import ACTOR
 from components.foundation.ppo_settings import PpoSettings
 from components.foundation.role_optimizer import TrainedRole, UpdateGuard, make_optimizers
@@ -50,7 +50,13 @@ from components.ppo_lagrangian.head_critic import FOLDS, HeadCritic
 from components.ppo_lagrangian.health import check_kl, check_scores
 from components.ppo_lagrangian.multiplier import CostConstraint
 from components.ppo_lagrangian.multiplier_rule import next_multiplier, start_multiplier
-from components.ppo_lagrangian.objective import actor_loss, critic_loss, returns_to_go
+from components.ppo_lagrangian.objective import (
+    actor_loss,
+    critic_loss,
+    position_weights,
+    returns_to_go,
+    total_weight,
+)
 from components.ppo_lagrangian.share import Minibatch, Share
 
 
@@ -222,8 +228,9 @@ class PpoLagrangian:
             (REWARD_CRITIC, episode.reward, advantages.reward_returns),
             (COST_CRITIC, episode.cost, advantages.cost_returns),
         )
-        if s.actor_schedule == "cosine":
-            factor = cosine_factor(step, s.steps, s.actor_warmup_share)
+        if s.actor_schedule != "constant":
+            schedule = cosine_factor if s.actor_schedule == "cosine" else trapezoid_factor
+            factor = schedule(step, s.steps, s.actor_warmup_share)
             self.optimizers[ACTOR].set_learning_rate(s.actor_learning_rate * factor)
         for epoch in range(s.epochs):
             order, generator = self._order(len(share.tokens), step, epoch)
@@ -264,6 +271,9 @@ class PpoLagrangian:
         rows, optimizer = minibatch.rows, self.optimizers[ACTOR]
         batch = episode.batch.rows(rows)
         tokens = slice(batch.answer_length)
+        weights = self._position_weights(batch)
+        if episode.weights is not None:
+            weights = weights * episode.weights[rows, tokens]
         ptx = 0.0
         with self._backbone.role(ACTOR, train=True):
             loss, clipped = actor_loss(
@@ -272,20 +282,31 @@ class PpoLagrangian:
                 advantages[rows, tokens],
                 batch.answer_mask,
                 clip_ratio=self._settings.clip_ratio,
-                total_tokens=minibatch.tokens,
-                weights=None if episode.weights is None else episode.weights[rows, tokens],
+                total_tokens=self._total_weight(minibatch.lengths),
+                weights=weights,
             )
             loss = minibatch.counts * loss
             optimizer.backward(loss)
             if demonstrations is not None:
                 demonstrated = demonstrations[0].rows(rows)
                 ptx_loss = minibatch.counts * answer_cross_entropy(
-                    self._answer_logits(demonstrated), demonstrated, demonstrations[1][minibatch.places].sum()
+                    self._answer_logits(demonstrated),
+                    demonstrated,
+                    self._total_weight(demonstrations[1][minibatch.places]),
+                    self._position_weights(demonstrated),
                 )
                 optimizer.backward(self._settings.ptx_coefficient * ptx_loss)
                 ptx = ptx_loss.item()
         self._step_optimizer(ACTOR, loss.item() + self._settings.ptx_coefficient * ptx, step)
         return {ACTOR: loss.item(), "ptx": ptx, "clipped": minibatch.counts * clipped.item()}
+
+    def _position_weights(self, batch: SequenceBatch) -> Tensor:
+        """[T] what each place in an answer counts in the actor's losses."""
+        s = self._settings
+        return position_weights(batch.answer_length, s.opening_tokens, s.continuation_weight).to(batch.answers.device)
+
+    def _total_weight(self, lengths: Tensor) -> float:
+        return total_weight(lengths, self._settings.opening_tokens, self._settings.continuation_weight)
 
     def _step_optimizer(self, role: str, loss: float, step: int) -> None:
         norm = self._settings.max_gradient_norm

@@ -114,7 +114,7 @@ def test_a_server_that_is_not_there_is_explained() -> None:
 
 @pytest.mark.fault
 def test_a_server_that_does_not_finish_its_answer_is_given_up(kfp: KfpServer) -> None:
-    client = connect(Access(kfp.url), timeout=0.1)
+    client = connect(Access(kfp.url), timeout=2.0)
     kfp.hold["GET /pipelines"] = threading.Event()
     with pytest.raises(ClusterUnavailableError, match=r"does not answer.*Read timed out"):
         count_versions(client)

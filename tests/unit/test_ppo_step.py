@@ -49,6 +49,8 @@ SETTINGS = PpoSettings(
     importance_cap=1.2,
     missing_eos_penalty=0.6,
     ptx_coefficient=0.5,
+    opening_tokens=2,
+    continuation_weight=0.6,
     max_gradient_norm=0.2,
     actor_learning_rate=5e-3,
     critic_learning_rate=1e-2,
@@ -220,6 +222,11 @@ class HandAdamW:
                 parameter.sub_((self._rate * mean / (root + 1e-8)).float())
 
 
+def place(t: int) -> float:
+    """What the token at this place of an answer counts for the actor."""
+    return 1.0 if t < 2 else 0.6
+
+
 def surrogate(
     backbone: Backbone, answers: Sequence[Answer], advantages: list[list[float]], weights: list[list[float]]
 ) -> tuple[torch.Tensor, int]:
@@ -274,19 +281,22 @@ def expected_step(
     log_ratios = [
         [old - q for old, q in zip(answer.old, drawn_log_probs(answer.sequence), strict=True)] for answer in answers
     ]
-    weights = [[min(math.exp(gap), 1.2) for gap in row] for row in log_ratios]
+    weights = [[min(math.exp(gap), 1.2) * place(t) for t, gap in enumerate(row)] for row in log_ratios]
 
     some = slice(minibatch)
     tokens_of_some, clipped_tokens = sum(len(answer.old) for answer in answers[some]), 0
+    weight_of_some = sum(place(t) for answer in answers[some] for t in range(len(answer.old)))
+    ptx_places = [place(t) for t in range(len(DEMONSTRATION.answer))]
     critics = () if heads else tuple(MODEL_OF)
     optimizers = {role: HandAdamW(backbone, role, 5e-3 if role == ACTOR else 1e-2) for role in (ACTOR, *critics)}
     for _ in range(2 * len(answers) // minibatch):
         with backbone.role(ACTOR, train=True):
             total, clipped = surrogate(backbone, answers[some], whitened[some], weights[some])
-            ptx = -torch.stack(token_log_probs(backbone, DEMONSTRATION, 1.0)).mean()
-            optimizers[ACTOR].step(-total / tokens_of_some + 0.5 * ptx)
+            log_probs = token_log_probs(backbone, DEMONSTRATION, 1.0)
+            ptx = -sum(p * w for p, w in zip(log_probs, ptx_places, strict=True)) / sum(ptx_places)
+            optimizers[ACTOR].step(-total / weight_of_some + 0.5 * ptx)
         clipped_tokens += clipped
-        losses |= {"actor_loss": -total.item() / tokens_of_some, "ptx_loss": ptx.item()}
+        losses |= {"actor_loss": -total.item() / weight_of_some, "ptx_loss": ptx.item()}
         for critic in critics:
             with backbone.role(critic, train=True):
                 error = value_error(backbone, critic, answers[some], returns[critic][some])

@@ -90,9 +90,7 @@ def _trainer(
     attack_demonstrations: Sequence[TokenSequence] = (),
 ) -> PpoLagrangian:
     engine = TransformersEngine(backbone, ACTOR)
-    return PpoLagrangian(
-        backbone, engine, settings, CostConstraint(0.0), 0, demonstrations, attack_demonstrations
-    )
+    return PpoLagrangian(backbone, engine, settings, CostConstraint(0.0), 0, demonstrations, attack_demonstrations)
 
 
 def _log_probs(backbone: Backbone, role: str, batch: SequenceBatch) -> torch.Tensor:
@@ -386,13 +384,17 @@ def test_the_ptx_term_never_holds_on_to_answers_to_attacks() -> None:
         ("cosine", 0.5, 0, 0.5),
         ("cosine", 0.5, 1, 1.0),
         ("cosine", 0.5, 3, 0.5),
+        ("trapezoid", 0.5, 0, 0.5),
+        ("trapezoid", 0.5, 1, 1.0),
+        ("trapezoid", 0.0, 2, 1.0),
     ],
 )
 def test_the_actors_learning_rate_follows_its_schedule(
     load_roles: Callable[[str], Backbone], schedule: str, warmup: float, step: int, factor: float
 ) -> None:
     """Adam's first step moves a weight by the learning rate, whatever its gradient; of four steps the third has half
-    of it and the last cosine(3/4 pi). With half of them to warm up, the two others fall."""
+    of it and the last cosine(3/4 pi). With half of them to warm up, the two others fall; a trapezoid falls after its
+    last quarter, here not at all."""
     backbone = load_roles("head")
     before = {name: tensor.detach().clone() for name, tensor in backbone.role_tensors(ACTOR).items()}
     changes = {"actor_schedule": schedule, "actor_warmup_share": warmup, "steps": 4, "minibatch_size": 4}

@@ -18,7 +18,7 @@ from components.cost_model.cost_model import cost_result, harmful_pair
 from components.cost_model.loss import cost_loss
 from components.foundation.backbone import REFERENCE, Backbone
 from components.foundation.batching import ChatEncoder, TokenSequence, collate
-from components.foundation.optimization import batch_count, cosine_factor, shuffled_batches
+from components.foundation.optimization import batch_count, cosine_factor, shuffled_batches, trapezoid_factor
 from components.foundation.preference import DualPreference
 from components.foundation.preference_stage import draw_pairs, encode_pair, in_later_round
 from components.foundation.preference_trainer import (
@@ -237,10 +237,12 @@ def test_rows_of_a_batch_are_of_like_length_and_passes_differ() -> None:
     assert [lengths[b[0]] for b in batches[:8]] != sorted(lengths[b[0]] for b in batches[:8])
 
 
-@given(total=st.integers(1, 200), warmup=st.floats(0, 0.5))
-@settings(deadline=None, max_examples=40)
-def test_the_learning_rate_rises_to_one_and_falls_towards_zero(total: int, warmup: float) -> None:
-    factors = [cosine_factor(step, total, warmup) for step in range(total)]
+@given(total=st.integers(1, 200), warmup=st.floats(0, 0.5), schedule=st.sampled_from([cosine_factor, trapezoid_factor]))
+@settings(deadline=None, max_examples=80)
+def test_the_learning_rate_rises_to_one_and_falls_towards_zero(
+    total: int, warmup: float, schedule: Callable[[int, int, float], float]
+) -> None:
+    factors = [schedule(step, total, warmup) for step in range(total)]
     assert all(0 < factor <= 1 for factor in factors)
     top = factors.index(max(factors))
     assert max(factors) == pytest.approx(1.0)

@@ -271,7 +271,7 @@ def test_a_run_may_go_on_with_another_number_of_ranks() -> None:
     [
         ("distributed.processes=0", "distributed.processes=0 is refused"),
         ("distributed.zero_stage=4", "distributed.zero_stage=4 is refused"),
-        ("distributed.processes=25", "25 processes cannot share ppo.episodes_per_step=24"),
+        ("distributed.processes=37", "37 processes cannot share ppo.episodes_per_step=36"),
         (
             "ppo.lagrangian=dual_ascent ppo.ptx_demonstrations=harmless "
             "ppo.advantage_source=preference_oracle distributed.processes=2",
