@@ -20,8 +20,8 @@ from pipelines.local.services import Endpoints, local_services
 from tests.s3_identities import BUCKET, write_identities
 
 # the tests' servers are on this machine, whatever proxy its owner has
-for _name in ("no_proxy", "NO_PROXY"):
-    os.environ[_name] = ",".join(filter(None, [os.environ.get(_name), "127.0.0.1,localhost"]))
+_given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, [_given, "127.0.0.1,localhost"]))
 
 KINDS = ("golden", "end_to_end", "fault", "containers")
 

@@ -27,8 +27,8 @@ def cosine_factor(step: int, total_steps: int, warmup_share: float) -> float:
 
 
 def trapezoid_factor(step: int, total_steps: int, warmup_share: float) -> float:
-    """Learning-rate factor in (0, 1] at `step` (0-based): linear warm-up, a plateau, and over the last quarter a linear
-    decay to one part of it (warm-up, stable, decay: arXiv 2404.06395)."""
+    """Learning-rate factor in (0, 1] at `step` (0-based): linear warm-up, a plateau, and a linear decay from 1 to 1 / n
+    over the last n = total_steps // 4 steps (warm-up, stable, decay: arXiv 2404.06395)."""
     warmup_steps = max(1, math.ceil(warmup_share * total_steps))
     decay_steps = max(1, total_steps // 4)
     return min((step + 1) / warmup_steps, 1.0, (total_steps - step) / decay_steps)

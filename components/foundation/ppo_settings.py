@@ -59,7 +59,7 @@ class PpoSettings(Section):
         0.9, ge=0, le=1, description="head critics: what an answer counts in the fit one step later, relative to before"
     )
     actor_learning_rate: float = Field(
-        5e-4, gt=0, description="AdamW's learning rate for the actor; with actor_schedule=cosine its peak"
+        5e-4, gt=0, description="AdamW's learning rate for the actor; with actor_schedule=cosine or trapezoid its peak"
     )
     later_actor_learning_rate: float | None = Field(
         None, gt=0, description="actor_learning_rate of rounds after the first; empty: the same"
@@ -253,5 +253,7 @@ class PpoSettings(Section):
     @classmethod
     def _asks_the_cost_model(cls, value: str, info: ValidationInfo) -> str:
         if value == "safe" and info.data.get("advantage_source") == "preference_oracle":
-            raise ValueError("safe asks the cost model, which ppo.advantage_source=preference_oracle does without")
+            raise ValueError(
+                "safe asks the cost model, which preference_oracle does without: set ppo.ptx_demonstrations=harmless"
+            )
         return value

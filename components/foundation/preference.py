@@ -277,7 +277,7 @@ def split_by_prompt(
 def demonstrations_for_ptx(
     coefficient: float, demonstrations: Sequence[Demonstration], prompts: Sequence[PromptRecord]
 ) -> list[Demonstration]:
-    """What a PTX term may hold on to: the demonstrations whose prompt is listed as harmless.
+    """What a PTX term may hold on to on harmless prompts: the demonstrations whose prompt is listed as harmless.
 
     Of a prompt that is not listed, or without a kind, nobody has said so; it may be an attack that is complied with.
 

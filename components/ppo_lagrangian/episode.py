@@ -17,6 +17,7 @@ from components.foundation.backbone import REFERENCE, Backbone
 from components.foundation.batching import (
     SequenceBatch,
     TokenSequence,
+    batches_by_length,
     collate,
     last_answer_token,
     measure_in_parts,
@@ -164,23 +165,27 @@ def appraise(backbone: Backbone, model: str, critic: str, batch: SequenceBatch) 
 
     with backbone.role(model), backbone.whole(model):
         hidden = measure_in_parts(batch, _ROWS_PER_FORWARD, last_hidden)
-        answer_scores = backbone.head_outputs(model, hidden[:, 1:])
-    score = last_answer_token(answer_scores, batch.answer_mask)
+        token_scores = backbone.head_outputs(model, hidden[:, 1:])
+    score = last_answer_token(token_scores, batch.answer_mask)
     if not backbone.has_adapter(critic):
-        return Appraisal(score, torch.zeros_like(answer_scores), hidden[:, :-1])
+        return Appraisal(score, torch.zeros_like(token_scores), hidden[:, :-1])
     with backbone.role(critic), backbone.whole(critic):
         values = measure_in_parts(batch, _ROWS_PER_FORWARD, partial(token_values, backbone, critic))
     return Appraisal(score, values * batch.answer_mask, None)
 
 
 def safe_sequences(backbone: Backbone, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
-    """Those that the cost model calls safe: a cost of at most 0, the boundary that its sign loss draws."""
-    costs: list[float] = []
-    for start in range(0, len(sequences), _ROWS_PER_FORWARD):
-        batch = collated(backbone, sequences[start : start + _ROWS_PER_FORWARD])
-        with backbone.role(COST), backbone.whole(COST), torch.no_grad():
-            costs += answer_scores(backbone, COST, batch).tolist()
-    return [sequence for sequence, cost in zip(sequences, costs, strict=True) if cost <= 0]
+    """Those that the cost model calls safe: a cost of at most 0, the boundary that its sign loss draws. All ranks call.
+
+    What the first rank finds counts: on unlike devices a cost near 0 may fall to either side.
+    """
+    costs: list[tuple[int, float]] = []
+    with backbone.role(COST), backbone.whole(COST), torch.no_grad():
+        for rows in batches_by_length([len(sequence) for sequence in sequences], _ROWS_PER_FORWARD):
+            batch = collate([sequences[i] for i in rows], backbone.eos_token_id, backbone.device)
+            costs += zip(rows, answer_scores(backbone, COST, batch).tolist(), strict=True)
+    safe = distributed.from_main(lambda: {i for i, cost in costs if cost <= 0})
+    return [sequence for i, sequence in enumerate(sequences) if i in safe]
 
 
 def shape_signals(episode: Episode, settings: PpoSettings) -> Signals:

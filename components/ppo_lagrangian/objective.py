@@ -190,7 +190,7 @@ def actor_loss(
     the losses of its micro-batches is the same however the episodes fall into them.
 
     Args:
-        weights: [B, T] importance weights of the tokens times their position weights; None where both are 1.
+        weights: [B, T] or [T] importance weights of the tokens times their position weights; None where both are 1.
 
     Returns:
         (scalar loss, number of tokens whose ratio was clipped).

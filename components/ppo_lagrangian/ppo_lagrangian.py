@@ -22,7 +22,7 @@ from torch import Tensor
 
 from components.foundation import distributed
 from components.foundation.backbone import REFERENCE, Backbone
-from components.foundation.batching import ChatEncoder, TokenSequence
+from components.foundation.batching import ChatEncoder
 from components.foundation.errors import GateError, SettingsError
 from components.foundation.judging import make_judge
 from components.foundation.policy import ACTOR, export_merged
@@ -128,14 +128,6 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
         prompts = read_jsonl(data_folder / "prompts.jsonl", PromptRecord)
         shipped = read_jsonl(data_folder / "demonstrations.jsonl", Demonstration)
         demonstrations = demonstrations_for_ptx(settings.ppo.ptx_coefficient, shipped, prompts)
-        attack_demonstrations: list[TokenSequence] = []
-        if settings.ppo.ptx_coefficient and settings.ppo.ptx_demonstrations == "safe":
-            on_attacks = [encoder.sequence(d.prompt, d.response) for d in demonstrations_on_attacks(shipped, prompts)]
-            attack_demonstrations = safe_sequences(backbone, on_attacks)
-            log.info(
-                "PTX: %d demonstrations on harmless prompts, and %d of %d on attacks, which the cost model calls safe",
-                *(len(demonstrations), len(attack_demonstrations), len(on_attacks)),
-            )
         ppo = settings.ppo
         if previous is not None:
             ppo = in_later_round(ppo, read_record(PpoTrace, previous / "trace.json"))
@@ -146,8 +138,16 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
             constraint,
             stage.seed,
             [encoder.sequence(d.prompt, d.response) for d in demonstrations],
-            attack_demonstrations,
         )
+        if ppo.ptx_coefficient and ppo.ptx_demonstrations == "safe":  # the trainer has placed the weights on devices
+            on_attacks = [encoder.sequence(d.prompt, d.response) for d in demonstrations_on_attacks(shipped, prompts)]
+            trainer.attack_demonstrations = safe_sequences(backbone, on_attacks)
+            n_safe = len(trainer.attack_demonstrations)
+            log.log(
+                logging.INFO if n_safe else logging.WARNING,
+                "PTX: %d demonstrations on harmless prompts, and %d of %d on attacks, which the cost model calls safe",
+                *(len(demonstrations), n_safe, len(on_attacks)),
+            )
         progress = Progress(STAGE, settings.ppo.steps, "steps")
         constraint_gauges = ConstraintGauges(constraint.threshold, settings.ppo)
         log.info("cost threshold %.3f, lambda starts at %.2f", constraint.threshold, trainer.multiplier.value)

@@ -84,8 +84,8 @@ class PpoLagrangian:
     """Holds the six roles, how the trained ones are trained (by role) and the multiplier.
 
     `demonstrations` are what the actor must not forget: with `ppo.ptx_coefficient` above 0, each of its updates also
-    lowers the language-model loss on as many of them as there are episodes in the minibatch. Where there are
-    `attack_demonstrations`, answers to attacks that it shall give, `ppo.red_team_share` of those are drawn from them.
+    lowers the language-model loss on as many of them as there are episodes in the minibatch. Where
+    `attack_demonstrations` are set, answers to attacks that it shall give, `ppo.red_team_share` of those are such.
     """
 
     def __init__(
@@ -96,7 +96,6 @@ class PpoLagrangian:
         constraint: CostConstraint,
         seed: int,
         demonstrations: Sequence[TokenSequence] = (),
-        attack_demonstrations: Sequence[TokenSequence] = (),
     ) -> None:
         self._backbone = backbone
         self._engine = engine
@@ -104,7 +103,7 @@ class PpoLagrangian:
         self._constraint = constraint
         self._seed = seed
         self._demonstrations = demonstrations
-        self._attack_demonstrations = attack_demonstrations
+        self.attack_demonstrations: Sequence[TokenSequence] = ()
         self.guard = UpdateGuard(settings.max_skipped_updates)
         self.multiplier = start_multiplier(settings)
         rates = {ACTOR: settings.actor_learning_rate}
@@ -252,10 +251,10 @@ class PpoLagrangian:
     def _draw_demonstrations(self, share: Share, generator: torch.Generator) -> tuple[SequenceBatch, Tensor]:
         """One demonstration for each episode, drawn with replacement -> (this rank's, answer tokens of all)."""
         count = len(share.tokens)
-        n_attacks = round(self._settings.red_team_share * count) if self._attack_demonstrations else 0
+        n_attacks = round(self._settings.red_team_share * count) if self.attack_demonstrations else 0
         sequences = [
             group[i]
-            for group, n in ((self._attack_demonstrations, n_attacks), (self._demonstrations, count - n_attacks))
+            for group, n in ((self.attack_demonstrations, n_attacks), (self._demonstrations, count - n_attacks))
             for i in torch.randint(max(1, len(group)), (n,), generator=generator).tolist()
         ]
         return collated(self._backbone, [sequences[i] for i in share.places.tolist()]), answer_tokens(sequences)

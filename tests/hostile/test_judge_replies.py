@@ -36,11 +36,6 @@ ASK = (
 ASKED = "LlmJudge(sys.argv[1], 'm', sleep=lambda seconds: None).judge_answers([(PromptRecord('How?'), 'So.')] * 4)"
 
 
-@pytest.fixture(autouse=True)
-def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-
-
 @contextmanager
 def sending(parts: Iterable[bytes], pause: float = 0.0) -> Iterator[str]:
     """URL of a server that sends these bytes to whoever asks, until they have gone away."""

@@ -122,7 +122,12 @@ class Runs:
         """Start a run, or go on with it on another number of ranks."""
         chosen = [*more, *(f"distributed.{key}={value}" for key, value in distributed.items())]
         settings = [f"store.uri={self._root}", "sft.batch_size=8", "reward_model.batch_size=8"]
-        settings += ["ppo.steps=3", "ppo.ptx_coefficient=0.5", "checkpoint.every_steps=1"]
+        settings += [
+            "ppo.steps=3",
+            "ppo.ptx_coefficient=0.5",
+            "ppo.ptx_demonstrations=safe",
+            "checkpoint.every_steps=1",
+        ]
         return run_start_run(
             f"{self._root}/runs/{name}",
             name,

@@ -6,6 +6,7 @@ Those of PPO that `saferlhf run` is tried with in tests/e2e are not here.
 from __future__ import annotations
 
 import json
+import re
 import signal
 import uuid
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from components.foundation.results import PpoTrace, read_record
 from components.foundation.run_context import open_run
 from components.foundation.tracking import STAGE_TAG
 from components.foundation.training_checkpoints import TrainingCheckpoints
+from components.ppo_lagrangian import ppo_lagrangian
 from components.ppo_lagrangian.ppo_lagrangian import PpoInputs, run_ppo_lagrangian, tracked_metrics
 from components.ppo_lagrangian.trainer import StepMetrics
 from components.prepare_data.prepare_data import run_prepare_data
@@ -105,6 +107,8 @@ def plain(models: Models) -> str:
         ("ppo.top_p=0.9", "ppo.top_k=50"),
         ("ppo.epochs=2", "ppo.actor_schedule=cosine", "ppo.actor_warmup_share=0.5"),
         ("ppo.whiten_advantages=false",),
+        ("ppo.actor_schedule=trapezoid", "ppo.actor_warmup_share=0.9"),
+        ("ppo.continuation_weight=0.25",),
     ],
     ids=str,
 )
@@ -113,6 +117,28 @@ def test_an_option_trains_another_policy(models: Models, plain: str, settings: t
     assert models.actor(policy).keys() == models.actor(plain).keys()
     assert models.actor(policy) != models.actor(plain)
     assert len(models.trace(policy).kl) == 2
+
+
+def test_safe_answers_to_attacks_take_part_in_ptx(models: Models, caplog: pytest.LogCaptureFixture) -> None:
+    """The cost model of a random two-layer model calls some of them safe."""
+    harmless = models.train("ppo.ptx_coefficient=0.5")
+    assert "PTX:" not in caplog.text
+    with caplog.at_level("INFO", "saferlhf"):
+        safe = models.train("ppo.ptx_coefficient=0.5", "ppo.ptx_demonstrations=safe")
+    (passed, of), *others = re.findall(r"PTX: \d+ .* harmless prompts, and (\d+) of (\d+) on attacks", caplog.text)
+    assert 0 < int(passed) < int(of) and not others
+    assert models.actor(safe) != models.actor(harmless)
+
+
+def test_where_no_answer_to_an_attack_is_safe_ptx_stays_with_the_harmless_ones(
+    models: Models, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harmless = models.train("ppo.ptx_coefficient=0.5")
+    monkeypatch.setattr(ppo_lagrangian, "safe_sequences", lambda *_: [])
+    safe = models.train("ppo.ptx_coefficient=0.5", "ppo.ptx_demonstrations=safe")
+    assert models.actor(safe) == models.actor(harmless)
+    (warned,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING" and "PTX" in r.getMessage()]
+    assert "and 0 of" in warned
 
 
 @pytest.mark.fault

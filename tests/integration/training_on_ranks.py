@@ -36,7 +36,7 @@ from components.foundation.rollout import Sampling
 from components.foundation.rollout.transformers_engine import TransformersEngine
 from components.foundation.setting_sections import LoraSettings, PreferenceModelSettings, SftSettings
 from components.foundation.settings import resolve_settings
-from components.ppo_lagrangian.episode import COST, COST_CRITIC, REWARD, REWARD_CRITIC
+from components.ppo_lagrangian.episode import COST, COST_CRITIC, REWARD, REWARD_CRITIC, safe_sequences
 from components.ppo_lagrangian.multiplier import CostConstraint
 from components.ppo_lagrangian.trainer import PpoLagrangian
 from components.reward_model.loss import reward_loss
@@ -90,12 +90,19 @@ def preference_model(finetune: str, *, is_cost: bool) -> Results:
 def ppo(finetune: str, *, heads: bool = False) -> Results:
     """Five episodes a step in minibatches of two, the last of which leaves a rank without any; with PTX and a trunk.
 
-    `heads` are critics that are heads, with two passes over each rollout batch, as in profile `smol`.
+    `heads` are critics that are heads, as in profile `smol`, with two passes over each rollout batch.
     """
     critics = {REWARD_CRITIC: REWARD, COST_CRITIC: COST}
     roles = {ACTOR: False, REWARD: True, COST: True} | ({} if heads else dict.fromkeys(critics, True))
     backbone = backbone_with(finetune, top_layers=1, **roles)
-    settings = PpoSettings(episodes_per_step=5, minibatch_size=2, max_new_tokens=6, ptx_coefficient=0.5)
+    settings = PpoSettings(
+        episodes_per_step=5,
+        minibatch_size=2,
+        max_new_tokens=6,
+        ptx_coefficient=0.5,
+        opening_tokens=2,
+        continuation_weight=0.5,
+    )
     if heads:
         settings = settings.model_copy(update={"critics": "head", "epochs": 2})
         for critic, model in critics.items():
@@ -103,6 +110,8 @@ def ppo(finetune: str, *, heads: bool = False) -> Results:
     trainer = PpoLagrangian(
         backbone, TransformersEngine(backbone, ACTOR), settings, CostConstraint(0.0), 0, [sequence(i) for i in range(4)]
     )
+    trainer.attack_demonstrations = safe_sequences(backbone, [sequence(i) for i in range(4, 12)])
+    assert 0 < len(trainer.attack_demonstrations) < 8
     prompts = [sequence(i).prompt for i in range(5)]
     steps = [dataclasses.asdict(trainer.step(prompts, step)) for step in range(2)]
     for metrics in steps:

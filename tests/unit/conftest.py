@@ -70,7 +70,6 @@ def load_plain() -> LoadPlain:
 @pytest.fixture
 def kfp(monkeypatch: pytest.MonkeyPatch) -> Iterator[KfpServer]:
     """A server that speaks KFP's API, for the `saferlhf` command of this test."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     for name in ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
     with kfp_server() as server:

@@ -102,11 +102,6 @@ def installed(objects: Objects, **more: Any) -> list[dict[str, Any]]:
     return [entry for entry in yaml.safe_load_all(release["manifest"]) if entry]
 
 
-@pytest.fixture(autouse=True)
-def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-
-
 def test_the_keys_of_the_store_that_are_in_the_cluster_are_kept() -> None:
     data = {
         "AWS_ACCESS_KEY_ID": base64.b64encode(b"the-old-name").decode(),

@@ -104,8 +104,7 @@ class JudgeServer:
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JudgeServer]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+def server() -> Iterator[JudgeServer]:
     state = JudgeServer()
     state.start()
     yield state

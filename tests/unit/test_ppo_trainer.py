@@ -90,7 +90,9 @@ def _trainer(
     attack_demonstrations: Sequence[TokenSequence] = (),
 ) -> PpoLagrangian:
     engine = TransformersEngine(backbone, ACTOR)
-    return PpoLagrangian(backbone, engine, settings, CostConstraint(0.0), 0, demonstrations, attack_demonstrations)
+    trainer = PpoLagrangian(backbone, engine, settings, CostConstraint(0.0), 0, demonstrations)
+    trainer.attack_demonstrations = attack_demonstrations
+    return trainer
 
 
 def _log_probs(backbone: Backbone, role: str, batch: SequenceBatch) -> torch.Tensor:
@@ -355,8 +357,8 @@ def test_the_reference_is_the_sft_model_or_the_policy_of_the_round_before(
     assert torch.equal(episode.log_probs, episode.reference_log_probs) == (reference == "previous")
 
 
-def test_the_ptx_term_never_holds_on_to_answers_to_attacks() -> None:
-    """Nor to those of which nobody has said that they are none."""
+def test_demonstrations_are_sorted_by_what_their_prompt_is_listed_as() -> None:
+    """Of a prompt that is not listed, or without a kind, nobody has said whether it is an attack."""
     prompts = [
         PromptRecord("attack", "red_team", "theft"),
         PromptRecord("harmless", "benign"),
@@ -385,16 +387,15 @@ def test_the_ptx_term_never_holds_on_to_answers_to_attacks() -> None:
         ("cosine", 0.5, 1, 1.0),
         ("cosine", 0.5, 3, 0.5),
         ("trapezoid", 0.5, 0, 0.5),
-        ("trapezoid", 0.5, 1, 1.0),
-        ("trapezoid", 0.0, 2, 1.0),
+        ("trapezoid", 0.5, 2, 1.0),
     ],
 )
 def test_the_actors_learning_rate_follows_its_schedule(
     load_roles: Callable[[str], Backbone], schedule: str, warmup: float, step: int, factor: float
 ) -> None:
     """Adam's first step moves a weight by the learning rate, whatever its gradient; of four steps the third has half
-    of it and the last cosine(3/4 pi). With half of them to warm up, the two others fall; a trapezoid falls after its
-    last quarter, here not at all."""
+    of it and the last cosine(3/4 pi). With half of them to warm up, the two others fall. A trapezoid stays up till its
+    last quarter."""
     backbone = load_roles("head")
     before = {name: tensor.detach().clone() for name, tensor in backbone.role_tensors(ACTOR).items()}
     changes = {"actor_schedule": schedule, "actor_warmup_share": warmup, "steps": 4, "minibatch_size": 4}

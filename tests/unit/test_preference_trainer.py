@@ -251,6 +251,12 @@ def test_the_learning_rate_rises_to_one_and_falls_towards_zero(
     assert top <= np.ceil(warmup * total)
 
 
+@pytest.mark.golden
+def test_a_trapezoid_by_hand() -> None:
+    assert [trapezoid_factor(step, 12, 0.15) for step in range(12)] == pytest.approx([0.5, *[1.0] * 9, 2 / 3, 1 / 3])
+    assert [trapezoid_factor(step, 3, 0.0) for step in range(3)] == [1.0] * 3
+
+
 RECORD = DualPreference(
     prompt="p",
     response_0="first",
