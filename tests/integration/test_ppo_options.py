@@ -119,26 +119,25 @@ def test_an_option_trains_another_policy(models: Models, plain: str, settings: t
     assert len(models.trace(policy).kl) == 2
 
 
-def test_safe_answers_to_attacks_take_part_in_ptx(models: Models, caplog: pytest.LogCaptureFixture) -> None:
+def test_safe_answers_to_attacks_take_part_in_ptx(models: Models, capsys: pytest.CaptureFixture[str]) -> None:
     """The cost model of a random two-layer model calls some of them safe."""
     harmless = models.train("ppo.ptx_coefficient=0.5")
-    assert "PTX:" not in caplog.text
-    with caplog.at_level("INFO", "saferlhf"):
-        safe = models.train("ppo.ptx_coefficient=0.5", "ppo.ptx_demonstrations=safe")
-    (passed, of), *others = re.findall(r"PTX: \d+ .* harmless prompts, and (\d+) of (\d+) on attacks", caplog.text)
+    assert "PTX:" not in capsys.readouterr().out
+    safe = models.train("ppo.ptx_coefficient=0.5", "ppo.ptx_demonstrations=safe")
+    said = capsys.readouterr().out
+    (passed, of), *others = re.findall(r"PTX: \d+ .* harmless prompts, and (\d+) of (\d+) on attacks", said)
     assert 0 < int(passed) < int(of) and not others
     assert models.actor(safe) != models.actor(harmless)
 
 
 def test_where_no_answer_to_an_attack_is_safe_ptx_stays_with_the_harmless_ones(
-    models: Models, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    models: Models, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     harmless = models.train("ppo.ptx_coefficient=0.5")
     monkeypatch.setattr(ppo_lagrangian, "safe_sequences", lambda *_: [])
     safe = models.train("ppo.ptx_coefficient=0.5", "ppo.ptx_demonstrations=safe")
     assert models.actor(safe) == models.actor(harmless)
-    (warned,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING" and "PTX" in r.getMessage()]
-    assert "and 0 of" in warned
+    assert re.search(r"PTX: \d+ demonstrations on harmless prompts, and 0 of \d+ on attacks", capsys.readouterr().out)
 
 
 @pytest.mark.fault

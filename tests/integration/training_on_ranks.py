@@ -110,12 +110,13 @@ def ppo(finetune: str, *, heads: bool = False) -> Results:
     trainer = PpoLagrangian(
         backbone, TransformersEngine(backbone, ACTOR), settings, CostConstraint(0.0), 0, [sequence(i) for i in range(4)]
     )
-    trainer.attack_demonstrations = safe_sequences(backbone, [sequence(i) for i in range(4, 12)])
-    assert 0 < len(trainer.attack_demonstrations) < 8
+    safe = safe_sequences(backbone, [sequence(i) for i in range(4, 20)])
+    trainer.attack_demonstrations = [*safe, sequence(4)]
     prompts = [sequence(i).prompt for i in range(5)]
     steps = [dataclasses.asdict(trainer.step(prompts, step)) for step in range(2)]
     for metrics in steps:
         del metrics["rollout_tokens_per_second"]
+    steps.append({"safe answers": float(len(safe))})
     weights = {
         f"{role}/{name}": tensor
         for role in (ACTOR, REWARD_CRITIC, COST_CRITIC)
