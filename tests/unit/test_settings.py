@@ -33,7 +33,7 @@ CHOICES = {
     "reward_model.safe_pairs": "level",
     "cost_model.safe_pairs": "ranked",
     "ppo.critics": "adapter",
-    "ppo.ptx_demonstrations": "safe",
+    "ppo.ptx_demonstrations": "harmless",
     "ppo.engine": "vllm",
     "ppo.importance_cap": "3.0",
     "ppo.vllm_weights": "full",
@@ -249,9 +249,10 @@ def test_every_setting_enters_the_digest() -> None:
     digests = {"": before.digest()}
     for key, value in leaves(before.model_dump()).items():
         if key != "profile" and not key.startswith("distributed."):  # changes who computes, not what
-            # to start from a run takes both settings of it, and comparisons refuse PID control
+            # to start from a run takes both settings of it, and comparisons refuse what smol has
             pair = ["start.from_run=earlier", "start.from_round=2"] if key.startswith("start.") else []
-            pair += ["ppo.lagrangian=dual_ascent"] if key == "ppo.advantage_source" else []
+            if key == "ppo.advantage_source":
+                pair += ["ppo.lagrangian=dual_ascent", "ppo.ptx_demonstrations=harmless"]
             digests[key] = resolve_settings("smol", overrides=[*pair, f"{key}={another(key, value)}"]).digest()
     digests["profile"] = resolve_settings("tiny").digest()
     assert (
@@ -270,9 +271,10 @@ def test_a_run_may_go_on_with_another_number_of_ranks() -> None:
     [
         ("distributed.processes=0", "distributed.processes=0 is refused"),
         ("distributed.zero_stage=4", "distributed.zero_stage=4 is refused"),
-        ("distributed.processes=25", "25 processes cannot share ppo.episodes_per_step=24"),
+        ("distributed.processes=37", "37 processes cannot share ppo.episodes_per_step=36"),
         (
-            "ppo.lagrangian=dual_ascent ppo.advantage_source=preference_oracle distributed.processes=2",
+            "ppo.lagrangian=dual_ascent ppo.ptx_demonstrations=harmless "
+            "ppo.advantage_source=preference_oracle distributed.processes=2",
             "which are not split over ranks",
         ),
         ("ppo.engine=vllm distributed.processes=2", "ppo.engine=vllm serves one process"),
