@@ -146,9 +146,9 @@ bench-card: install ## six roles on one backbone: memory and seconds of a PPO st
 bench-growth: install ## (20 minutes) a step over episodes, tokens, layers, ranks; what 7B and 70B would take on H100s, as arithmetic
 	$(BIN)/python -m tests.benchmarks.growth
 
-independent-judge: install ## (8 minutes) finished runs, judged by a model that took no part in them (LABELS=FILE RUNS="FOLDER ...")
+independent-judge: install ## (8 minutes) finished runs, judged by a model that took no part in them (LABELS=FILE, COMPARISONS=FILE, RUNS="FOLDER ...")
 	@test -n "$(LABELS)" || { echo "LABELS=FILE is missing: rows of prompt, response, label (Safe or Unsafe)"; exit 1; }
-	$(BIN)/python -m tests.benchmarks.independent_judge $(LABELS) $(RUNS)
+	$(BIN)/python -m tests.benchmarks.independent_judge $(LABELS) $(if $(COMPARISONS),--comparisons $(COMPARISONS)) $(RUNS)
 
 bench-bandit: install ## fixed cost weights against the multiplier: draw the picture of ppo_lagrangian's README, print its table
 	$(BIN)/python -m tests.benchmarks.fixed_nu -o components/ppo_lagrangian/fixed_nu.svg
