@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from types import TracebackType
 
 import psutil
 
 _SECONDS_BETWEEN_LOOKS = 1.0
+_GROWTH = 1.005  # how much more must be resident; the peak is exact to this
 
 
 class PeakMemory:
     """Within the block, looks once a second at this process and all that it started.
 
-    Shared pages are counted once (the proportional set size), so the sum is what the machine really needs.
+    Shared pages are counted once (the proportional set size), so the sum is what the machine really needs. To read it,
+    the kernel walks all pages of a process and holds up what that does meanwhile, so it is read only when more is
+    resident than ever before (shared pages counted each time, which is cheap to know).
 
     Attributes:
         bytes: the highest sum seen so far.
@@ -36,23 +40,36 @@ class PeakMemory:
         self._thread.join()
 
     def _watch(self) -> None:
+        highest_resident = 0
         while True:
-            self.bytes = max(self.bytes, memory_of_tree(os.getpid()))
+            resident = resident_in_tree(os.getpid())
+            if resident > _GROWTH * highest_resident:
+                highest_resident = resident
+                self.bytes = max(self.bytes, memory_of_tree(os.getpid()))
             if self._done.wait(_SECONDS_BETWEEN_LOOKS):
                 return
 
 
 def memory_of_tree(pid: int) -> int:
     """Bytes of a process and of everything below it; processes that end meanwhile count nothing."""
+    return _sum_over_tree(pid, lambda process: process.memory_full_info().pss)
+
+
+def resident_in_tree(pid: int) -> int:
+    """As `memory_of_tree`, with shared pages counted for each process that has them."""
+    return _sum_over_tree(pid, lambda process: process.memory_info().rss)
+
+
+def _sum_over_tree(pid: int, bytes_of: Callable[[psutil.Process], int]) -> int:
     try:
         parent = psutil.Process(pid)
-        return sum(_memory(process) for process in (parent, *parent.children(recursive=True)))
+        return sum(_or_nothing(bytes_of, process) for process in (parent, *parent.children(recursive=True)))
     except psutil.Error:
         return 0
 
 
-def _memory(process: psutil.Process) -> int:
+def _or_nothing(bytes_of: Callable[[psutil.Process], int], process: psutil.Process) -> int:
     try:
-        return int(process.memory_full_info().pss)
+        return bytes_of(process)
     except psutil.Error:
         return 0

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from pipelines.local.memory import PeakMemory, memory_of_tree
+from pipelines.local.memory import PeakMemory, memory_of_tree, resident_in_tree
 
 HOLD_200_MB = "b = bytearray(200_000_000); print('holding', flush=True); input()"
 
@@ -25,23 +25,28 @@ def test_the_peak_holds_what_a_child_process_took_and_gave_back() -> None:
     assert memory.bytes - memory_of_tree(os.getpid()) > 150_000_000
 
 
-def test_the_peak_is_the_highest_of_all_looks_and_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    looks, seen = iter((1, 5, 2)), threading.Event()
+def test_the_peak_is_the_highest_of_all_looks_and_pages_are_walked_only_when_more_is_resident_than_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks, walks, seen = iter((10, 50, 20, 50, 60)), iter((1, 5, 4)), threading.Event()
 
     def look(pid: int) -> int:
         found = next(looks, None)
         if found is None:
             seen.set()
-        return found or 2
+        return found or 10
 
     monkeypatch.setattr("pipelines.local.memory._SECONDS_BETWEEN_LOOKS", 0)
-    monkeypatch.setattr("pipelines.local.memory.memory_of_tree", look)
+    monkeypatch.setattr("pipelines.local.memory.resident_in_tree", look)
+    monkeypatch.setattr("pipelines.local.memory.memory_of_tree", lambda pid: next(walks))  # a fourth walk would fail
     with PeakMemory() as memory:
         assert seen.wait(30)
     assert memory.bytes == 5
+    assert next(walks, None) is None
 
 
 def test_a_process_that_is_gone_takes_nothing() -> None:
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
     assert memory_of_tree(child.pid) == 0
+    assert resident_in_tree(child.pid) == 0
