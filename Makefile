@@ -112,7 +112,7 @@ results: install ## whole runs of SEEDS="0 1 2" into runs/seed-N where none is (
 bench-fixed-nu: install ## (an hour or two) fixed cost weights against the multiplier, from round 1 of RUN=runs/seed-0 (NU="0.5 2")
 	$(BIN)/python -m tests.benchmarks.fixed_nu_policies $(or $(RUN),runs/seed-0) -o tests/benchmarks/fixed_nu.svg $(if $(NU),--nu $(NU))
 
-evidence: ## (half a day) all figures on the method: five seeds, fixed cost weights; with LABELS=FILE also the independent judge
+evidence: ## (half a day) all figures on the method: five seeds, fixed cost weights; with LABELS=FILE (and COMPARISONS=FILE) also the independent judge
 	$(MAKE) results SEEDS="0 1 2 3 4"
 	$(MAKE) bench-fixed-nu bench-bandit
 	$(if $(LABELS),$(MAKE) independent-judge RUNS="$(foreach seed,0 1 2 3 4,runs/seed-$(seed))")
@@ -146,7 +146,7 @@ bench-card: install ## six roles on one backbone: memory and seconds of a PPO st
 bench-growth: install ## (20 minutes) a step over episodes, tokens, layers, ranks; what 7B and 70B would take on H100s, as arithmetic
 	$(BIN)/python -m tests.benchmarks.growth
 
-independent-judge: install ## (8 minutes) finished runs, judged by a model that took no part in them (LABELS=FILE, COMPARISONS=FILE, RUNS="FOLDER ...")
+independent-judge: install ## (8 minutes, 15 with comparisons) finished runs, judged by a model that took no part in them (LABELS=FILE, COMPARISONS=FILE, RUNS="FOLDER ...")
 	@test -n "$(LABELS)" || { echo "LABELS=FILE is missing: rows of prompt, response, label (Safe or Unsafe)"; exit 1; }
 	$(BIN)/python -m tests.benchmarks.independent_judge $(LABELS) $(if $(COMPARISONS),--comparisons $(COMPARISONS)) $(RUNS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Callable
@@ -10,15 +11,16 @@ from types import TracebackType
 import psutil
 
 _SECONDS_BETWEEN_LOOKS = 1.0
-_GROWTH = 1.005  # how much more must be resident; the peak is exact to this
+_LOOKS_BETWEEN_WALKS = 60  # at most; pages that forked processes share count as private ones of each
+_GROWTH = 1.005
 
 
 class PeakMemory:
     """Within the block, looks once a second at this process and all that it started.
 
     Shared pages are counted once (the proportional set size), so the sum is what the machine really needs. To read it,
-    the kernel walks all pages of a process and holds up what that does meanwhile, so it is read only when more is
-    resident than ever before (shared pages counted each time, which is cheap to know).
+    the kernel walks all pages of a process and holds up what that does meanwhile, so it is read only when more private
+    memory is resident than ever before, which is cheap to know, and once a minute in any case.
 
     Attributes:
         bytes: the highest sum seen so far.
@@ -40,11 +42,11 @@ class PeakMemory:
         self._thread.join()
 
     def _watch(self) -> None:
-        highest_resident = 0
-        while True:
-            resident = resident_in_tree(os.getpid())
-            if resident > _GROWTH * highest_resident:
-                highest_resident = resident
+        highest_private = 0
+        for look in itertools.count():
+            private = private_in_tree(os.getpid())
+            if private > _GROWTH * highest_private or look % _LOOKS_BETWEEN_WALKS == 0:
+                highest_private = max(highest_private, private)
                 self.bytes = max(self.bytes, memory_of_tree(os.getpid()))
             if self._done.wait(_SECONDS_BETWEEN_LOOKS):
                 return
@@ -55,9 +57,9 @@ def memory_of_tree(pid: int) -> int:
     return _sum_over_tree(pid, lambda process: process.memory_full_info().pss)
 
 
-def resident_in_tree(pid: int) -> int:
-    """As `memory_of_tree`, with shared pages counted for each process that has them."""
-    return _sum_over_tree(pid, lambda process: process.memory_info().rss)
+def private_in_tree(pid: int) -> int:
+    """Resident bytes of the same processes that are neither files nor shared memory."""
+    return _sum_over_tree(pid, lambda process: (memory := process.memory_info()).rss - memory.shared)
 
 
 def _sum_over_tree(pid: int, bytes_of: Callable[[psutil.Process], int]) -> int:

@@ -106,9 +106,10 @@ def read_comparisons(path: Path) -> list[Comparison]:
     """Pairs of answers to the last turn of dialogues of at most `MAX_TURNS` turns."""
     comparisons = []
     for row in read_rows(path):
-        (before, less), (also_before, more) = (row[key].rsplit("\n\nAssistant:", 1) for key in ("chosen", "rejected"))
+        before, _, less = row["chosen"].rpartition("\n\nAssistant:")
+        also_before, _, more = row["rejected"].rpartition("\n\nAssistant:")
         turns = before.split("\n\nHuman:")[1:]
-        if before == also_before and len(turns) <= MAX_TURNS and less.strip() and more.strip():
+        if before == also_before and 1 <= len(turns) <= MAX_TURNS and less.strip() and more.strip():
             comparisons.append(Comparison(turns[-1].strip(), less.strip(), more.strip()))
     return comparisons
 
@@ -180,7 +181,7 @@ def red_team_answers(folder: Path) -> dict[str, list[HeldOutAnswer]]:
 def table(judge: Judge, seed_answers: dict[str, list[HeldOutAnswer]]) -> str:
     lines = [
         "| policy | unsafe by the run's own annotator | unsafe by the independent judge (95 %) "
-        "| of what the annotator calls unsafe | of what it calls safe |",
+        "| ... of what the annotator calls unsafe | ... of what it calls safe |",
         "|---|---:|---|---:|---:|",
     ]
     for policy, answers in seed_answers.items():
@@ -189,9 +190,13 @@ def table(judge: Judge, seed_answers: dict[str, list[HeldOutAnswer]]) -> str:
         rate = share(called_unsafe.tolist(), 0.95)
         lines.append(
             f"| {policy} | {float(own.double().mean()):.1%} | {rate.value:.1%} ({rate.low:.1%} to {rate.high:.1%}) "
-            f"| {float(called_unsafe[own].double().mean()):.1%} | {float(called_unsafe[~own].double().mean()):.1%} |"
+            f"| {_percent(called_unsafe[own])} | {_percent(called_unsafe[~own])} |"
         )
     return "\n".join(lines)
+
+
+def _percent(flags: Tensor) -> str:
+    return f"{float(flags.double().mean()):.1%}" if len(flags) else "-"
 
 
 def main() -> None:
