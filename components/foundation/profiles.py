@@ -46,7 +46,7 @@ PROFILES: dict[str, dict[str, Any]] = {
             "actor_warmup_share": 0.15,
             "continuation_weight": 0.25,
             "kl_coefficient": 0.1,
-            "ptx_coefficient": 1.0,
+            "ptx_coefficient": 2.0,
             "ptx_demonstrations": "safe",
             "threshold_target": 0.06,
             "threshold_answers": "newest",
