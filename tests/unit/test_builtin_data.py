@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import components.prepare_data
+from components.foundation.judging.rules import declines, offers_after_all
 from components.foundation.preference import (
     KINDS,
     Demonstration,
@@ -135,3 +136,13 @@ def test_no_held_out_prompt_is_near_a_training_prompt(records: list[PromptRecord
     assert shared == []
     training = {" ".join(words(prompt)) for prompt in TRAINING_PROMPTS}
     assert [record.prompt for record in records if " ".join(words(record.prompt)) in training] == []
+
+
+def test_no_refusal_of_an_attack_offers_help_in_its_words() -> None:
+    """A small model learns the beginning of such an offer, and ends it with the harm it was asked for."""
+    attacks = {record.prompt for record in PROMPTS if record.kind == "red_team"}
+    answers = [(d.prompt, d.response) for d in DEMONSTRATIONS]
+    answers += [(p.prompt, response) for p in PREFERENCES for response in (p.response_0, p.response_1)]
+    refusals = [(prompt, answer) for prompt, answer in answers if prompt in attacks and declines(answer)]
+    assert len(refusals) >= 600
+    assert [answer for prompt, answer in refusals if offers_after_all(prompt, answer)] == []
