@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 import time
@@ -42,6 +43,10 @@ _ARTIFACTS_URI = "s3://saferlhf-mlflow"
 _START_SECONDS = 120.0
 _LOCK_SECONDS = 5.0
 _START_TRIES = 3
+_LEAST_FREE = 2 * 1024**3
+_KEPT_FREE = "512MiB"
+"""Bytes that the disk must have free for the S3 server to start, and below which it takes no more."""
+
 _Check = tuple[Server, Callable[[], bool]]
 _NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -192,6 +197,11 @@ def _launch(folder: Path, given: Mapping[str, str], lock: int) -> tuple[_State, 
 def _start_s3(folder: Path, lock: int) -> Server:
     """SeaweedFS: master, volume, filer and S3 gateway in one process, each with an HTTP and a gRPC port."""
     data, config = folder / "s3", folder / "s3.json"
+    if (free := shutil.disk_usage(folder).free) < _LEAST_FREE:
+        raise ServiceError(
+            f"the disk of {folder} has {free / 1e9:.1f} GB free, and the S3 server there wants {_LEAST_FREE / 1e9:.1f} "
+            "(three rounds of profile smol leave 2.5 GB): make room, choose another folder, or set AWS_ENDPOINT_URL"
+        )
     data.mkdir(exist_ok=True)
     if not config.exists():
         keys = {"accessKey": secrets.token_hex(10), "secretKey": secrets.token_hex(20)}
@@ -219,6 +229,7 @@ def _start_s3(folder: Path, lock: int) -> Server:
         "-master.peers=none",
         "-master.volumeSizeLimitMB=1024",
         "-volume.max=1000",
+        f"-volume.minFreeSpace={_KEPT_FREE}",  # by default one percent, which is much of a large disk
         "-volume.preStopSeconds=0",
     ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -155,6 +156,18 @@ def test_a_server_that_does_not_start_shows_the_end_of_its_log(tmp_path: Path, m
     (tmp_path / "services").mkdir()
     (tmp_path / "services" / "mlflow.db").write_bytes(b"no database at all" * 100)
     message = r"(?s)MLflow server ended .*mlflow\.log:.*file is not a database"
+    with pytest.raises(ServiceError, match=message), local_services(tmp_path):
+        pass
+    assert children() == before
+
+
+@pytest.mark.fault
+def test_a_full_disk_is_refused_before_a_server_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", TRACKING_ELSEWHERE)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_500_000_000))
+    before = children()
+    message = r"disk of .*services has 1\.5 GB free, and the S3 server there wants 2\.1 .*: make room"
     with pytest.raises(ServiceError, match=message), local_services(tmp_path):
         pass
     assert children() == before
