@@ -79,10 +79,13 @@ def _row(seed: int, policy: str, evaluation: dict[str, Any], auc: str, multiplie
 def section(summaries: list[dict[str, Any]]) -> str:
     """The table, with what the runs took and where they ran."""
     first = summaries[0]["sft"]["eval"]
-    minutes = ", ".join(f"{summary['wall_seconds'] / 60:.1f}" for summary in summaries)
     decisions = ", ".join(summary["promotion"]["decision"] for summary in summaries)
     # of a run that was resumed, the wall time is that of its last attempt alone
-    overhead = ", ".join(f"{s:.0f}" if (s := summary["overhead_seconds"]) >= 0 else "?" for summary in summaries)
+    whole = [summary["overhead_seconds"] >= 0 for summary in summaries]
+    minutes, overhead = (
+        ", ".join(f"{s[key] / unit:{form}}" if known else "?" for s, known in zip(summaries, whole, strict=True))
+        for key, unit, form in (("wall_seconds", 60, ".1f"), ("overhead_seconds", 1, ".0f"))
+    )
     memory = max(summary["peak_memory_bytes"] for summary in summaries) / 1e9
     return (
         f"{table(summaries)}\n\n"
