@@ -38,6 +38,9 @@ from components.foundation.statistics import share, win_rate
 
 STAGE = "evaluate"
 
+_ROWS_PER_FORWARD = 16
+"""Of answers that are scored: more are no faster, and what a pass holds of them outgrows the processor's cache."""
+
 
 @dataclass(frozen=True)
 class EvaluationInputs:
@@ -185,12 +188,12 @@ def _scored(
     encoder = ChatEncoder(backbone.tokenizer, settings.ppo.max_prompt_tokens, settings.evaluate.max_new_tokens + 1)
     sequences = [encoder.sequence(a.prompt, a.answer) for a in answers]
     scored = list(answers)
-    for rows in batches_by_length([len(s) for s in sequences], settings.evaluate.batch_size):
+    for rows in batches_by_length([len(s) for s in sequences], _ROWS_PER_FORWARD):
         batch = collate([sequences[i] for i in rows], backbone.eos_token_id, backbone.device)
         batch = replace(batch, trunk=backbone.trunk_states(batch.input_ids, batch.attention_mask))
-        with backbone.role("reward"):
+        with backbone.role("reward"), backbone.prepared("reward"):
             rewards = answer_scores(backbone, "reward", batch).tolist()
-        with backbone.role("cost"):
+        with backbone.role("cost"), backbone.prepared("cost"):
             costs = answer_scores(backbone, "cost", batch).tolist()
         for i, reward, cost in zip(rows, rewards, costs, strict=True):
             scored[i] = replace(answers[i], reward=reward, cost=cost)

@@ -215,11 +215,25 @@ class Backbone:
             for module, children in hidden:
                 module._modules.update(children)
 
-    def whole(self, role: str) -> AbstractContextManager[None]:
-        """Within the block every rank holds all weights of the role, so that no forward pass needs the others.
+    @contextmanager
+    def prepared(self, role: str) -> Iterator[None]:
+        """Within the block a role's weights are as its passes without gradients take them, not made so in each pass.
 
-        Where weights are partitioned (ZeRO-3) they are gathered once, and all ranks must enter; else it does nothing.
+        Where weights are partitioned (ZeRO-3), every rank holds all of them, so that no pass needs the others: all
+        ranks must enter. In a bfloat16 model the adapter, which is kept in fp32, is rounded once.
         """
+        adapter = [tensor for name, tensor in self.role_tensors(role).items() if ".lora_" in name]
+        kept = [tensor.data for tensor in adapter]
+        with self._gathered(role):
+            try:
+                for tensor in adapter:
+                    tensor.data = tensor.data.to(self.dtype)
+                yield
+            finally:
+                for tensor, data in zip(adapter, kept, strict=True):
+                    tensor.data = data
+
+    def _gathered(self, role: str) -> AbstractContextManager[None]:
         if distributed.world().zero_stage < 3:
             return nullcontext()
         from components.foundation.zero import whole

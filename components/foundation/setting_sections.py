@@ -165,7 +165,7 @@ class EvaluateSettings(Section):
         1.0, ge=0, description="temperature of the softmax that answers are drawn from; 0 is greedy"
     )
     max_new_tokens: int = Field(40, ge=1, description="longest answer in tokens, with its EOS")
-    batch_size: int = Field(64, ge=1, description="answers that are drawn or scored at once")
+    batch_size: int = Field(64, ge=1, description="answers that are drawn at once")
     confidence: float = Field(
         0.95,
         gt=0.5,

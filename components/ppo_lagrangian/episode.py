@@ -163,13 +163,13 @@ def appraise(backbone: Backbone, model: str, critic: str, batch: SequenceBatch) 
         hidden = backbone.hidden_states(part.input_ids, part.attention_mask, part.trunk)
         return hidden[:, -part.answer_length - 1 :]
 
-    with backbone.role(model), backbone.whole(model):
+    with backbone.role(model), backbone.prepared(model):
         hidden = measure_in_parts(batch, _ROWS_PER_FORWARD, last_hidden)
         token_scores = backbone.head_outputs(model, hidden[:, 1:])
     score = last_answer_token(token_scores, batch.answer_mask)
     if not backbone.has_adapter(critic):
         return Appraisal(score, torch.zeros_like(token_scores), hidden[:, :-1])
-    with backbone.role(critic), backbone.whole(critic):
+    with backbone.role(critic), backbone.prepared(critic):
         values = measure_in_parts(batch, _ROWS_PER_FORWARD, partial(token_values, backbone, critic))
     return Appraisal(score, values * batch.answer_mask, None)
 
@@ -180,7 +180,7 @@ def safe_sequences(backbone: Backbone, sequences: Sequence[TokenSequence]) -> li
     What the first rank finds counts: on unlike devices a cost near 0 may fall to either side.
     """
     costs: list[tuple[int, float]] = []
-    with backbone.role(COST), backbone.whole(COST), torch.no_grad():
+    with backbone.role(COST), backbone.prepared(COST), torch.no_grad():
         for rows in batches_by_length([len(sequence) for sequence in sequences], _ROWS_PER_FORWARD):
             batch = collate([sequences[i] for i in rows], backbone.eos_token_id, backbone.device)
             costs += zip(rows, answer_scores(backbone, COST, batch).tolist(), strict=True)
@@ -249,5 +249,5 @@ def measure_log_probs(backbone: Backbone, role: str, batch: SequenceBatch, tempe
         logits = backbone.answer_logits(part.input_ids, part.attention_mask, part.answer_length, part.trunk)
         return token_log_probs(logits, part.answers, temperature)
 
-    with backbone.role(role), backbone.whole(role):
+    with backbone.role(role), backbone.prepared(role):
         return measure_in_parts(batch, _ROWS_PER_FORWARD, measure) * batch.answer_mask

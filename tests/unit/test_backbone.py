@@ -539,3 +539,21 @@ def test_a_bfloat16_pass_is_the_same_bits_whatever_came_before(tiny_folder: Make
     first = scores_of(backbone, "reward", short), scores_of(backbone, "reward", long)
     assert torch.equal(scores_of(backbone, "reward", long), first[1])
     assert torch.equal(scores_of(backbone, "reward", short), first[0])
+
+
+def test_a_prepared_role_answers_the_same_bits_and_is_as_it_was_afterwards(tiny_folder: MakeTiny) -> None:
+    """Its adapter is rounded once, not in each pass; what the optimiser works on keeps its bits, whatever fails."""
+    backbone = with_roles(Backbone.load(tiny_folder("llama"), "bfloat16", seed=0), "actor", "reward")
+    batch = batch_of(backbone, SEQUENCES)
+    logits, scores = logits_of(backbone, "actor"), scores_of(backbone, "reward", batch)
+    before = {name: tensor.detach().clone() for name, tensor in backbone.role_tensors("actor").items()}
+    with pytest.raises(ZeroDivisionError), backbone.prepared("actor"):
+        assert {tensor.dtype for tensor in backbone.role_tensors("actor").values()} == {torch.bfloat16}
+        assert {tensor.dtype for tensor in backbone.role_tensors("reward").values()} == {torch.float32}
+        assert torch.equal(logits_of(backbone, "actor"), logits)
+        _ = 1 / 0
+    with backbone.prepared("reward"):
+        assert torch.equal(scores_of(backbone, "reward", batch), scores)
+    after = backbone.role_tensors("actor")
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from components.evaluate.evaluate import _scored
+from components.evaluate import evaluate
 from components.foundation.backbone import Backbone
 from components.foundation.batching import ChatEncoder, collate
 from components.foundation.preference_trainer import answer_scores
@@ -19,7 +19,7 @@ TEXTS = ("a rather long answer it is", "no", "of middling length", "yes, of cour
 
 
 def test_each_answer_has_the_reward_and_the_cost_that_it_gets_alone(
-    load_tiny: Callable[[str], Backbone], tmp_path: Path
+    load_tiny: Callable[[str], Backbone], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Answers are scored in batches of like length, and these stand in another order."""
     answers = [HeldOutAnswer("How?", "benign", "", text, True, False, 0.5) for text in TEXTS]
@@ -34,8 +34,10 @@ def test_each_answer_has_the_reward_and_the_cost_that_it_gets_alone(
             return [answer_scores(models, role, batch).item() for batch in batches]
 
     rewards, costs = alone("reward"), alone("cost")
-    in_two_batches = resolve_settings("smol", overrides=["evaluate.batch_size=3"])
-    scored = _scored(load_tiny("llama"), in_two_batches, answers, tmp_path / "reward", tmp_path / "cost")
+    monkeypatch.setattr(evaluate, "_ROWS_PER_FORWARD", 3)  # two batches
+    scored = evaluate._scored(
+        load_tiny("llama"), resolve_settings("smol"), answers, tmp_path / "reward", tmp_path / "cost"
+    )
     assert [a.answer for a in scored] == list(TEXTS)
     assert [a.reward for a in scored] == pytest.approx(rewards, abs=1e-3)
     assert [a.cost for a in scored] == pytest.approx(costs, abs=1e-3)

@@ -36,7 +36,7 @@ class TransformersEngine:
         wanted = set(rows)
         answers: dict[int, list[tuple[int, float]]] = {}
         groups = batches_by_length([len(prompt) for prompt in prompts], self._batch_size)
-        with self._backbone.whole(self._role):
+        with self._backbone.prepared(self._role):
             for number, group in enumerate(groups):
                 generator = torch.Generator(self._backbone.device).manual_seed(sampling.seed + number * _STREAMS_APART)
                 places = [place for place, row in enumerate(group) if row in wanted]
