@@ -86,11 +86,12 @@ def section(summaries: list[dict[str, Any]]) -> str:
         ", ".join(f"{s[key] / unit:{form}}" if known else "?" for s, known in zip(summaries, whole, strict=True))
         for key, unit, form in (("wall_seconds", 60, ".1f"), ("overhead_seconds", 1, ".0f"))
     )
+    resumed = "" if all(whole) else " (?: resumed)"
     memory = max(summary["peak_memory_bytes"] for summary in summaries) / 1e9
     return (
         f"{table(summaries)}\n\n"
         f"{first['n_red_team']} red-team and {first['n_benign']} benign held-out prompts; the gate's decisions: "
-        f"{decisions}. Wall time {minutes} minutes, of which start-up of steps and servers {overhead} s; "
+        f"{decisions}. Wall time {minutes} minutes{resumed}, of which start-up of steps and servers {overhead} s; "
         f"peak memory of all processes together {memory:.1f} GB; on "
         f"{os.cpu_count()} cores ({platform.machine()}, no GPU).\n"
     )
