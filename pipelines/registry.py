@@ -151,9 +151,9 @@ def open_registry(workdir: Path) -> Iterator[Tracker]:
     """The MLflow server that the environment names, or the work folder's, with aliases as the log has them."""
     with services_in_environment(workdir) as endpoints:
         tracker = Tracker(endpoints.tracking_uri, Settings().experiment)
-        versions = tracker.versions(POLICY_MODEL)
-        if versions:  # a promotion that was cut off may have left the aliases behind
-            source = tracker.version_tags(POLICY_MODEL, versions[-1])["source"]
+        sources = (tracker.version_tags(POLICY_MODEL, v)["source"] for v in reversed(tracker.versions(POLICY_MODEL)))
+        of_runs = (source for source in sources if store_root(source))  # others were registered by hand
+        if source := next(of_runs, ""):  # a promotion that was cut off may have left the aliases behind
             copy_aliases(tracker, ChampionLog(store_of(source), POLICY_MODEL))
         yield tracker
 

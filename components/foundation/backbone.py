@@ -84,7 +84,6 @@ class Backbone:
             and self.device.type == "cpu"
             and model.config._attn_implementation == "sdpa"
             and model._can_set_attn_implementation()
-            and not getattr(model.config, "attn_logit_softcapping", None)  # the fused one leaves that out
         )
 
     @classmethod
@@ -116,10 +115,10 @@ class Backbone:
         else:
             self._add_adapter(role, lora)
         if scored:
-            head = nn.Linear(self.hidden_size, 1, dtype=torch.float32, device=self.device)
+            head = nn.Linear(self.hidden_size, 1, dtype=torch.float32)  # drawn on the CPU, the same on every device
             nn.init.zeros_(head.bias)
             nn.init.normal_(head.weight, std=1.0 / self.hidden_size)
-            self._heads[role] = head
+            self._heads[role] = head.to(self.device)
 
     def _add_adapter(self, role: str, lora: LoraSettings) -> None:
         import_transformers()

@@ -116,6 +116,8 @@ def load_causal_lm(folder: Path, dtype: torch.dtype) -> Any:
             f"the weights of {folder} lack {missing[0]} ({len(missing)} of the model's tensors in all): "
             "the files are not complete, or config.json is another model's"
         )
+    if getattr(model.config, "attn_logit_softcapping", None):  # as Gemma 2; torch's fused attention would leave it out
+        model.set_attn_implementation("eager")
     return model.to(distributed.loading_device()).eval()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 _SECRET_NAME = re.compile(r"(^|[._-])(password|passwd|secret|api_?key|access_key|token|credentials?)$", re.IGNORECASE)
 _SECRET_VARIABLE = re.compile(r"(PASSWORD|SECRET|TOKEN|KEY|CREDENTIALS?|WEBHOOK_URL)$", re.IGNORECASE)
-_URI_PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")
+_URI_PASSWORD = re.compile(r"(?<=://)[^/?#\s]+@")
 _SHORTEST = 8
 """A shorter value would be found in texts that do not tell it."""
 
@@ -31,5 +31,5 @@ def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
 
 def secret_values(environment: Mapping[str, str]) -> list[str]:
     """Values of the variables whose names say that they are secret, longest first."""
-    values = {value for name, value in environment.items() if _SECRET_VARIABLE.search(name) and len(value) >= _SHORTEST}
-    return sorted(values, key=len, reverse=True)
+    values = {value.strip() for name, value in environment.items() if _SECRET_VARIABLE.search(name)}
+    return sorted((value for value in values if len(value) >= _SHORTEST), key=len, reverse=True)

@@ -57,7 +57,7 @@ _ONE_AT_A_TIME = threading.Lock()
 
 _MISSING = {"404", "NoSuchKey", "NotFound"}
 _REFUSED = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken"}
-_AWAY = {"503", "ServiceUnavailable", "SlowDown"}
+_AWAY = {"502", "503", "504", "BadGateway", "ServiceUnavailable", "GatewayTimeout", "SlowDown"}
 _UNDECIDED = {"409", "ConditionalRequestConflict", "OperationAborted"}
 _TAKEN = {"412", "PreconditionFailed", "BucketAlreadyExists", "BucketAlreadyOwnedByYou"} | _UNDECIDED
 

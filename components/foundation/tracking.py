@@ -14,6 +14,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -33,6 +34,9 @@ RunStatus = Literal["FINISHED", "FAILED", "KILLED", "SCHEDULED"]
 
 RUN_ID_TAG = "saferlhf.run_id"
 STAGE_TAG, ROUND_TAG = "saferlhf.stage", "saferlhf.round"
+_NO_ANSWER = re.compile("failed with (timeout )?exception")
+"""MLflow's words for it."""
+
 _ENDED_TAG = "saferlhf.ended"
 _PARENT_TAG = "mlflow.parentRunId"
 _NAME_TAG = "mlflow.runName"
@@ -321,7 +325,7 @@ class Tracker:
             yield
         except (MlflowException, OSError) as error:  # OSError is the base of what requests raises
             where = without_password(self._uri)
-            if isinstance(error, OSError) or "failed with exception" in str(error):  # MLflow's word for no answer
+            if isinstance(error, OSError) or _NO_ANSWER.search(str(error)):
                 message = f"cannot reach MLflow at {where} to {action}: check MLFLOW_TRACKING_URI and the server"
                 raise TrackingUnavailableError(message) from error
             message = f"MLflow at {where} did not {action}: {without_password(str(error))}"

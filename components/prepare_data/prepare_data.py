@@ -120,10 +120,11 @@ def write_prepared(data: PreparedData, settings: DataSettings, folder: Path, see
             f"data.preferences={data.preferences.source}: {len(preferences)} pairs do not split into training and "
             f"validation by prompt (data.validation_share={settings.validation_share}): add pairs with other prompts"
         )
+    distinct = distinct_prompts(data.held_out)
     held_out = [
         record
         for kind in (*KINDS, "")
-        for record in _limit([r for r in data.held_out.records if r.kind == kind], settings.max_held_out, seed)
+        for record in _limit([r for r in distinct if r.kind == kind], settings.max_held_out, seed)
     ]
     write_records(folder / TRAINING_FILE, training)
     write_records(folder / VALIDATION_FILE, validation)
@@ -135,6 +136,17 @@ def write_prepared(data: PreparedData, settings: DataSettings, folder: Path, see
         if result.bad:
             write_records(folder / f"quarantine-{name}.jsonl", result.bad)
     (folder / _TABLE_FILE).write_text(data_table(data), encoding="utf-8")
+
+
+def distinct_prompts(held_out: LoadResult[PromptRecord]) -> list[PromptRecord]:
+    """The first of each prompt: one that is asked twice would count as two independent trials."""
+    first: dict[str, PromptRecord] = {}
+    for record in held_out.records:
+        first.setdefault(record.prompt, record)
+    distinct = list(first.values())
+    if repeated := len(held_out.records) - len(distinct):
+        log.warning("data.held_out=%s repeats %d prompts: each is asked once", held_out.source, repeated)
+    return distinct
 
 
 def warn_of_missing_kinds(held_out: LoadResult[PromptRecord]) -> None:

@@ -54,9 +54,14 @@ def commits_to_take_over(run_uri: str, settings: Settings) -> dict[tuple[str, in
 
 
 def take_over(context: RunContext, commits: dict[tuple[str, int], str]) -> None:
-    """Let the run's stages be finished by those commits; doing it again changes nothing."""
+    """Let the run's stages be finished by those commits; doing it again changes nothing.
+
+    A stage that has a commit keeps it: where one that was taken over is damaged, the stage runs again in this run.
+    """
     for (name, number), uri in commits.items():
-        context.store.adopt(context.stage_uri(name, number), uri)
+        stage_uri = context.stage_uri(name, number)
+        if context.store.latest(stage_uri) is None:
+            context.store.adopt(stage_uri, uri)
     if commits:
         start = context.settings.start
         log.info("%d finished stages are taken over from run %s", len(commits), start.from_run)

@@ -89,7 +89,9 @@ def read_schedules(file: Path) -> list[Schedule]:
         raise SettingsError(f"schedule file {file} has {times} schedules with the name {name!r}")
     for schedule in schedules:
         try:
-            refuse_files_of_this_folder(resolve_settings(schedule.profile, schedule.seed, schedule.settings))
+            # how many rounds there are, its version says: that a run starts at one of them is checked with it
+            overrides = ["rounds=20", *schedule.settings]
+            refuse_files_of_this_folder(resolve_settings(schedule.profile, schedule.seed, overrides))
         except SettingsError as error:
             raise SettingsError(f"schedule file {file}: schedule {schedule.name}: {error}") from None
     return [_beside(schedule, file) for schedule in schedules]

@@ -77,7 +77,7 @@ class Screen(io.TextIOBase):
             self.last_error = error.group(1)
         elif is_json_event(line) or (_OURS.match(line) and " - INFO - " not in line):
             self.line(line)
-        elif re.match(r"^\w*(Error|Exception): ", line):
+        elif re.match(r"^[\w.]*(Error|Exception)(: |$)", line):
             self.last_error = line
 
     def _show(self, progress: ProgressLine, line: str) -> None:

@@ -115,6 +115,16 @@ def test_a_rollback_needs_no_figures(context: RunContext, tmp_path: Path, evalua
     assert (status, f"\nversion {better}: {words}" in said, "\nto serve it: " in said) == (0, True, True)
 
 
+def test_a_version_that_was_registered_by_hand_is_in_nobodys_way(context: RunContext, tmp_path: Path) -> None:
+    good, better = (of_a_run(context, registered(context, tmp_path, h)) for h in (0.5, 0.7))
+    promote(context, good)
+    promote(context, better)
+    context.tracker._client.create_model_version(POLICY_MODEL, "s3://elsewhere/1/artifacts/model")
+    status, said = command("rollback", "--reason", "complaints")
+    assert status == 0, said
+    assert context.tracker.aliases(POLICY_MODEL)[CHAMPION] == good
+
+
 def test_the_first_policy_that_passes_becomes_champion(context: RunContext, tmp_path: Path) -> None:
     version = registered(context, tmp_path, helpfulness=0.5)
     result = promote(context, version)

@@ -10,7 +10,7 @@ import pytest
 from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import ConflictError, IntegrityError, SettingsError, StoreError
 from components.foundation.lineage import ancestors
-from components.foundation.run_context import ROUND_STAGES, RunContext, finished_uri
+from components.foundation.run_context import ROUND_STAGES, RunContext, finished_uri, standing_commit
 from components.prepare_data.prepare_data import run_prepare_data
 from tests.integration.stand_in_stages import commit, record_as_another_version, start
 
@@ -105,6 +105,19 @@ def test_what_cannot_be_taken_over_is_refused_before_the_run_exists(root: str, s
     with pytest.raises(SettingsError, match=words):
         start(root, "new", *settings)
     assert earlier.store.list(f"{root}/runs/new/") == []
+
+
+@pytest.mark.fault
+def test_a_branch_goes_on_after_a_stage_that_it_took_over_was_lost(root: str) -> None:
+    lost = start(root, "lost", rounds=1)
+    finish(lost, rounds=1)
+    settings = ("start.from_run=lost", "start.from_round=1")
+    branch = start(root, "branch", *settings, rounds=1)
+    uri = finished_uri(lost, "sft", 0)
+    lost.store._delete([f"{uri}/{file.path}" for file in lost.store.manifest(uri).files])
+    assert standing_commit(branch, "sft", 0) is None
+    own = commit(branch, "sft", 0, [])
+    assert latest(start(root, "branch", *settings, rounds=1), "sft", 0) == own  # resumed
 
 
 def test_what_only_this_runs_start_reads_may_differ(root: str, earlier: RunContext) -> None:

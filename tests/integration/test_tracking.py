@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from components.foundation.errors import TrackingError
+from components.foundation.errors import TrackingError, TrackingUnavailableError
 from components.foundation.tracking import StageRun, Tracker
 from pipelines.local.services import Endpoints
 
@@ -53,6 +53,16 @@ def test_an_unreachable_server_is_named_without_its_password() -> None:
         ) as error:
             Tracker(f"http://user:hunter2@{address}", "x").check()
     assert "hunter2" not in str(error.value)
+
+
+@pytest.mark.fault
+def test_a_server_that_does_not_answer_is_away() -> None:
+    """As behind a network policy, or on a node that died: what needs it may wait for it."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        with pytest.raises(TrackingUnavailableError, match="cannot reach MLflow"):
+            Tracker(f"http://127.0.0.1:{silent.getsockname()[1]}", "x").check()
 
 
 def test_a_uri_that_is_no_server_is_refused() -> None:

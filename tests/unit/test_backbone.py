@@ -7,7 +7,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -519,15 +519,34 @@ def test_a_bfloat16_backbone_keeps_its_adapters_in_float32_and_agrees_with_the_f
     assert torch.cosine_similarity(gradients[0], gradients[1], dim=0) > 0.98
 
 
-def test_a_model_whose_fused_attention_leaves_something_out_keeps_the_one_it_was_loaded_with(
-    tiny_folder: MakeTiny,
-) -> None:
-    """As Gemma 2: only its plain attention caps the logits, so two lengths would be two models."""
-    model = load_causal_lm(tiny_folder("llama"), torch.bfloat16)
-    model.config.attn_logit_softcapping = 50.0
-    backbone = with_roles(Backbone(model, load_tokenizer(tiny_folder("llama"))), "reward")
-    scores_of(backbone, "reward", batch_of(backbone, SEQUENCES))
-    assert model.config._attn_implementation == "sdpa"
+def test_attention_that_caps_its_logits_is_computed_with_the_cap(tiny_folder: MakeTiny, tmp_path: Path) -> None:
+    """As Gemma 2's: torch's fused attention knows no cap, and would be another model."""
+    shutil.copytree(tiny_folder("llama"), tmp_path, dirs_exist_ok=True)  # its tokenizer
+    config = transformers.Gemma2Config(
+        vocab_size=len(load_tokenizer(tmp_path)),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        attn_logit_softcapping=0.05,
+        initializer_range=0.5,
+    )
+    torch.manual_seed(0)
+    transformers.Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+
+    def logits(attention: str) -> Tensor:
+        plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=attention).eval()
+        return cast(Tensor, plain(ids).logits.detach())
+
+    model = load_causal_lm(tmp_path, torch.float32)
+    torch.testing.assert_close(model(ids.to(model.device)).logits.detach().cpu(), logits("eager"))
+    assert not torch.allclose(logits("sdpa"), logits("eager"), atol=0.01)  # else the cap would not show
+    half = with_roles(Backbone.load(tmp_path, "bfloat16", seed=0), "reward")
+    scores_of(half, "reward", batch_of(half, SEQUENCES))
+    assert half._model.config._attn_implementation == "eager"
 
 
 def test_a_bfloat16_pass_is_the_same_bits_whatever_came_before(tiny_folder: MakeTiny) -> None:

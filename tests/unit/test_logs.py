@@ -14,7 +14,7 @@ import pytest
 
 from components.foundation.errors import SettingsError
 from components.foundation.logs import is_json, is_json_event
-from components.foundation.redaction import without_password
+from components.foundation.redaction import secret_values, without_password
 
 SECRET = "not-for-the-log-1234"
 HEAD = (
@@ -125,3 +125,8 @@ def test_another_format_is_refused() -> None:
 def test_passwords_are_taken_out_of_uris_wherever_they_stand() -> None:
     assert without_password("a http://u:p@h:1/x?q=1, b s3://k@bucket") == "a http://h:1/x?q=1, b s3://bucket"
     assert without_password("http://h/x@y and mail@example.org") == "http://h/x@y and mail@example.org"
+    assert without_password("http://u:p@ss@h/?to=a@b") == "http://h/?to=a@b"
+
+
+def test_a_secret_from_a_file_is_found_without_its_newline() -> None:
+    assert secret_values({"S3_SECRET": "12345678\n", "A_TOKEN": "  short ", "NAME": "not a secret"}) == ["12345678"]

@@ -124,3 +124,11 @@ def test_what_kfp_cannot_read_is_refused_by_field(cron: str, sentence: str) -> N
     with pytest.raises(SettingsError) as refused:
         check_cron(cron)
     assert sentence in str(refused.value)
+
+
+def test_a_run_may_start_at_any_round_that_its_version_may_have(tmp_path: Path) -> None:
+    """How many rounds there are, the version says, not the profile."""
+    settings = "[start.from_run=r, start.from_round=5]"
+    text = f"schedules:\n  - {{name: late, cron: '0 0 3 1 * ?', version: '1', settings: {settings}}}\n"
+    (late,) = read_schedules(written(tmp_path, text))
+    assert late.choice.overrides == ("start.from_run=r", "start.from_round=5")

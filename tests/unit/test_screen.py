@@ -96,6 +96,8 @@ def test_it_does_not_matter_how_the_text_is_cut(cuts: list[int]) -> None:
         ("ValueError: bad value", "ValueError: bad value"),
         ("RuntimeError: out of memory", "RuntimeError: out of memory"),
         ("\x1b[91mKeyError: 'x'\x1b[0m", "KeyError: 'x'"),
+        ("safetensors_rust.SafetensorError: header", "safetensors_rust.SafetensorError: header"),
+        ("AssertionError", "AssertionError"),
     ],
 )
 def test_an_error_is_kept_and_not_shown(line: str, message: str) -> None:

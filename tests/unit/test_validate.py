@@ -80,3 +80,18 @@ def test_pairs_of_one_prompt_cannot_be_split(tmp_path: Path) -> None:
     settings = DataSettings(preferences=write(tmp_path / "rows.jsonl", [PAIR] * 4))
     with pytest.raises(DataError, match="4 pairs do not split"):
         write_prepared(load_all(settings), settings, tmp_path, seed=0)
+
+
+def test_a_held_out_prompt_that_is_repeated_is_asked_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Asked twice it would count as two trials, and narrow the intervals that the gate decides on."""
+    asked = [("a", "benign"), ("b", "red_team"), ("a", "benign"), ("a", "lookalike"), ("c", "benign")]
+    held_out = write(tmp_path / "mine.jsonl", [{"prompt": prompt, "kind": kind} for prompt, kind in asked])
+    settings = DataSettings(held_out=held_out)
+    write_prepared(load_all(settings), settings, tmp_path, seed=0)
+    written = [json.loads(line) for line in (tmp_path / "held_out.jsonl").read_text().splitlines()]
+    assert sorted((row["prompt"], row["kind"]) for row in written) == [
+        ("a", "benign"),
+        ("b", "red_team"),
+        ("c", "benign"),
+    ]
+    assert "repeats 2 prompts" in caplog.text

@@ -161,7 +161,8 @@ class KubernetesApi:
                     else:
                         present[changed["metadata"]["uid"]] = changed
                     yield list(present.values())
-                self.backoff.sleep(self.backoff.first)  # the server ended the stream, as it does every few minutes
+                failures = 0  # the server ended the stream, as it does every few minutes where nothing changes
+                self.backoff.sleep(self.backoff.first)
             except (ApiException, HTTPError, ValueError, KeyError) as error:  # ValueError: half a line of JSON
                 failures += 1
                 self.pause(what, failures, error)
