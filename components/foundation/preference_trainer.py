@@ -25,7 +25,7 @@ from components.foundation.batching import (
 from components.foundation.optimization import batch_count, cosine_factor, shuffled_batches
 from components.foundation.role_optimizer import UpdateGuard, make_optimizers
 from components.foundation.setting_sections import PreferenceModelSettings
-from components.foundation.training_checkpoints import TrainingCheckpoints
+from components.foundation.training_checkpoints import TrainingCheckpoints, TrainingState
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,9 @@ def train_preference_model(
     total = batch_count(len(pairs), settings.batch_size, settings.epochs)
     batches = enumerate(shuffled_batches(pairs, settings.batch_size, settings.epochs, seed, _length))
     guard = UpdateGuard()
-    done = checkpoints.restore({role: optimizer}).step if checkpoints else 0
-    for step, batch in islice(batches, done, None):
+    state = checkpoints.restore({role: optimizer}) if checkpoints else TrainingState()
+    guard.resume(state.record)
+    for step, batch in islice(batches, state.step, None):
         optimizer.set_learning_rate(settings.learning_rate * cosine_factor(step, total, settings.warmup_share))
         part = distributed.own_part(batch)
         with backbone.role(role, train=True):
@@ -92,7 +93,7 @@ def train_preference_model(
         )
         on_step(step + 1, total, metrics)
         if checkpoints:
-            checkpoints.after_step(step + 1, total)
+            checkpoints.after_step(step + 1, total, guard.record)
 
 
 def _length(pair: ScoredPair) -> int:

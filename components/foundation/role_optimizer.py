@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,6 +19,7 @@ from components.foundation import distributed
 from components.foundation.backbone import Backbone
 from components.foundation.errors import DivergenceError
 from components.foundation.optimization import adamw
+from components.foundation.results import from_json, to_json
 
 MAX_SKIPPED_UPDATES = 3
 """So many updates in a row may be skipped because they are not finite; one more stops training."""
@@ -127,6 +129,14 @@ class WholeOptimizer:
         self._adamw.load_state_dict({"state": state, "param_groups": self._adamw.state_dict()["param_groups"]})
 
 
+@dataclass(frozen=True)
+class SkippedUpdates:
+    """What an `UpdateGuard` has counted; see there."""
+
+    skipped: int
+    in_a_row: dict[str, int]
+
+
 class UpdateGuard:
     """Makes the updates of a training loop, and counts those that a `RoleOptimizer` skips.
 
@@ -142,6 +152,20 @@ class UpdateGuard:
         self._limit = limit
         self.in_a_row: dict[str, int] = {}
         self.skipped = 0
+
+    def record(self) -> str:
+        """What a checkpoint keeps: a stage that is interrupted often must not begin to count anew each time."""
+        return to_json(SkippedUpdates(self.skipped, dict(self.in_a_row)))
+
+    def resume(self, record: str) -> None:
+        """Go on from what `record` gave; '' where there was no checkpoint.
+
+        Raises:
+            IntegrityError: it is something else.
+        """
+        if record:
+            kept = from_json(SkippedUpdates, record)
+            self.skipped, self.in_a_row = kept.skipped, kept.in_a_row
 
     def update(self, role: str, optimizer: RoleOptimizer, *, loss: float, max_gradient_norm: float, step: int) -> float:
         """`optimizer.step`; `loss` is this rank's part of it, and `step` counts from 1, for messages.

@@ -170,7 +170,7 @@ def create_run(run_uri: str, run_id: str, settings: Settings) -> RunContext:
     store.ensure_bucket()
     store.probe()
     if store.has_text(f"{run_uri}/run.json"):
-        _check_same_settings(run_id, open_run(run_uri).settings, settings)
+        check_same_settings(run_uri, settings)
     tracker = _tracker(settings)
     tracker.check()
     spread = {key: value for key, value in settings.flat().items() if key.startswith("distributed.")}
@@ -219,12 +219,14 @@ def read_run(store: CheckpointStore, run_uri: str, read: Callable[[str], T]) -> 
         raise type(error)(f"{run_uri}/run.json cannot be used: {error}") from error
 
 
-def _check_same_settings(run_id: str, earlier: Settings, now: Settings) -> None:
-    if earlier.digest() != now.digest():
-        differences = ", ".join(now.differences(earlier).values())
+def check_same_settings(run_uri: str, now: Settings) -> None:
+    """Raises: SettingsError unless the run was started with these (how it is spread over devices may differ)."""
+    earlier = open_run(run_uri)
+    if earlier.settings.digest() != now.digest():
+        differences = ", ".join(now.differences(earlier.settings).values())
         raise SettingsError(
-            f"run {run_id} was started with other settings ({differences}): give it the same --profile, --seed and "
-            "--set, or start a new run, with --from-run RUN_ID to keep its first rounds"
+            f"run {earlier.run_id} was started with other settings ({differences}): give it the same --profile, --seed "
+            "and --set, or start a new run, with --from-run RUN_ID to keep its first rounds"
         )
 
 

@@ -108,6 +108,21 @@ class Settings(Section):
 
     @field_validator("ppo")
     @classmethod
+    def _models_read_whole_answers(cls, value: PpoSettings, info: ValidationInfo) -> PpoSettings:
+        """A score is read at the last token: learned and calibrated on cut answers, it means something else."""
+        for name in ("reward_model", "cost_model"):
+            model = info.data.get(name)
+            needed = 2 * max(value.max_prompt_tokens, value.max_new_tokens + 1)  # an answer that was cut gets an EOS
+            if model is not None and model.max_length < needed:
+                raise ValueError(
+                    f"max_prompt_tokens={value.max_prompt_tokens} and max_new_tokens={value.max_new_tokens} do not fit "
+                    f"into {name}.max_length={model.max_length}, of which prompt and answer get one half each: set "
+                    f"{name}.max_length={needed} or more"
+                )
+        return value
+
+    @field_validator("ppo")
+    @classmethod
     def _people_cannot_answer_within_a_step(cls, value: PpoSettings, info: ValidationInfo) -> PpoSettings:
         annotate = info.data.get("annotate")
         if annotate is not None and annotate.annotator == "human" and value.advantage_source == "preference_oracle":

@@ -41,7 +41,8 @@ def start_run(
         "ppo.steps": ppo_steps,
         "ppo.threshold_target": ppo_threshold_target,
     }
-    return run_start_run(run_uri, run_id or kfp_run_id, profile, seed, overrides, rounds, form)
+    run_id = run_id or run_uri.rpartition("/")[2] or kfp_run_id
+    return run_start_run(run_uri, run_id, profile, seed, overrides, rounds, form)
 
 
 @dsl.component(base_image=SERVICE_IMAGE, packages_to_install=[], install_kfp_package=False)

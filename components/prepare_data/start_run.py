@@ -60,6 +60,8 @@ def run_start_run(
         raise SettingsError(
             f"run_uri={run_uri} does not lie in store.uri={settings.store.uri}: leave one of the two out"
         )
+    if run_uri and run_uri.rpartition("/")[2] != run_id:
+        raise SettingsError(f"run_uri={run_uri} is of another run than run_id={run_id}: leave one of the two out")
     if settings.rounds != rounds:
         raise SettingsError(
             f"rounds={settings.rounds} is asked of a pipeline that was compiled with {rounds}: compile it anew"

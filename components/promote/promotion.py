@@ -40,9 +40,11 @@ def promote(context: RunContext, version: str, against: str | None = None) -> Pr
     A version that is champion already stays it, so the call can be repeated.
 
     Args:
-        against: the champion that the version was measured against before; another one now was faster in a race.
+        against: of a run, the champion that its gate measured the version against; another one now was faster in a
+            race. A run, which may be repeated by itself, does not undo a rollback.
     """
     champions = ChampionLog(context.store, POLICY_MODEL)
+    by_run = against is not None
     while True:
         last = champions.latest()
         champion = champion_version(context.tracker, last)
@@ -52,7 +54,13 @@ def promote(context: RunContext, version: str, against: str | None = None) -> Pr
                 _follow(context, champions, last)
             reasons = last.reasons if last is not None else ["passed: it is the champion already"]
             return PromotionResult(PROMOTE, reasons, POLICY_MODEL, version, CHAMPION)
-        decision, reasons = decide_on_version(context, version, champion, raced=champion != against)
+        if by_run and _was_rolled_back(champions.entries(), version):
+            decision, reasons = (
+                CHALLENGE,
+                [f"failed: somebody rolled back from it; `saferlhf promote {version}` lets it try again"],
+            )
+        else:
+            decision, reasons = decide_on_version(context, version, champion, raced=champion != against)
         if decision != PROMOTE:
             context.tracker.set_alias(POLICY_MODEL, CHALLENGER, version)
             return PromotionResult(CHALLENGE, reasons, POLICY_MODEL, version, CHALLENGER, champion)
@@ -196,6 +204,16 @@ def _promoted_over(entries: Sequence[ChampionEntry]) -> str:
     """Who was champion when the present one was promoted; '' where nobody was, or nobody knows."""
     present = entries[-1].version
     return next((e.previous for e in reversed(entries) if e.version == present and e.action == PROMOTE), "")
+
+
+def _was_rolled_back(entries: Sequence[ChampionEntry], version: str) -> bool:
+    """Whether the version's time as champion ended last by a rollback."""
+    for entry in reversed(entries):
+        if entry.version == version:
+            return False
+        if entry.action == ROLLBACK and entry.previous == version:
+            return True
+    return False
 
 
 def _canary_share(context: RunContext, entry: ChampionEntry) -> float:

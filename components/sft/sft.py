@@ -21,7 +21,7 @@ from components.foundation.progress import Progress
 from components.foundation.role_optimizer import UpdateGuard, make_optimizers
 from components.foundation.run_context import open_stage
 from components.foundation.setting_sections import SftSettings
-from components.foundation.training_checkpoints import TrainingCheckpoints
+from components.foundation.training_checkpoints import TrainingCheckpoints, TrainingState
 
 STAGE = "sft"
 _ROLE = "sft"
@@ -74,8 +74,9 @@ def train_sft(
     total = batch_count(len(examples), settings.batch_size, settings.epochs)
     batches = enumerate(shuffled_batches(examples, settings.batch_size, settings.epochs, seed, length=len))
     guard = UpdateGuard()
-    done = checkpoints.restore({role: optimizer}).step if checkpoints else 0
-    for step, examples_of_step in islice(batches, done, None):
+    state = checkpoints.restore({role: optimizer}) if checkpoints else TrainingState()
+    guard.resume(state.record)
+    for step, examples_of_step in islice(batches, state.step, None):
         optimizer.set_learning_rate(settings.learning_rate * cosine_factor(step, total, settings.warmup_share))
         part = distributed.own_part(examples_of_step)
         batch = collate(part.items, backbone.eos_token_id, backbone.device)
@@ -86,5 +87,5 @@ def train_sft(
         norm = guard.update(role, optimizer, loss=loss.item(), max_gradient_norm=1.0, step=step + 1)
         on_step(step + 1, total, distributed.total_of({"loss": loss.item()}) | {"gradient_norm": norm})
         if checkpoints:
-            checkpoints.after_step(step + 1, total)
+            checkpoints.after_step(step + 1, total, guard.record)
     return total

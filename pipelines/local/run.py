@@ -30,6 +30,7 @@ from components.foundation.errors import (
     TrainingError,
 )
 from components.foundation.rollout.vllm_server import find_vllm_python
+from components.foundation.run_context import check_same_settings
 from components.foundation.settings import Settings
 from components.foundation.tracking import RunStatus, Tracker
 from components.notify.notify import notify
@@ -91,10 +92,12 @@ def run_here(run: LocalRun) -> Path:
         screen = Screen()
         screen.line(f"S3 at {endpoints.s3_url}, MLflow at {endpoints.tracking_uri}, run {run.run_id}")
         CheckpointStore(run.settings.store.uri).ensure_bucket()
-        if run.resumed and not CheckpointStore(run.settings.store.uri).has_text(f"{run.run_uri}/run.json"):
-            raise SettingsError(
-                f"there is no run {run.run_id} in {run.work_dir} to resume: leave --resume out to start one"
-            )
+        if run.resumed:  # what is refused here leaves the run as it is, and tells nobody that it failed
+            if not CheckpointStore(run.settings.store.uri).has_text(f"{run.run_uri}/run.json"):
+                raise SettingsError(
+                    f"there is no run {run.run_id} in {run.work_dir} to resume: leave --resume out to start one"
+                )
+            check_same_settings(run.run_uri, run.settings)
         commits_to_take_over(run.run_uri, run.settings)
         status: RunStatus = "KILLED"
         try:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from components.foundation.errors import TrainingError
+from components.foundation.errors import SettingsError, TrainingError
+from components.foundation.run_context import create_run
 from components.foundation.settings import resolve_settings
 from pipelines.local import run as local
 from pipelines.local.run import LocalRun, run_here
@@ -45,3 +46,20 @@ def test_only_an_interrupted_run_is_told_as_cancelled(
         monkeypatch.setenv("SAFERLHF_WEBHOOK_URL", url)
         run_here(LocalRun(settings, (), tmp_path, "r1"))
     assert [body["status"] for body in told] == [status]
+
+
+@pytest.mark.fault
+def test_a_resumption_that_is_refused_leaves_the_run_as_it_was(
+    services: Endpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "preforked_python", lambda: contextlib.nullcontext("python"))
+    store, run_id = f"store.uri=s3://saferlhf/{uuid.uuid4().hex}", f"r-{uuid.uuid4().hex}"
+    settings, others = (resolve_settings("tiny", seed, [store]) for seed in (0, 1))
+    run = LocalRun(settings, (), tmp_path, run_id, resumed=True)
+    context = create_run(run.run_uri, run_id, settings)
+    context.tracker.finish_pipeline_run(context.mlflow_run_id, "FINISHED")
+    with webhook([204]) as (url, told), pytest.raises(SettingsError, match=r"other settings \(seed"):
+        monkeypatch.setenv("SAFERLHF_WEBHOOK_URL", url)
+        run_here(LocalRun(others, (), tmp_path, run_id, resumed=True))
+    assert told == []
+    assert context.tracker.end_of_pipeline_run(context.mlflow_run_id)[0] == "FINISHED"

@@ -356,6 +356,22 @@ def test_a_second_rollback_goes_further_back_and_not_to_what_was_rolled_back_fro
 
 
 @pytest.mark.fault
+def test_a_run_that_is_repeated_does_not_undo_a_rollback(context: RunContext, tmp_path: Path) -> None:
+    """Its report failed and somebody resumes it, or a step is tried again; who wants the policy back says so."""
+    good, better = (registered(context, tmp_path, h) for h in (0.5, 0.7))
+    promote(context, good)
+    assert promote(context, better, against=good).decision == "promote"
+    assert promote(context, better, against=good).decision == "promote"  # a repetition, and it is champion still
+    rollback(context, "", "complaints")
+    again = promote(context, better, against=good)
+    assert (again.decision, again.alias) == ("challenger", "challenger")
+    assert f"`saferlhf promote {better}`" in again.reasons[0]
+    assert context.tracker.aliases(POLICY_MODEL)[CHAMPION] == good
+    assert promote(context, better).decision == "promote"  # asked for
+    assert promote(context, better, against=good).decision == "promote"
+
+
+@pytest.mark.fault
 def test_rollback_refuses_what_was_never_champion(context: RunContext, tmp_path: Path) -> None:
     good, other = registered(context, tmp_path, 0.5), registered(context, tmp_path, 0.7)
     with pytest.raises(GateError, match="no champion before"):

@@ -55,6 +55,14 @@ def test_what_is_given_counts_more(platform_store: str) -> None:
     there = f'["store.uri={other}"]'
     assert start(run_id="mine", overrides=there) == f"{other}/runs/mine"
     assert start(run_uri=f"{other}/runs/here", run_id="here", overrides=there) == f"{other}/runs/here"
+    uri = start(run_uri=f"{other}/runs/named-by-its-place")
+    assert open_run(uri).run_id == "named-by-its-place"  # the registry finds a run by its id
+
+
+@pytest.mark.fault
+def test_a_place_and_an_id_of_two_runs_are_refused(platform_store: str) -> None:
+    with pytest.raises(SettingsError, match="is of another run than run_id=there"):
+        start(run_uri=f"{platform_store}/runs/here", run_id="there")
 
 
 @pytest.mark.parametrize(

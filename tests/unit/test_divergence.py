@@ -104,16 +104,19 @@ def test_row_26_one_skipped_update_too_many_stops_training_with_step_and_values(
 
 
 class OneCheckpoint:
-    """Keeps what a stage saved last."""
+    """Keeps what a stage saved last, and interrupts it once, after a step."""
 
-    def __init__(self) -> None:
+    def __init__(self, interrupted_after: int = 0) -> None:
         self._state = TrainingState()
+        self._interrupted_after = interrupted_after
 
     def restore(self, trained: object) -> TrainingState:
         return self._state
 
     def after_step(self, step: int, steps: int, record: Callable[[], str]) -> None:
         self._state = TrainingState(step, record())
+        if step == self._interrupted_after:
+            raise KeyboardInterrupt
 
 
 def test_updates_skipped_before_a_restart_count_after_it(backbone: Backbone) -> None:
@@ -206,6 +209,26 @@ def test_fine_tuning_that_is_beyond_mending_stops(backbone: Backbone) -> None:
     poison(backbone, "sft")
     with pytest.raises(DivergenceError, match=r"sft, step 4: loss nan.*learning rate"):
         train_sft(backbone, "sft", [PAIR.high], SftSettings(batch_size=1, epochs=9), 0, lambda *step: None)
+
+
+@pytest.mark.parametrize("role", [REWARD, "sft"])
+def test_updates_skipped_before_an_interruption_count_after_it(backbone: Backbone, role: str) -> None:
+    """Else a stage on nodes that are taken away often would never find out that it is beyond mending."""
+    backbone.add_role("sft", LORA, scored=False)
+    poison(backbone, role)
+    kept: Any = OneCheckpoint(interrupted_after=2)
+
+    def train() -> None:
+        if role == REWARD:
+            wish = PreferenceModelSettings(batch_size=1, epochs=9)
+            train_preference_model(backbone, role, [PAIR], wish, _broken_at(), 0, lambda *step: None, kept)
+        else:
+            train_sft(backbone, role, [PAIR.high], SftSettings(batch_size=1, epochs=9), 0, lambda *step: None, kept)
+
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    with pytest.raises(DivergenceError, match=f"{role}, step 4: loss nan.*3 updates before"):
+        train()
 
 
 def test_an_infinite_loss_with_a_finite_gradient_is_skipped_too() -> None:

@@ -20,6 +20,7 @@ from components.foundation.profiles import PROFILES
 from components.foundation.settings import Settings, resolve_settings
 
 CHOICES = {
+    "ppo.max_prompt_tokens": "47",  # more would not fit into the reward model
     "ppo.lambda_start": "previous",
     "ppo.threshold_answers": "held_out",
     "serving.memory": "8Gi",
@@ -162,6 +163,8 @@ def test_the_last_override_wins() -> None:
         ("seed=-1", ["seed", "-1"]),
         ("ppo.gamma=1.01", ["ppo.gamma", "1.01"]),
         ("ppo.clip_ratio=1", ["ppo.clip_ratio", "1"]),
+        ("ppo.max_new_tokens=48", ["max_new_tokens=48", "reward_model.max_length=96", "=98 or more"]),
+        ("cost_model.max_length=94", ["max_prompt_tokens=48", "cost_model.max_length=94", "=96 or more"]),
         ("ppo.lambda_max=0.01", ["lambda_max", "0.01", "lambda_min", "0.05"]),
         ("ppo.lambda_init=30", ["lambda_init", "30", "lambda_max"]),
         ("ppo.lambda_init=0.01", ["lambda_init", "0.01", "lambda_min", "0.05"]),
