@@ -93,7 +93,7 @@ def cluster_of_context(namespace: str, config_file: str | None) -> Iterator[Clus
     try:
         load_kube_config(config_file=config_file, client_configuration=configuration)
         _, current = list_kube_config_contexts(config_file=config_file)
-    except (ConfigException, OSError) as error:
+    except (ConfigException, OSError, yaml.YAMLError) as error:
         raise ClusterError(f"no cluster to apply to: {error}; set KUBECONFIG, or `saferlhf serve render`") from error
     with new_client(configuration) as client:
         yield Cluster(client, namespace or current["context"].get("namespace") or "default", "", "")

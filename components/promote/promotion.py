@@ -201,9 +201,15 @@ def _follow(context: RunContext, champions: ChampionLog, entry: ChampionEntry) -
 
 
 def _promoted_over(entries: Sequence[ChampionEntry]) -> str:
-    """Who was champion when the present one was promoted; '' where nobody was, or nobody knows."""
-    present = entries[-1].version
-    return next((e.previous for e in reversed(entries) if e.version == present and e.action == PROMOTE), "")
+    """Who was champion when the present one was promoted, or further back, where somebody rolled back from that one;
+    '' where nobody was, or nobody knows."""
+    seen, found = set[str](), entries[-1].version
+    while found not in seen:
+        seen.add(found)
+        found = next((e.previous for e in reversed(entries) if e.version == found and e.action == PROMOTE), "")
+        if found not in seen and not _was_rolled_back(entries, found):
+            return found
+    return ""
 
 
 def _was_rolled_back(entries: Sequence[ChampionEntry], version: str) -> bool:

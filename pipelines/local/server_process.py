@@ -27,7 +27,7 @@ _children: list[subprocess.Popen[bytes]] = []  # kept, because Python warns when
 
 @dataclass(frozen=True)
 class Server:
-    """A server process: its log file, the loopback ports that it was given, and its start time (epoch seconds)."""
+    """A server process: its log file, the loopback ports that it was given, and its start time (see `_start_time`)."""
 
     name: str
     pid: int
@@ -54,7 +54,7 @@ def start_server(
             pass_fds=(lock,),
         )
     _children.append(child)
-    return Server(name, child.pid, psutil.Process(child.pid).create_time(), str(log), list(ports))
+    return Server(name, child.pid, _start_time(child.pid), str(log), list(ports))
 
 
 def is_alive(server: Server) -> bool:
@@ -127,10 +127,23 @@ def free_ports(count: int) -> list[int]:
 def _process(server: Server) -> psutil.Process | None:
     try:
         process = psutil.Process(server.pid)
-        alive = process.create_time() == server.create_time and process.status() != psutil.STATUS_ZOMBIE
+        alive = _start_time(server.pid) == server.create_time and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return None
     return process if alive else None
+
+
+def _start_time(pid: int) -> float:
+    """On Linux in ticks since the machine started: the time of day at which that was changes when the clock is set.
+
+    Raises:
+        psutil.NoSuchProcess: there is none.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return float(psutil.Process(pid).create_time())
+    return float(stat.rpartition(")")[2].split()[19])  # the 22nd field; the second is a name in brackets
 
 
 def _log_tail(server: Server) -> str:

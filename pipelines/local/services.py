@@ -142,6 +142,9 @@ def _servers(folder: Path, given: Mapping[str, str], *, keep: bool = False) -> I
     """Start what `given` lacks; stop it at the end of the block, unless `keep` and the block ended well."""
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
+    left = _read_state(folder)
+    if left is not None and not all(map(is_alive, left.servers)):
+        _stop(left.servers)  # of those that `up` started one has died, and the other holds the lock
     with _lock(folder) as lock:
         state, guard = _start(folder, given, lock)
         stop = True
@@ -157,23 +160,25 @@ def _servers(folder: Path, given: Mapping[str, str], *, keep: bool = False) -> I
 def _start(folder: Path, given: Mapping[str, str], lock: int) -> tuple[_State, subprocess.Popen[bytes]]:
     """Healthy servers and their guard; a port that somebody took in the meantime is exchanged for another."""
     for tries_left in reversed(range(_START_TRIES)):
-        state, checks = _launch(folder, given, lock)
-        guard = start_guard(state.servers)
+        servers: list[Server] = []
+        guard = None
         try:
+            state, checks = _launch(folder, given, lock, servers)
+            guard = start_guard(servers)
             wait_until_healthy(checks, _START_SECONDS)
             return state, guard
         except BaseException as error:
-            _stop(state.servers)
-            release_guard(guard)
+            _stop(servers)
+            if guard is not None:
+                release_guard(guard)
             taken = isinstance(error, ServiceError) and "address already in use" in str(error)
             if not (taken and tries_left):
                 raise
     raise AssertionError("the last try returns or raises")
 
 
-def _launch(folder: Path, given: Mapping[str, str], lock: int) -> tuple[_State, list[_Check]]:
-    """Start the processes side by side, without waiting."""
-    servers: list[Server] = []
+def _launch(folder: Path, given: Mapping[str, str], lock: int, servers: list[Server]) -> tuple[_State, list[_Check]]:
+    """Start the processes side by side, without waiting; `servers` gets each at once, to stop it whatever happens."""
     checks: list[_Check] = []
     s3_url = tracking_uri = ""
     s3_environment = given

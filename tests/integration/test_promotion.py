@@ -355,6 +355,18 @@ def test_a_second_rollback_goes_further_back_and_not_to_what_was_rolled_back_fro
     assert rollback(context, "", "complaints").version == first  # over which it was promoted this time
 
 
+def test_rollbacks_do_not_go_back_and_forth(context: RunContext, tmp_path: Path) -> None:
+    """The second champion was promoted over the first, and the first, asked for, over the second."""
+    first, second = registered(context, tmp_path, 0.5), registered(context, tmp_path, 0.5)
+    entries = [(first, "", "promote"), (second, first, "promote"), (first, second, "promote")]
+    for number, (version, previous, action) in enumerate(entries, start=1):
+        entry = ChampionEntry(number, version, previous, action, [], context.run_id, "2026-11-29T00:00:00+00:00")
+        ChampionLog(context.store, POLICY_MODEL).append(entry)
+    assert rollback(context, "", "complaints").version == second
+    with pytest.raises(GateError, match="no champion before"):
+        rollback(context, "", "complaints")
+
+
 @pytest.mark.fault
 def test_a_run_that_is_repeated_does_not_undo_a_rollback(context: RunContext, tmp_path: Path) -> None:
     """Its report failed and somebody resumes it, or a step is tried again; who wants the policy back says so."""

@@ -107,7 +107,7 @@ def test_a_process_id_that_was_given_to_another_is_left_alone(tmp_path: Path) ->
         try:
             folder = tmp_path / "services"
             folder.mkdir()
-            born = psutil.Process(stranger.pid).create_time()
+            born = server_process._start_time(stranger.pid)
             server = server_process.Server("s3", stranger.pid, born - 100, str(folder / "s3.log"), [])
             state = {"servers": [dataclasses.asdict(server)], "s3_url": "http://x", "tracking_uri": "http://y"}
             (folder / "state.json").write_text(json.dumps(state))
@@ -115,6 +115,51 @@ def test_a_process_id_that_was_given_to_another_is_left_alone(tmp_path: Path) ->
             assert stranger.poll() is None
         finally:
             stranger.kill()
+
+
+@pytest.mark.fault
+def test_a_server_is_known_again_after_the_clock_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """psutil's start time is a time of day, worked out anew at each look."""
+    with subprocess.Popen(["sleep", "600"]) as process:
+        try:
+            server = server_process.Server("s3", process.pid, server_process._start_time(process.pid), "s3.log", [])
+            told = psutil.Process.create_time
+            monkeypatch.setattr(psutil.Process, "create_time", lambda self: told(self) + 3600)
+            assert server_process.is_alive(server)
+        finally:
+            process.kill()
+    assert not server_process.is_alive(server)
+
+
+@pytest.mark.fault
+def test_a_server_whose_neighbour_died_is_replaced_with_it(
+    tmp_path: Path, upped: Callable[[], Endpoints], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(services, "_LOCK_SECONDS", 5.0)  # the one that lives holds the lock
+    first = upped()
+    s3, mlflow = map(psutil.Process, pids_of(tmp_path))
+    mlflow.kill()
+    mlflow.wait()
+    second = upped()
+    assert not s3.is_running() or s3.status() == psutil.STATUS_ZOMBIE
+    assert second != first
+    Tracker(second.tracking_uri, "kept").check()
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("broken", ["_start_mlflow", "start_guard"])
+def test_a_server_does_not_outlive_a_neighbour_that_cannot_be_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    before = children()
+
+    def fail(*arguments: object) -> None:
+        raise BlockingIOError("no more processes")
+
+    monkeypatch.setattr(services, broken, fail)
+    with pytest.raises(BlockingIOError), local_services(tmp_path):
+        pass
+    assert children() == before
 
 
 def test_servers_of_a_block_end_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

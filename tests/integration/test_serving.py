@@ -128,6 +128,9 @@ def test_the_cluster_and_namespace_are_those_of_the_kubeconfig(server: Kubernete
 
 
 @pytest.mark.fault
-def test_no_kubeconfig_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ClusterError, match="set KUBECONFIG"), cluster_of_context("", str(tmp_path / "none")):
+@pytest.mark.parametrize("text", [None, "a: [b"])
+def test_no_kubeconfig_is_told(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "config").write_text(text)
+    with pytest.raises(ClusterError, match="set KUBECONFIG"), cluster_of_context("", str(tmp_path / "config")):
         pass
