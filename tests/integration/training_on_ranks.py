@@ -54,10 +54,12 @@ def sequence(number: int) -> TokenSequence:
     return TokenSequence((256, *ids[: 2 + number % 5]), (*ids[6 : 7 + number % 4], 257))
 
 
-def backbone_with(finetune: str, top_layers: int = 0, layers_again: bool = False, **roles: bool) -> Backbone:
+def backbone_with(
+    finetune: str, top_layers: int = 0, layers_again: bool = False, dtype: str = "float32", **roles: bool
+) -> Backbone:
     """The tiny model with these roles, scored or not; their weights are moved away from where new ones start."""
     lora = LORA.model_copy(update={"top_layers": top_layers}) if finetune == "lora" else None
-    backbone = Backbone.load(make_tiny("llama"), "float32", seed=0, checkpoints_activations=layers_again)
+    backbone = Backbone.load(make_tiny("llama"), dtype, seed=0, checkpoints_activations=layers_again)
     for number, (role, scored) in enumerate(roles.items()):
         backbone.add_role(role, lora, scored=scored)
         generator, size = torch.Generator().manual_seed(number), 0.1 if finetune == "lora" else 0.02
@@ -153,6 +155,29 @@ def optimizer_state(finetune: str) -> Results:
     return steps, third | moments
 
 
+def prepared(finetune: str) -> Results:
+    """Steps of a bfloat16 model, with and without a pass between them for which its adapter is rounded: how many of
+    the tensors differ afterwards."""
+    batch_of = [sequence(i) for i in range(4)]
+
+    def trained(looks_between: bool) -> dict[str, torch.Tensor]:
+        backbone = backbone_with(finetune, dtype="bfloat16", model=True)
+        optimizer = make_optimizers(backbone, {"model": 1e-3})["model"]
+        batch = collate(distributed.own_part(batch_of).items, backbone.eos_token_id, backbone.device)
+        for _ in range(3):
+            with backbone.role("model", train=True):
+                optimizer.backward(answer_scores(backbone, "model", batch).square().mean())
+            optimizer.step(max_gradient_norm=1.0, loss=0.0)
+            if looks_between:
+                with backbone.role("model"), backbone.prepared("model"):
+                    answer_scores(backbone, "model", batch)
+        return backbone.role_state("model")
+
+    peaceful, looked_at = trained(looks_between=False), trained(looks_between=True)
+    differing = sum(not torch.equal(tensor, looked_at[name]) for name, tensor in peaceful.items())
+    return [{"differing": float(differing)}], {}
+
+
 def generation(finetune: str) -> Results:
     """Answers of every rank's share, short and long, and how many gathers of weights each took."""
     backbone = backbone_with(finetune, actor=False)
@@ -200,6 +225,7 @@ KINDS: dict[str, Callable[[str], Results]] = {
     "ppo_heads": partial(ppo, heads=True),
     "optimizer_state": optimizer_state,
     "generation": generation,
+    "prepared": prepared,
 }
 
 
