@@ -94,9 +94,9 @@ def test_row_12_a_stage_whose_memory_does_not_suffice_ends_with_a_code_of_its_ow
     services: Endpoints, tmp_path: Path
 ) -> None:
     """Adapters of 128 GB, and 64 GB that the process may have."""
-    root = f"s3://saferlhf-test/{uuid.uuid4().hex}"
+    root, name = f"s3://saferlhf-test/{uuid.uuid4().hex}", uuid.uuid4().hex
     wish = f'["store.uri={root}", "lora.rank=1000000000"]'
-    run = run_start_run(f"{root}/runs/run", uuid.uuid4().hex, "tiny", 0, wish, 1)
+    run = run_start_run(f"{root}/runs/{name}", name, "tiny", 0, wish, 1)
     data = run_prepare_data(run)
     done = subprocess.run(
         [sys.executable, "-m", "tests.faults.launch_stage", "components.sft.sft:run_sft", run, data],
