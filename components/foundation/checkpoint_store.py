@@ -326,7 +326,11 @@ class CheckpointStore:
             except IntegrityError:  # damage on the way is cured by a second try, damage in the store is not
                 self._download_checked(uri, file, partial)
             partial.chmod(0o444)
-            partial.replace(target)
+            try:
+                target.hardlink_to(partial)
+            except FileExistsError:  # another process was faster, and folders already link to its file
+                if not self._is_cached(file):
+                    partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
 

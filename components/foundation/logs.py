@@ -16,9 +16,11 @@ import json
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from types import TracebackType
 
 from components.foundation import distributed
 from components.foundation.errors import SettingsError
@@ -70,8 +72,12 @@ def is_json_event(line: str) -> bool:
 
 
 def configure_logging() -> None:
-    """INFO of ours, on rank 0; warnings of nobody else's: third parties may log errors only."""
+    """INFO of ours, on rank 0; warnings of nobody else's: third parties may log errors only.
+
+    What ends the process is told without secrets too: below our own message are those of libraries, with addresses.
+    """
     warnings.filterwarnings("ignore")
+    sys.excepthook = _tell_error
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(JsonFormatter() if is_json() else PlainFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.ERROR, handlers=[handler], force=True)
@@ -102,6 +108,11 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             event["exception"] = _redacted(self.formatException(record.exc_info))
         return json.dumps(event)  # ASCII: no character can be taken for the end of a line
+
+
+def _tell_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As Python's own hook, without secrets."""
+    sys.stderr.write(_redacted("".join(traceback.format_exception(kind, error, trace))))
 
 
 def _redacted(text: str) -> str:

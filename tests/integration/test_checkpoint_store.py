@@ -259,6 +259,19 @@ def test_what_is_cached_is_not_downloaded_again(store: CheckpointStore, tmp_path
     assert contents(store.fetch(first)) == contents(store.fetch(second)) == contents(folder)
 
 
+@pytest.mark.fault
+def test_a_rank_that_downloads_later_leaves_the_folder_of_the_first(store: CheckpointStore, tmp_path: Path) -> None:
+    """All ranks of a machine share the cache, and all find it empty; one of them reads from its folder already."""
+    uri = f"{store.root_uri}/step-1"
+    store.commit(uri, make_folder(tmp_path / "folder"))
+    fetched = store.fetch(uri)
+    before = {path: path.stat().st_ino for path in fetched.rglob("*")}
+    for file in store.manifest(uri).files:
+        store._download(f"{uri}/{file.path}", file)
+    assert store.fetch(uri) == fetched
+    assert {path: path.stat().st_ino for path in fetched.rglob("*")} == before
+
+
 def test_a_folder_that_somebody_changed_is_made_again(store: CheckpointStore, tmp_path: Path) -> None:
     uri = f"{store.root_uri}/step-1"
     folder = make_folder(tmp_path / "folder")

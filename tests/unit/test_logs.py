@@ -113,6 +113,27 @@ def test_row_33_no_secret_is_in_the_log(form: str) -> None:
     assert "ValueError: (secret)" in text
 
 
+def test_row_33_no_secret_is_in_what_ends_a_step() -> None:
+    """The errors that it was raised from hold addresses and keys that ours leaves out."""
+    program = """
+try:
+    raise ValueError('no answer from http://me:hunter2@host/, key ' + os.environ['S3_SECRET'])
+except ValueError as error:
+    raise RuntimeError('cannot reach it') from error
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", HEAD + "import os\n" + program],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"S3_SECRET": SECRET},
+    )
+    assert done.returncode == 1
+    assert done.stderr.endswith("RuntimeError: cannot reach it\n")
+    assert "no answer from http://host/, key (secret)" in done.stderr
+    assert "hunter2" not in done.stderr and SECRET not in done.stderr
+
+
 @pytest.mark.fault
 def test_another_format_is_refused() -> None:
     assert not is_json({})

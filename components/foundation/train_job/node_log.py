@@ -40,6 +40,9 @@ class LogPosition:
         start, skip = self._last, self._count
         for line in lines:
             stamp, _, text = line.partition(" ")
+            if not _TIMESTAMP.match(stamp):  # the kubelet's own word, as when it cannot follow the file any more
+                yield line
+                continue
             time = _comparable(stamp)
             if time < start:
                 continue
@@ -132,4 +135,5 @@ def _repeat(text: str) -> None:
 def _comparable(stamp: str) -> str:
     """A timestamp -> a string that sorts by time, whatever its number of decimals."""
     match = _TIMESTAMP.match(stamp)
-    return f"{match[1]}.{match[2] or ''}" if match else stamp
+    assert match is not None
+    return f"{match[1]}.{match[2] or ''}"
