@@ -241,9 +241,12 @@ def _steps_in_progress() -> list[psutil.Process]:
 
 
 def _kill(processes: Sequence[psutil.Process]) -> None:
+    """Also what they have started: torchrun's ranks outlive it, and would go on writing."""
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+            for each in (*process.children(recursive=True), process):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.kill()
 
 
 def _is_step(process: psutil.Process) -> bool:

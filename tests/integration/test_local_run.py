@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 import uuid
 from pathlib import Path
 
+import psutil
 import pytest
 
 from components.foundation.errors import SettingsError, TrainingError
@@ -63,3 +65,16 @@ def test_a_resumption_that_is_refused_leaves_the_run_as_it_was(
         run_here(LocalRun(others, (), tmp_path, run_id, resumed=True))
     assert told == []
     assert context.tracker.end_of_pipeline_run(context.mlflow_run_id)[0] == "FINISHED"
+
+
+@pytest.mark.fault
+def test_what_a_step_has_started_is_killed_with_it() -> None:
+    """Ranks are in sessions of their own, and outlive the step that started them."""
+    program = "setsid sleep 600 & echo started; wait"
+    with subprocess.Popen(["/bin/sh", "-c", program], stdout=subprocess.PIPE, text=True) as step:
+        assert step.stdout is not None and step.stdout.readline() == "started\n"
+        ranks = psutil.Process(step.pid).children(recursive=True)
+        local._kill([psutil.Process(step.pid)])
+    assert len(ranks) == 1
+    gone, alive = psutil.wait_procs(ranks, timeout=10)
+    assert (gone, alive) == (ranks, [])
