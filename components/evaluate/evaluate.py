@@ -12,14 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from components.evaluate.regressions import judge_regressions
 from components.evaluate.trial import TRIAL_FILE, try_model
 from components.foundation.backbone import Backbone
-from components.foundation.batching import ChatEncoder, batches_by_length, collate
+from components.foundation.batching import ChatEncoder, batches_by_length
 from components.foundation.judging import check_usable, judge_name, make_judge
 from components.foundation.policy import load_policy
 from components.foundation.preference import PromptRecord, RegressionPrompt, read_jsonl
-from components.foundation.preference_trainer import answer_scores
+from components.foundation.preference_trainer import pair_batch, pair_scores
 from components.foundation.progress import Progress
 from components.foundation.results import (
     Arena,
@@ -34,11 +36,12 @@ from components.foundation.rollout import Sampling
 from components.foundation.rollout.transformers_engine import TransformersEngine
 from components.foundation.run_context import Stage, open_run, open_stage
 from components.foundation.settings import Settings
+from components.foundation.shared_prompt import row_length
 from components.foundation.statistics import share, win_rate
 
 STAGE = "evaluate"
 
-_ROWS_PER_FORWARD = 16
+_PAIRS_PER_FORWARD = 8
 """Of answers that are scored: more are no faster, and what a pass holds of them outgrows the processor's cache."""
 
 
@@ -81,7 +84,7 @@ def run_evaluate(run_uri: str, round_number: int, inputs: EvaluationInputs) -> s
         if inputs.baseline:
             baseline = read_records(HeldOutAnswer, store.fetch(inputs.baseline) / "answers.jsonl")
             models = (store.fetch(inputs.reward_model), store.fetch(inputs.cost_model))
-            answers, baseline = (_scored(backbone, settings, a, *models) for a in (answers, baseline))
+            answers, baseline = _scored(backbone, settings, answers, baseline, *models)
         evaluation = replace(
             summarize(round_number, answers, baseline, settings.evaluate.confidence),
             judge=judge_name(settings.annotate),
@@ -179,25 +182,38 @@ def _answer(
 
 
 def _scored(
-    backbone: Backbone, settings: Settings, answers: Sequence[HeldOutAnswer], reward_folder: Path, cost_folder: Path
-) -> list[HeldOutAnswer]:
-    """The answers with the scores of the round's reward and cost model."""
+    backbone: Backbone,
+    settings: Settings,
+    answers: Sequence[HeldOutAnswer],
+    baseline: Sequence[HeldOutAnswer],
+    reward_folder: Path,
+    cost_folder: Path,
+) -> tuple[list[HeldOutAnswer], list[HeldOutAnswer]]:
+    """Both lists with the scores of the round's reward and cost model.
+
+    An answer is scored beside the other policy's to the same prompt, or beside itself where there is none.
+    """
     for role, folder in (("reward", reward_folder), ("cost", cost_folder)):
         if not backbone.has_adapter(role):
             backbone.load_role(role, folder)
     encoder = ChatEncoder(backbone.tokenizer, settings.ppo.max_prompt_tokens, settings.evaluate.max_new_tokens + 1)
-    sequences = [encoder.sequence(a.prompt, a.answer) for a in answers]
-    scored = list(answers)
-    for rows in batches_by_length([len(s) for s in sequences], _ROWS_PER_FORWARD):
-        batch = collate([sequences[i] for i in rows], backbone.eos_token_id, backbone.device)
-        batch = replace(batch, trunk=backbone.trunk_states(batch.input_ids, batch.attention_mask))
-        with backbone.role("reward"), backbone.prepared("reward"):
-            rewards = answer_scores(backbone, "reward", batch).tolist()
-        with backbone.role("cost"), backbone.prepared("cost"):
-            costs = answer_scores(backbone, "cost", batch).tolist()
-        for i, reward, cost in zip(rows, rewards, costs, strict=True):
-            scored[i] = replace(answers[i], reward=reward, cost=cost)
-    return scored
+    ours, theirs = ({a.prompt: encoder.sequence(a.prompt, a.answer) for a in group} for group in (answers, baseline))
+    prompts = list(dict.fromkeys([*ours, *theirs]))
+    pairs = [(ours.get(p) or theirs[p], theirs.get(p) or ours[p]) for p in prompts]
+    scores: dict[str, list[list[float]]] = {}  # of each prompt: [reward, cost] of our answer, and of theirs
+    for rows in batches_by_length([row_length(pair) for pair in pairs], _PAIRS_PER_FORWARD):
+        batch = pair_batch(backbone, [pairs[i] for i in rows], with_trunk=True)
+        columns = []
+        for role in ("reward", "cost"):
+            with backbone.role(role), backbone.prepared(role):
+                columns.append(pair_scores(backbone, role, batch))
+        scores |= zip((prompts[i] for i in rows), torch.stack(columns, dim=-1).tolist(), strict=True)
+
+    def scored(group: Sequence[HeldOutAnswer], place: int) -> list[HeldOutAnswer]:
+        found = [scores[answer.prompt][place] for answer in group]
+        return [replace(a, reward=reward, cost=cost) for a, (reward, cost) in zip(group, found, strict=True)]
+
+    return scored(answers, 0), scored(baseline, 1)
 
 
 def _arena(answers: Sequence[HeldOutAnswer], theirs: dict[str, HeldOutAnswer]) -> Arena:

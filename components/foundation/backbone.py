@@ -34,6 +34,7 @@ from components.foundation.language_model import (
     vocabulary,
 )
 from components.foundation.setting_sections import LoraSettings
+from components.foundation.shared_prompt import branch_attention, branch_positions, respects_branches
 from components.foundation.tensor_file import read_tensors
 from components.foundation.trunk import FrozenTrunk
 from components.foundation.untrusted import parse_json, read_text, shown
@@ -74,6 +75,7 @@ class Backbone:
         self._lora: dict[str, LoraSettings] = {}
         self._copies: dict[str, Any] = {}
         self._current: tuple[str, bool] | None = None
+        self._respects_branches: bool | None = None
         self.tokenizer = tokenizer
         self.checkpoints_activations = checkpoints_activations
         self.device: torch.device = next(model.parameters()).device
@@ -262,28 +264,58 @@ class Backbone:
         if role in self._heads:
             self._heads[role].requires_grad_(train)
 
-    def trunk_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor | None:
+    def trunk_states(self, input_ids: Tensor, attention_mask: Tensor, branches: Tensor | None = None) -> Tensor | None:
         """[B, L] ids and mask -> [B, L, D] output of the layers below every adapter, for `trunk=` of the methods below.
 
-        None where some role adapts the first layer: then nothing is shared.
+        None where some role adapts the first layer: then nothing is shared. `branches` as in `hidden_states`.
         """
         trunk = self._trunk()
         if trunk is None:
             return None
         kept: list[Tensor] = []
         with torch.no_grad(), trunk.recording(kept.append):
-            self._forward(self._decoder(), input_ids, attention_mask)
+            self._forward(self._decoder(), input_ids, attention_mask, branches)
         return kept[0]
 
-    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor, trunk: Tensor | None = None) -> Tensor:
-        """[B, L] ids and mask -> [B, L, D] last hidden states of the current role."""
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        trunk: Tensor | None = None,
+        branches: Tensor | None = None,
+    ) -> Tensor:
+        """[B, L] ids and mask -> [B, L, D] last hidden states of the current role.
+
+        With `branches`, [B, L], a row holds two answers to its prompt, and neither sees the other (`PairBatch`); only
+        where `shares_prompts`.
+        """
         with self._on_trunk(trunk):
-            states: Tensor = self._forward(self._decoder(), input_ids, attention_mask).last_hidden_state
+            states: Tensor = self._forward(self._decoder(), input_ids, attention_mask, branches).last_hidden_state
         return states
 
-    def scores(self, role: str, input_ids: Tensor, attention_mask: Tensor, trunk: Tensor | None = None) -> Tensor:
+    def scores(
+        self,
+        role: str,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        trunk: Tensor | None = None,
+        branches: Tensor | None = None,
+    ) -> Tensor:
         """[B, L] -> [B, L] head outputs of `role` at every token, in fp32. Call within `role(...)`."""
-        return self.head_outputs(role, self.hidden_states(input_ids, attention_mask, trunk))
+        return self.head_outputs(role, self.hidden_states(input_ids, attention_mask, trunk, branches))
+
+    def shares_prompts(self, length: int) -> bool:
+        """Whether rows of `length` tokens may hold two answers to one prompt (`branches` of `hidden_states`).
+
+        No architecture is assumed, so this is found out by trying: a model may build its own mask or positions (ALiBi,
+        recurrent layers). One that looks back a limited number of tokens does so within that number. All ranks call.
+        """
+        if self._respects_branches is None:
+            with self.role(REFERENCE):
+                self._respects_branches = respects_branches(self.hidden_states, self.device)
+        config = self._model.config.get_text_config()
+        windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+        return self._respects_branches and all(length <= window for window in windows if window)
 
     def head_outputs(self, role: str, hidden_states: Tensor) -> Tensor:
         """[..., D] -> [...] outputs of the head of `role`, in fp32."""
@@ -446,13 +478,24 @@ class Backbone:
             else model.get_decoder()
         )
 
-    def _forward(self, module: Any, input_ids: Tensor, attention_mask: Tensor, **more: Any) -> Any:
+    def _forward(
+        self,
+        module: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        branches: Tensor | None = None,
+        **more: Any,
+    ) -> Any:
         self._choose_attention(module, attention_mask)
+        mask, positions = attention_mask, position_ids(attention_mask)
+        if branches is not None:
+            mask = branch_attention(attention_mask, branches, self.dtype)
+            positions = branch_positions(attention_mask, branches)
         with self._mixed_precision(), self._computed_again(module):
             return module(
                 input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids(attention_mask),
+                attention_mask=mask,
+                position_ids=positions,
                 use_cache=False,
                 **more,
             )

@@ -7,7 +7,7 @@ B pairs; scores are fp32 and read at the last answer token (EOS).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 
 import torch
@@ -25,6 +25,7 @@ from components.foundation.batching import (
 from components.foundation.optimization import batch_count, cosine_factor, shuffled_batches
 from components.foundation.role_optimizer import UpdateGuard, make_optimizers
 from components.foundation.setting_sections import PreferenceModelSettings
+from components.foundation.shared_prompt import AnswerPair, PairBatch, collate_pairs, have_one_prompt, row_length
 from components.foundation.training_checkpoints import TrainingCheckpoints, TrainingState
 
 
@@ -97,17 +98,16 @@ def train_preference_model(
 
 
 def _length(pair: ScoredPair) -> int:
-    return max(len(pair.high), len(pair.low))
+    return row_length((pair.high, pair.low))
 
 
 def score_pairs(backbone: Backbone, role: str, pairs: Sequence[ScoredPair]) -> PreferenceScores:
     """Score both answers of every pair in one forward pass. Call within `backbone.role(role)`."""
-    sequences = [pair.high for pair in pairs] + [pair.low for pair in pairs]
-    scores = answer_scores(backbone, role, collate(sequences, backbone.eos_token_id, backbone.device))
-    high, low = scores.chunk(2)
+    batch = pair_batch(backbone, [(pair.high, pair.low) for pair in pairs])
+    high, low = pair_scores(backbone, role, batch).unbind(-1)
 
     def column(values: Iterable[int]) -> Tensor:
-        return torch.tensor([float(value) for value in values], device=scores.device)
+        return torch.tensor([float(value) for value in values], device=high.device)
 
     return PreferenceScores(
         high=high,
@@ -117,6 +117,30 @@ def score_pairs(backbone: Backbone, role: str, pairs: Sequence[ScoredPair]) -> P
         high_severity=column(p.high_severity for p in pairs),
         low_severity=column(p.low_severity for p in pairs),
     )
+
+
+def pair_batch(
+    backbone: Backbone, pairs: Sequence[AnswerPair], *, with_trunk: bool = False
+) -> PairBatch | SequenceBatch:
+    """One row for both answers of a pair where they share their prompt and the model allows it.
+
+    Else one row for each answer: all first ones, then all second ones. `with_trunk` adds what all roles share.
+    """
+    if backbone.shares_prompts(max(map(row_length, pairs))) and have_one_prompt(pairs):
+        batch = collate_pairs(pairs, backbone.eos_token_id, backbone.device)
+        trunk = backbone.trunk_states(batch.input_ids, batch.attention_mask, batch.branches) if with_trunk else None
+        return replace(batch, trunk=trunk)
+    firsts, seconds = zip(*pairs, strict=True)
+    apart = collate([*firsts, *seconds], backbone.eos_token_id, backbone.device)
+    return replace(apart, trunk=backbone.trunk_states(apart.input_ids, apart.attention_mask) if with_trunk else None)
+
+
+def pair_scores(backbone: Backbone, role: str, batch: PairBatch | SequenceBatch) -> Tensor:
+    """A batch of `pair_batch` -> [B, 2] scores of its first and second answers. Call within `backbone.role(role)`."""
+    if isinstance(batch, SequenceBatch):
+        return answer_scores(backbone, role, batch).view(2, -1).T
+    per_token = backbone.scores(role, batch.input_ids, batch.attention_mask, batch.trunk, batch.branches)
+    return per_token.gather(-1, batch.ends)
 
 
 def answer_scores(backbone: Backbone, role: str, batch: SequenceBatch) -> Tensor:

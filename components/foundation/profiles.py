@@ -6,6 +6,7 @@ from typing import Any
 
 PROFILES: dict[str, dict[str, Any]] = {
     "smol": {
+        "data": {"validation_share": 0.1},
         "lora": {"top_layers": 16},
         "sft": {"learning_rate": 2e-3, "batch_size": 8, "max_length": 96},
         "reward_model": {

@@ -79,11 +79,16 @@ def sft(finetune: str, *, layers_again: bool = False) -> Results:
 
 
 def preference_model(finetune: str, *, is_cost: bool) -> Results:
-    """Seven pairs in batches of three; the last entry holds scores of all pairs, measured afterwards."""
+    """Seven pairs in batches of three; the last entry holds scores of all pairs, measured afterwards.
+
+    The answers of one pair do not share their prompt, so that a rank may have rows of another kind than the other has.
+    """
     backbone, steps = backbone_with(finetune, model=True), []
     settings = PreferenceModelSettings(batch_size=3, epochs=1, learning_rate=1e-3)
     loss = partial(cost_loss if is_cost else reward_loss, regularization=0.01)
-    pairs = [ScoredPair(sequence(2 * i), sequence(2 * i + 1), 1, -1 if i % 2 else 1) for i in range(7)]
+    answers = [(sequence(2 * i), sequence(2 * i + 1)) for i in range(7)]
+    answers = [(a, b if i == 3 else dataclasses.replace(b, prompt=a.prompt)) for i, (a, b) in enumerate(answers)]
+    pairs = [ScoredPair(*pair, 1, -1 if i % 2 else 1) for i, pair in enumerate(answers)]
     train_preference_model(backbone, "model", pairs, settings, loss, 0, lambda step, total, m: steps.append(m))
     scores = score_validation(backbone, "model", pairs, batch_size=3)
     return [*steps, {str(i): score for i, score in enumerate(scores.high.tolist())}], backbone.role_state("model")

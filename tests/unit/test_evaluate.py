@@ -18,27 +18,35 @@ from tests.unit.random_roles import save_random_role
 TEXTS = ("a rather long answer it is", "no", "of middling length", "yes, of course", "x")
 
 
+def answer(prompt: str, text: str) -> HeldOutAnswer:
+    return HeldOutAnswer(prompt, "benign", "", text, True, False, 0.5)
+
+
 def test_each_answer_has_the_reward_and_the_cost_that_it_gets_alone(
     load_tiny: Callable[[str], Backbone], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Answers are scored in batches of like length, and these stand in another order."""
-    answers = [HeldOutAnswer("How?", "benign", "", text, True, False, 0.5) for text in TEXTS]
+    """Answers are scored in batches of like length, these stand in another order, and some have no counterpart."""
+    answers = [answer(f"How {i}?", text) for i, text in enumerate(TEXTS)]
+    baseline = [answer(f"How {i}?", text[::-1]) for i, text in list(enumerate(TEXTS))[:0:-1]] + [answer("Who?", "me")]
     models = load_tiny("llama")
     for seed, role in enumerate(("reward", "cost")):
         save_random_role(models, role, tmp_path / role, seed)
     encoder = ChatEncoder(models.tokenizer, 32, 32)
 
-    def alone(role: str) -> list[float]:
+    def alone(role: str, group: list[HeldOutAnswer]) -> list[float]:
         with models.role(role):
-            batches = [collate([encoder.sequence("How?", text)], models.eos_token_id, models.device) for text in TEXTS]
+            batches = [
+                collate([encoder.sequence(a.prompt, a.answer)], models.eos_token_id, models.device) for a in group
+            ]
             return [answer_scores(models, role, batch).item() for batch in batches]
 
-    rewards, costs = alone("reward"), alone("cost")
-    monkeypatch.setattr(evaluate, "_ROWS_PER_FORWARD", 3)  # two batches
-    scored = evaluate._scored(
-        load_tiny("llama"), resolve_settings("smol"), answers, tmp_path / "reward", tmp_path / "cost"
+    monkeypatch.setattr(evaluate, "_PAIRS_PER_FORWARD", 4)  # two batches
+    groups = evaluate._scored(
+        load_tiny("llama"), resolve_settings("smol"), answers, baseline, tmp_path / "reward", tmp_path / "cost"
     )
-    assert [a.answer for a in scored] == list(TEXTS)
-    assert [a.reward for a in scored] == pytest.approx(rewards, abs=1e-3)
-    assert [a.cost for a in scored] == pytest.approx(costs, abs=1e-3)
-    assert min(max(rewards) - min(rewards), max(costs) - min(costs)) > 0.05  # else the order would not show
+    for scored, group in zip(groups, (answers, baseline), strict=True):
+        rewards, costs = alone("reward", group), alone("cost", group)
+        assert [(a.prompt, a.answer) for a in scored] == [(a.prompt, a.answer) for a in group]
+        assert [a.reward for a in scored] == pytest.approx(rewards, abs=1e-3)
+        assert [a.cost for a in scored] == pytest.approx(costs, abs=1e-3)
+        assert min(max(rewards) - min(rewards), max(costs) - min(costs)) > 0.05  # else the order would not show
