@@ -112,7 +112,7 @@ def tradeoff(
         css, radius = ("dot policy", 6.0) if dot.is_ours else ("dot sft", 4.5)
         title = element("title", f"{dot.label}: {across.name} {dot.x:.2f}, {up.name} {dot.y:.2f}")
         parts.append(element("circle", title, cx=x(dot.x), cy=y(dot.y), r=radius, class_=css))
-    return standalone(name, WIDTH, _TRADEOFF_HEIGHT, [*parts, *_labels(dots, x, y)])
+    return standalone(name, WIDTH, _TRADEOFF_HEIGHT, [*parts, *_labels(dots, x, y, box.bottom)])
 
 
 def _ticks(values: Sequence[float], axis: Axis) -> list[float]:
@@ -120,8 +120,11 @@ def _ticks(values: Sequence[float], axis: Axis) -> list[float]:
     return tidy_ticks(min(reach), max(reach), intervals=6)
 
 
-def _labels(dots: Sequence[Dot], x: Scale, y: Scale) -> list[Markup]:
-    """Below the dots, to the right; dots that lie close to one another share one, in the middle."""
+def _labels(dots: Sequence[Dot], x: Scale, y: Scale, bottom: float) -> list[Markup]:
+    """Below the dots, to the right; dots that lie close to one another share one, in the middle.
+
+    Above the dots where the axis' own labels are below them.
+    """
     groups = list[list[Dot]]()
     for dot in dots:
         group = next((g for g in groups if abs(x(dot.x) - x(g[0].x)) + abs(y(dot.y) - y(g[0].y)) < _NEAR), None)
@@ -134,12 +137,14 @@ def _labels(dots: Sequence[Dot], x: Scale, y: Scale) -> list[Markup]:
         first, label = group[0], _joined([dot.label for dot in group])
         css = "value" if any(dot.is_ours for dot in group) else "tick"
         right, left = x(first.x) + 10, x(first.x) - 10
+        below, above = (22, -14) if len(group) > 1 else (14, -6)
+        height = y(first.y) + (below if y(first.y) + below < bottom else above)
         if len(group) > 1 and right < WIDTH * 0.8:
-            parts.append(text(label, x(first.x), y(first.y) + 22, anchor="middle", css=css))
+            parts.append(text(label, x(first.x), height, anchor="middle", css=css))
         elif right < WIDTH * 0.8:
-            parts.append(text(label, right, y(first.y) + 14, css=css))
+            parts.append(text(label, right, height, css=css))
         else:
-            parts.append(text(label, left, y(first.y) + 14, anchor="end", css=css))
+            parts.append(text(label, left, height, anchor="end", css=css))
     return parts
 
 

@@ -29,6 +29,18 @@ def test_dots_that_lie_together_share_a_label() -> None:
     assert len(ElementTree.fromstring(svg).findall(f"{_SVG}circle")) == len(dots)
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_a_label_stands_clear_of_the_axis(together: bool) -> None:
+    """A dot on the lowest line has its label above it, any other one below."""
+    low = [Dot("nu 100", 20.0, 35.0, False), *([Dot("nu 50", 20.1, 35.0, False)] if together else [])]
+    svg = tradeoff("policies", [*low, Dot("nu 1", 40.0, 60.0, False)], Axis("cost", (0.0, 80.0)), Axis("reward"))
+    drawn = ElementTree.fromstring(svg)
+    labels = {element.text: float(element.attrib["y"]) for element in drawn.iter(f"{_SVG}text")}
+    dots = [float(element.attrib["cy"]) for element in drawn.iter(f"{_SVG}circle")]
+    assert labels["nu 100, 50" if together else "nu 100"] < max(dots) < labels["20"]
+    assert labels["nu 1"] > min(dots)
+
+
 def test_a_run_is_drawn_with_every_step_and_every_policy() -> None:
     rates = {"unsafe_rate": 0.7, "unsafe_rate_ci": [0.6, 0.8]}
     trace = {"lambda": [3.0, 3.2], "cost": [-1.0, -1.5], "reward": [0.1, 0.4], "threshold": -1.2}
