@@ -21,7 +21,7 @@ from components.foundation.batching import ChatEncoder, batches_by_length
 from components.foundation.judging import check_usable, judge_name, make_judge
 from components.foundation.policy import load_policy
 from components.foundation.preference import PromptRecord, RegressionPrompt, read_jsonl
-from components.foundation.preference_trainer import pair_batch, pair_scores
+from components.foundation.preference_trainer import pair_batch, scores_of_pairs
 from components.foundation.progress import Progress
 from components.foundation.results import (
     Arena,
@@ -42,7 +42,7 @@ from components.foundation.statistics import share, win_rate
 STAGE = "evaluate"
 
 _PAIRS_PER_FORWARD = 8
-"""Of answers that are scored: more are no faster, and what a pass holds of them outgrows the processor's cache."""
+"""Of answers that are scored: on a CPU more are no faster, as what a pass holds of them outgrows its cache."""
 
 
 @dataclass(frozen=True)
@@ -199,14 +199,14 @@ def _scored(
     encoder = ChatEncoder(backbone.tokenizer, settings.ppo.max_prompt_tokens, settings.evaluate.max_new_tokens + 1)
     ours, theirs = ({a.prompt: encoder.sequence(a.prompt, a.answer) for a in group} for group in (answers, baseline))
     prompts = list(dict.fromkeys([*ours, *theirs]))
-    pairs = [(ours.get(p) or theirs[p], theirs.get(p) or ours[p]) for p in prompts]
+    pairs = [(ours[p] if p in ours else theirs[p], theirs[p] if p in theirs else ours[p]) for p in prompts]
     scores: dict[str, list[list[float]]] = {}  # of each prompt: [reward, cost] of our answer, and of theirs
     for rows in batches_by_length([row_length(pair) for pair in pairs], _PAIRS_PER_FORWARD):
         batch = pair_batch(backbone, [pairs[i] for i in rows], with_trunk=True)
         columns = []
         for role in ("reward", "cost"):
             with backbone.role(role), backbone.prepared(role):
-                columns.append(pair_scores(backbone, role, batch))
+                columns.append(scores_of_pairs(backbone, role, batch))
         scores |= zip((prompts[i] for i in rows), torch.stack(columns, dim=-1).tolist(), strict=True)
 
     def scored(group: Sequence[HeldOutAnswer], place: int) -> list[HeldOutAnswer]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -39,12 +40,17 @@ from components.foundation.tensor_file import read_tensors
 from components.foundation.trunk import FrozenTrunk
 from components.foundation.untrusted import parse_json, read_text, shown
 
+log = logging.getLogger("saferlhf")
+
 REFERENCE = "reference"
 """Name of the role that uses the base weights alone, unless an adapter was loaded under that name."""
 
 _SHORT = 128
 """Tokens up to which plain attention beats torch's fused one in bfloat16 on a CPU: at 60, six sequences take 0.7 and
 1.4 ms forwards and backwards against 1.0 and 5.1. It holds [B, heads, L, L] weights, so longer ones stay fused."""
+
+_LOOK_BACK = ("sliding_window", "attention_chunk_size", "index_block_size")
+"""Settings of an architecture that limit what its tokens see, as a number of tokens."""
 
 _WEIGHTS = {False: "adapter.safetensors", True: "weights.safetensors"}
 """File of a role's weights, by whether it is a full copy."""
@@ -307,14 +313,18 @@ class Backbone:
     def shares_prompts(self, length: int) -> bool:
         """Whether rows of `length` tokens may hold two answers to one prompt (`branches` of `hidden_states`).
 
-        No architecture is assumed, so this is found out by trying: a model may build its own mask or positions (ALiBi,
-        recurrent layers). One that looks back a limited number of tokens does so within that number. All ranks call.
+        No architecture is assumed, so this is found out by trying, once: a model may make its own mask or positions
+        (ALiBi, recurrent layers). Rows that are longer than a model looks back in some layer are not shared. All ranks
+        call, and what the first one finds counts.
         """
         if self._respects_branches is None:
             with self.role(REFERENCE):
-                self._respects_branches = respects_branches(self.hidden_states, self.device)
+                respects = respects_branches(self.hidden_states, self.dtype, self.device)
+            self._respects_branches = distributed.from_main(lambda: respects)
+            if not respects:
+                log.info("this model would not keep two answers to one prompt apart: each has a row of its own")
         config = self._model.config.get_text_config()
-        windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+        windows = (getattr(config, name, None) for name in _LOOK_BACK)
         return self._respects_branches and all(length <= window for window in windows if window)
 
     def head_outputs(self, role: str, hidden_states: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from components.foundation.settings import Settings
 from components.foundation.training_checkpoints import TrainingCheckpoints
 
 _VALIDATION_PAIRS = 8
-"""In one forward pass: more are no faster, and what a pass holds of them outgrows the processor's cache."""
+"""In one forward pass: on a CPU more are no faster, as what a pass holds of them outgrows its cache."""
 
 
 def run_preference_stage(

@@ -31,7 +31,7 @@ from components.foundation.training_checkpoints import TrainingCheckpoints, Trai
 
 @dataclass(frozen=True)
 class ScoredPair:
-    """Two answers to one prompt of which `high` should score above `low`.
+    """Two answers of which `high` should score above `low`, as a rule to one prompt.
 
     Signs are +1 (unsafe) or -1 (safe), severities 0 (safe) to 3; only the cost model's loss looks at them.
     """
@@ -104,7 +104,7 @@ def _length(pair: ScoredPair) -> int:
 def score_pairs(backbone: Backbone, role: str, pairs: Sequence[ScoredPair]) -> PreferenceScores:
     """Score both answers of every pair in one forward pass. Call within `backbone.role(role)`."""
     batch = pair_batch(backbone, [(pair.high, pair.low) for pair in pairs])
-    high, low = pair_scores(backbone, role, batch).unbind(-1)
+    high, low = scores_of_pairs(backbone, role, batch).unbind(-1)
 
     def column(values: Iterable[int]) -> Tensor:
         return torch.tensor([float(value) for value in values], device=high.device)
@@ -135,7 +135,7 @@ def pair_batch(
     return replace(apart, trunk=backbone.trunk_states(apart.input_ids, apart.attention_mask) if with_trunk else None)
 
 
-def pair_scores(backbone: Backbone, role: str, batch: PairBatch | SequenceBatch) -> Tensor:
+def scores_of_pairs(backbone: Backbone, role: str, batch: PairBatch | SequenceBatch) -> Tensor:
     """A batch of `pair_batch` -> [B, 2] scores of its first and second answers. Call within `backbone.role(role)`."""
     if isinstance(batch, SequenceBatch):
         return answer_scores(backbone, role, batch).view(2, -1).T
@@ -152,7 +152,7 @@ def answer_scores(backbone: Backbone, role: str, batch: SequenceBatch) -> Tensor
 def score_validation(backbone: Backbone, role: str, pairs: Sequence[ScoredPair], batch_size: int) -> PreferenceScores:
     """Scores of all pairs without gradients, in the order of `pairs`; several ranks take turns at the batches."""
     batches = distributed.own_turns(batches_by_length([_length(pair) for pair in pairs], batch_size))
-    with backbone.role(role):
+    with backbone.role(role), backbone.prepared(role):
         parts = [score_pairs(backbone, role, [pairs[i] for i in rows]) for rows in batches]
     rows = [i for batch in batches for i in batch]
     scores: dict[int, tuple[float, ...]] = {}

@@ -16,7 +16,7 @@ from components.foundation import backbone as backbone_module
 from components.foundation.backbone import REFERENCE, Backbone, position_ids
 from components.foundation.base_model import TINY_ARCHITECTURES
 from components.foundation.batching import SequenceBatch, TokenSequence, collate
-from components.foundation.preference_trainer import answer_scores, pair_batch, pair_scores
+from components.foundation.preference_trainer import answer_scores, pair_batch, scores_of_pairs
 from components.foundation.setting_sections import LoraSettings
 from components.foundation.shared_prompt import (
     AnswerPair,
@@ -68,13 +68,13 @@ def test_an_answer_has_the_score_that_it_has_alone(load_tiny: LoadTiny, architec
     with backbone.role("reward"):
         batch = pair_batch(backbone, PAIRS)
         assert isinstance(batch, PairBatch)
-        scores, alone = pair_scores(backbone, "reward", batch), scores_alone(backbone, PAIRS)
+        scores, alone = scores_of_pairs(backbone, "reward", batch), scores_alone(backbone, PAIRS)
     torch.testing.assert_close(scores, alone, atol=1e-5, rtol=0)
     assert alone.unique().numel() == alone.numel() - 1  # two answers are the same, all others could be told apart
 
 
-def test_the_prompt_is_computed_once() -> None:
-    batch = collate_pairs(PAIRS, EOS, CPU)
+def test_the_prompt_is_computed_once(load_tiny: LoadTiny) -> None:
+    batch = pair_batch(load_tiny("llama"), PAIRS)
     assert batch.input_ids.shape == (4, 14)  # the longest row: 11 of prompt, and answers of 2 and 1
     assert int(batch.attention_mask.sum()) == sum(len(first) + len(second.answer) for first, second in PAIRS)
 
@@ -84,7 +84,7 @@ def test_gradients_are_those_of_answers_in_rows_of_their_own(load_tiny: LoadTiny
     def gradients(alone: bool) -> list[Tensor]:
         backbone = with_reward(load_tiny(architecture))
         with backbone.role("reward", train=True):
-            together = pair_scores(backbone, "reward", pair_batch(backbone, PAIRS))
+            together = scores_of_pairs(backbone, "reward", pair_batch(backbone, PAIRS))
             high, low = (scores_alone(backbone, PAIRS) if alone else together).unbind(-1)
             torch.nn.functional.softplus(low - high).sum().backward()
         return [p.grad for p in backbone.trainable_parameters("reward") if p.grad is not None]
@@ -95,12 +95,24 @@ def test_gradients_are_those_of_answers_in_rows_of_their_own(load_tiny: LoadTiny
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
+def test_layers_computed_again_give_the_same_gradients_bit_for_bit(tiny_folder: Any) -> None:
+    def gradients(again: bool) -> list[Tensor]:
+        backbone = with_reward(Backbone.load(tiny_folder("llama"), "float32", 0, checkpoints_activations=again))
+        with backbone.role("reward", train=True):
+            scores_of_pairs(backbone, "reward", pair_batch(backbone, PAIRS)).square().sum().backward()
+        return [p.grad for p in backbone.trainable_parameters("reward") if p.grad is not None]
+
+    plain, again = gradients(again=False), gradients(again=True)
+    assert len(plain) == len(again) > 0
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(plain, again, strict=True))
+
+
 @every_architecture
 def test_on_the_trunk_scores_are_the_same_bit_for_bit(load_tiny: LoadTiny, architecture: str) -> None:
     backbone = with_reward(load_tiny(architecture), top_layers=1)
     with backbone.role("reward"):
         batches = [pair_batch(backbone, PAIRS, with_trunk=with_trunk) for with_trunk in (False, True)]
-        plain, on_trunk = (pair_scores(backbone, "reward", batch) for batch in batches)
+        plain, on_trunk = (scores_of_pairs(backbone, "reward", batch) for batch in batches)
     assert [batch.trunk is None for batch in batches] == [True, False]
     assert torch.equal(plain, on_trunk)
 
@@ -113,7 +125,7 @@ def test_answers_to_two_prompts_have_rows_of_their_own(load_tiny: LoadTiny) -> N
             batch = pair_batch(backbone, mixed, with_trunk=with_trunk)
             assert isinstance(batch, SequenceBatch)
             assert (batch.trunk is not None) == with_trunk
-            scores = pair_scores(backbone, "reward", batch)
+            scores = scores_of_pairs(backbone, "reward", batch)
             torch.testing.assert_close(scores, scores_alone(backbone, mixed), atol=1e-5, rtol=0)
 
 
@@ -139,7 +151,7 @@ def test_a_row_is_no_longer_than_what_a_model_looks_back(load_tiny: LoadTiny) ->
         assert isinstance(short, PairBatch)  # of 13 tokens, where the longest of all has 14
         assert isinstance(long, SequenceBatch)
         for batch, pairs in ((short, PAIRS[:1]), (long, PAIRS)):
-            scores = pair_scores(backbone, "reward", batch)
+            scores = scores_of_pairs(backbone, "reward", batch)
             torch.testing.assert_close(scores, scores_alone(backbone, pairs), atol=1e-5, rtol=0)
 
 
@@ -153,8 +165,50 @@ def test_a_model_that_makes_its_own_positions_gets_a_row_for_each_answer(load_ti
     with backbone.role("reward"):
         batch = pair_batch(backbone, PAIRS)
         assert isinstance(batch, SequenceBatch)
-        scores = pair_scores(backbone, "reward", batch)
+        scores = scores_of_pairs(backbone, "reward", batch)
         torch.testing.assert_close(scores, scores_alone(backbone, PAIRS), atol=1e-5, rtol=0)
+
+
+def test_a_model_that_hands_on_a_state_gets_a_row_for_each_answer(load_tiny: LoadTiny) -> None:
+    """Short convolutions run along the row, whatever the mask says."""
+    torch.manual_seed(0)
+    config = transformers.Lfm2Config(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+    )
+    backbone = around(load_tiny("llama"), transformers.Lfm2ForCausalLM(config))
+    with backbone.role("reward"):
+        batch = pair_batch(backbone, PAIRS)
+        assert isinstance(batch, SequenceBatch)
+        scores = scores_of_pairs(backbone, "reward", batch)
+        torch.testing.assert_close(scores, scores_alone(backbone, PAIRS), atol=1e-5, rtol=0)
+
+
+CUT = [(TokenSequence(tuple(range(100)), tuple(range(200, 250))), TokenSequence(tuple(range(100)), tuple(range(190))))]
+"""Two long answers without EOS."""
+
+
+@pytest.mark.parametrize("pairs", [PAIRS, CUT], ids=["short", "long"])
+def test_in_bfloat16_scores_are_those_alone_up_to_rounding(
+    load_tiny: LoadTiny, tiny_folder: Any, pairs: list[AnswerPair]
+) -> None:
+    """Of adapters and full copies; with plain attention and, in a row of more than 128 tokens, with the fused one."""
+    for lora in (LoraSettings(rank=4, alpha=8), None):
+        backbone = Backbone.load(tiny_folder("llama"), "bfloat16", seed=0)
+        backbone.add_role("reward", lora, scored=True)
+        with torch.no_grad():
+            backbone.role_tensors("reward")["head.weight"].normal_(generator=torch.Generator().manual_seed(0))
+        with backbone.role("reward"):
+            batch = pair_batch(backbone, pairs)
+            assert isinstance(batch, PairBatch)
+            scores, alone = scores_of_pairs(backbone, "reward", batch), scores_alone(backbone, pairs)
+        torch.testing.assert_close(scores, alone, atol=0.1, rtol=0.02)
+        assert alone.std() > 0.5
 
 
 @every_architecture
@@ -172,10 +226,14 @@ def test_who_does_not_keep_answers_apart_is_found_out(
             raise ValueError("a mask of two dimensions is needed")
         return backbone.hidden_states(input_ids, attention_mask)
 
+    def nowhere(input_ids: Tensor, attention_mask: Tensor, branches: Tensor | None = None) -> Tensor:
+        states = backbone.hidden_states(input_ids, attention_mask)
+        return states if branches is None else states * torch.nan
+
     with backbone.role(REFERENCE):
-        assert respects_branches(backbone.hidden_states, backbone.device)
-        assert not respects_branches(blind, backbone.device)
-        assert not respects_branches(broken, backbone.device)
+        assert respects_branches(backbone.hidden_states, backbone.dtype, backbone.device)
+        for hidden_states in (blind, broken, nowhere):
+            assert not respects_branches(hidden_states, backbone.dtype, backbone.device)
 
 
 def test_who_counts_positions_along_the_row_is_found_out(load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,3 +264,4 @@ def test_a_token_sees_its_own_way_back_and_nothing_else(parts: list[tuple[tuple[
             assert end == way[-1]
             for i, place in enumerate(way):
                 assert seen[row, place].nonzero().flatten().tolist() == way[: i + 1]
+        assert positions[row].max() < max(len(first), len(second))  # padding's too: a model may have no more
