@@ -91,8 +91,8 @@ def branch_attention(attention_mask: Tensor, branches: Tensor, dtype: torch.dtyp
 def respects_branches(hidden_states: Callable[..., Tensor], dtype: torch.dtype, device: torch.device) -> bool:
     """Whether two answers in one row have the hidden states that they have apart, up to rounding in the model's dtype.
 
-    `hidden_states` maps [B, L] ids and mask, and `branches=`, to [B, L, D]. SmolLM2's differ by 0.9 of their norm where a
-    second answer sees the first, and by 0.14 where its positions go on from the first; else by less than 0.01.
+    `hidden_states` maps [B, L] ids and mask, and `branches=`, to [B, L, D]. SmolLM2's differ by 0.9 of their norm where
+    a second answer sees the first, and by 0.14 where its positions go on from the first; else by less than 0.01.
     """
     pairs = [(TokenSequence(prompt, _ANSWERS[0]), TokenSequence(prompt, _ANSWERS[1])) for prompt in _PROMPTS]
     expected = []
