@@ -22,8 +22,8 @@ from components.foundation.batching import TokenSequence, collate
 AnswerPair = tuple[TokenSequence, TokenSequence]
 """Two answers, as a rule to the same prompt."""
 
-
 _PROMPTS, _ANSWERS = ((1, 2, 3, 4), (3, 2)), ((5, 6, 7), (8, 9, 10, 11))
+"""Token ids of the trial: two rows of unlike length, so that one has padding."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,9 @@ def collate_pairs(pairs: Sequence[AnswerPair], padding_id: int, device: torch.de
     length = max(map(row_length, pairs))
     ids, mask, branches, ends = [], [], [], []
     for first, second in pairs:
-        own, padding = row_length((first, second)), [0] * (length - row_length((first, second)))
-        ids.append([*first.prompt, *first.answer, *second.answer, *(padding_id for _ in padding)])
+        own = row_length((first, second))
+        padding = [0] * (length - own)
+        ids.append([*first.prompt, *first.answer, *second.answer] + [padding_id] * len(padding))
         mask.append([1] * own + padding)
         branches.append([0] * len(first.prompt) + [1] * len(first.answer) + [2] * len(second.answer) + padding)
         ends.append([len(first) - 1, own - 1])
