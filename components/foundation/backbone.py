@@ -390,6 +390,14 @@ class Backbone:
                     state[name] = parameter.detach().cpu().clone().contiguous()
         return state
 
+    def set_role_state(self, role: str, state: Mapping[str, Tensor]) -> None:
+        """Give a role parameters such as `role_state` returns. All ranks call it, and rank 0's state counts."""
+        for name, parameter in self.role_tensors(role).items():
+            with _whole_parameter(parameter, changed=True), torch.no_grad():
+                if distributed.world().is_main:
+                    parameter.copy_(state[name])
+                distributed.copy_from_main(parameter)
+
     def load_role(self, role: str, folder: Path) -> None:
         """Add `role` with the adapter (or full copy) and head that `save_role` wrote (under whatever role name).
 
@@ -553,9 +561,9 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in tensors.items()}
 
 
-def _whole_parameter(parameter: nn.Parameter) -> AbstractContextManager[None]:
+def _whole_parameter(parameter: nn.Parameter, *, changed: bool = False) -> AbstractContextManager[None]:
     if distributed.world().zero_stage < 3:
         return nullcontext()
     from components.foundation.zero import whole
 
-    return whole([parameter])
+    return whole([parameter], changed=changed)

@@ -204,6 +204,14 @@ def from_main(compute: Callable[[], T]) -> T:
     return box[0]  # type: ignore[return-value]
 
 
+def copy_from_main(values: Tensor) -> None:
+    """Overwrite a tensor of one shape with rank 0's values of it."""
+    if _world.size > 1:
+        import torch
+
+        torch.distributed.broadcast(values.detach(), src=0)
+
+
 def by_main(act: Callable[[], object]) -> None:
     """Let rank 0 act for all, and the others wait until it has."""
     if _world.is_main:

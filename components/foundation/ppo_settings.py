@@ -71,6 +71,11 @@ class PpoSettings(Section):
     actor_warmup_share: float = Field(
         0.0, ge=0, lt=1, description="cosine, trapezoid: share of the steps over which the rate rises first"
     )
+    average_steps: int = Field(
+        1,
+        ge=1,
+        description="the round's policy is the mean of the actor after each of its last so many steps (1: the last)",
+    )
     critic_learning_rate: float = Field(5e-4, gt=0, description="AdamW's learning rate for critics with an adapter")
     kl_coefficient: float = Field(0.05, ge=0, description="beta: weight of the KL penalty for leaving pi_ref")
     clip_ratio: float = Field(

@@ -212,7 +212,10 @@ def train_policy(
     trace: PpoTrace,
     checkpoints: TrainingCheckpoints,
 ) -> PpoTrace:
-    """Run all steps, or those that an earlier attempt did not get to; returns the trace of all of them."""
+    """Run all steps, or those that an earlier attempt did not get to; returns the trace of all of them.
+
+    Afterwards the actor is what the round hands on.
+    """
     state = checkpoints.restore(trainer.trained)
     if state.record:
         progress = from_json(PpoProgress, state.record)
@@ -223,6 +226,7 @@ def train_policy(
         checkpoints.after_step(
             step + 1, steps, lambda: to_json(PpoProgress.of(trace, trainer.multiplier, trainer.guard))
         )
+    trainer.finish()
     return trace
 
 

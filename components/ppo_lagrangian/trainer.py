@@ -31,6 +31,7 @@ from components.foundation.policy import ACTOR
 from components.foundation.ppo_settings import PpoSettings
 from components.foundation.role_optimizer import TrainedRole, UpdateGuard, make_optimizers
 from components.foundation.rollout import Rollout, RolloutEngine, Sampling
+from components.ppo_lagrangian.averaged_role import AveragedRole
 from components.ppo_lagrangian.episode import (
     COST_CRITIC,
     REWARD_CRITIC,
@@ -110,6 +111,7 @@ class PpoLagrangian:
         critics = (REWARD_CRITIC, COST_CRITIC) if settings.advantage_source == "models" else ()
         rates |= {critic: settings.critic_learning_rate for critic in critics if backbone.has_adapter(critic)}
         self.optimizers = make_optimizers(backbone, rates)
+        self.actor_mean = AveragedRole(backbone, ACTOR, self.optimizers[ACTOR])
         self.head_critics = {
             critic: HeadCritic(backbone, critic, settings.critic_ridge, settings.critic_memory)
             for critic in critics
@@ -119,7 +121,11 @@ class PpoLagrangian:
     @property
     def trained(self) -> dict[str, TrainedRole]:
         """What a checkpoint must keep, by role."""
-        return {**self.optimizers, **self.head_critics}
+        return {**self.optimizers, ACTOR: self.actor_mean, **self.head_critics}
+
+    def finish(self) -> None:
+        """After a round's last step: from now on the actor is the mean of `ppo.average_steps` of it. All ranks call."""
+        self.actor_mean.put_in_place()
 
     def step(self, prompts: Sequence[tuple[int, ...]], step: int, score: Score | None = None) -> StepMetrics:
         """One rollout batch and its update. `score` judges the answers; without it, the reward and the cost model do.
@@ -150,6 +156,8 @@ class PpoLagrangian:
         advantages = compute_advantages(episode, signals, s, self.multiplier.value)
         # 5 update
         losses = self._update(episode, advantages, Share(own, lengths), step)
+        if s.average_steps > 1 and step >= s.steps - s.average_steps:
+            self.actor_mean.take()
         # 6 multiplier
         costs = distributed.every_number(episode.costs, own, len(prompts))
         order, _ = self._order(len(costs), step, epoch=0)  # attacks come first, and the window may hold part of a batch

@@ -128,6 +128,7 @@ class Runs:
             "ppo.steps=3",
             "ppo.ptx_coefficient=0.5",
             "ppo.ptx_demonstrations=safe",
+            "ppo.average_steps=2",
             "checkpoint.every_steps=1",
         ]
         return run_start_run(

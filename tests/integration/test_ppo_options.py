@@ -14,7 +14,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pytest
+import torch
 from mlflow import MlflowClient
+from safetensors.torch import load_file
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from components.cost_model.cost_model import run_cost_model
@@ -146,13 +149,15 @@ def test_where_no_answer_to_an_attack_is_safe_ptx_stays_with_the_harmless_ones(
     [
         ("ppo.lagrangian=pid", "ppo.macro_action=perplexity", "ppo.epochs=2"),
         ("ppo.advantage_source=preference_oracle", "ppo.lambda_learning_rate=0.3"),
+        ("ppo.average_steps=3", "ppo.critics=head"),
     ],
     ids=str,
 )
 def test_row_05_ppo_with_trained_critics_or_with_none_goes_on_bit_for_bit(
     models: Models, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...]
 ) -> None:
-    """Asked to stop after the first of three steps. The first has two critics with moments, and PID's memory."""
+    """Asked to stop after the first of three steps. The first has two critics with moments, and PID's memory; the last
+    has summed up one of three actors by then."""
     options = (*settings, "ppo.steps=3")
     expected = models.train(*options)
     original = TrainingCheckpoints.after_step
@@ -170,6 +175,28 @@ def test_row_05_ppo_with_trained_critics_or_with_none_goes_on_bit_for_bit(
     resumed = run_ppo_lagrangian(run, 1, models.inputs)
     assert models.weights(resumed) == models.weights(expected)
     assert models.trace(resumed) == models.trace(expected)
+
+
+@pytest.mark.parametrize("finetune", ["lora", "full"])
+def test_the_policy_is_the_mean_of_the_last_actors(models: Models, finetune: str) -> None:
+    """Steps are functions of seed and number, so runs that end earlier end with the actors in between."""
+    options = (f"finetune={finetune}", "ppo.actor_learning_rate=1e-4")
+
+    def tensors(steps: int, average_steps: int) -> dict[str, Tensor]:
+        policy = models.train(*options, f"ppo.steps={steps}", f"ppo.average_steps={average_steps}")
+        folder = CheckpointStore(models.root).fetch(policy)
+        (actor,) = (folder / "actor").glob("*.safetensors")
+        merged = load_file(folder / "model" / "model.safetensors")
+        return load_file(actor) | {f"merged {name}": tensor for name, tensor in merged.items()}
+
+    actors = [tensors(steps, average_steps=1) for steps in (1, 2, 3)]
+    for average_steps, last in ((2, actors[1:]), (5, actors)):
+        found = tensors(3, average_steps)
+        for name in found:
+            if finetune == "full" or not name.startswith("merged"):  # an adapter's product is not linear in it
+                expected = torch.stack([actor[name] for actor in last]).mean(dim=0)
+                torch.testing.assert_close(found[name], expected, rtol=1e-6, atol=1e-8)
+        assert any(not torch.equal(found[name], actors[-1][name]) for name in found if name.startswith("merged"))
 
 
 def test_severity_weighs_in_the_cost_model(models: Models) -> None:

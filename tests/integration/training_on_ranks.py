@@ -96,6 +96,7 @@ def preference_model(finetune: str, *, is_cost: bool) -> Results:
 
 def ppo(finetune: str, *, heads: bool = False) -> Results:
     """Five episodes a step in minibatches of two, the last of which leaves a rank without any; with PTX and a trunk.
+    The actor ends as the mean of its steps; the last entry is of logits that every rank computes with it.
 
     `heads` are critics that are heads, as in profile `smol`, with two passes over each rollout batch.
     """
@@ -103,6 +104,8 @@ def ppo(finetune: str, *, heads: bool = False) -> Results:
     roles = {ACTOR: False, REWARD: True, COST: True} | ({} if heads else dict.fromkeys(critics, True))
     backbone = backbone_with(finetune, top_layers=1, **roles)
     settings = PpoSettings(
+        steps=2,
+        average_steps=2,
         episodes_per_step=5,
         minibatch_size=2,
         max_new_tokens=6,
@@ -124,6 +127,11 @@ def ppo(finetune: str, *, heads: bool = False) -> Results:
     for metrics in steps:
         del metrics["rollout_tokens_per_second"]
     steps.append({"safe answers": float(len(safe))})
+    trainer.finish()
+    batch = collate([sequence(3)], backbone.eos_token_id, backbone.device)
+    with backbone.role(ACTOR):
+        logits = backbone.answer_logits(batch.input_ids, batch.attention_mask, batch.answer_length)
+    steps.append({"logits": logits.square().mean().item()})
     weights = {
         f"{role}/{name}": tensor
         for role in (ACTOR, REWARD_CRITIC, COST_CRITIC)
