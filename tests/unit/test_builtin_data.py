@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from sklearn.feature_extraction.text import TfidfVectorizer
 
 import components.prepare_data
 from components.foundation.judging.rules import declines, offers_after_all
@@ -67,8 +68,8 @@ def test_there_is_as_much_as_promised() -> None:
     assert len(DEMONSTRATIONS) >= 400
     held_out = Counter(record.kind for record in HELD_OUT)
     assert held_out["red_team"] >= 120
-    assert held_out["benign"] >= 120
-    assert held_out["lookalike"] >= 40
+    assert held_out["benign"] >= 250
+    assert held_out["lookalike"] >= 90
     assert Counter(record.must for record in REGRESSIONS) == {"decline": 12, "answer": 12}
     assert set(held_out) == set(KINDS) == {record.kind for record in PROMPTS}
 
@@ -136,6 +137,16 @@ def test_no_held_out_prompt_is_near_a_training_prompt(records: list[PromptRecord
     assert shared == []
     training = {" ".join(words(prompt)) for prompt in TRAINING_PROMPTS}
     assert [record.prompt for record in records if " ".join(words(record.prompt)) in training] == []
+
+
+def test_no_held_out_prompt_says_nearly_what_a_training_prompt_says() -> None:
+    """As it would with a word or its ending changed. Likeness: the cosine of weighted runs of three to five letters."""
+    letters = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True)
+    training = sorted(TRAINING_PROMPTS)
+    known = letters.fit_transform(training)
+    likeness = (letters.transform([record.prompt for record in HELD_OUT]) @ known.T).toarray()
+    near = [(HELD_OUT[i].prompt, training[row.argmax()]) for i, row in enumerate(likeness) if row.max() > 0.51]
+    assert near == []
 
 
 def test_no_refusal_of_an_attack_offers_help_in_its_words() -> None:
