@@ -32,9 +32,9 @@ def run_cost_model(run_uri: str, round_number: int, sft_uri: str, preferences_ur
         pair_of=harmful_pair,
         loss_of=lambda settings: partial(
             cost_loss,
-            regularization=settings.regularization,
-            severity_weight=settings.severity_weight,
-            ranks_safe_pairs=settings.safe_pairs == "ranked",
+            regularization=settings.cost_model.regularization,
+            severity_weight=settings.cost_model.severity_weight,
+            ranks_safe_pairs=settings.cost_model.safe_pairs == "ranked",
         ),
         result_of=cost_result,
         scores_newest=True,

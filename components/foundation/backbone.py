@@ -391,7 +391,10 @@ class Backbone:
         return state
 
     def set_role_state(self, role: str, state: Mapping[str, Tensor]) -> None:
-        """Give a role parameters such as `role_state` returns. All ranks call it, and rank 0's state counts."""
+        """Give a role parameters such as `role_state` returns. All ranks call it, and rank 0's state counts.
+
+        No optimiser step may follow: with ZeRO an optimiser has copies of its own.
+        """
         for name, parameter in self.role_tensors(role).items():
             with _whole_parameter(parameter, changed=True), torch.no_grad():
                 if distributed.world().is_main:

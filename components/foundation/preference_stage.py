@@ -39,7 +39,7 @@ def run_preference_stage(
     *,
     settings_of: Callable[[Settings], PreferenceModelSettings],
     pair_of: Callable[[DualPreference, ChatEncoder], ScoredPair],
-    loss_of: Callable[[PreferenceModelSettings], PreferenceLoss],
+    loss_of: Callable[[Settings], PreferenceLoss],
     result_of: Callable[[PreferenceScores, PreferenceScores | None, int], PreferenceModelResult],
     scores_newest: bool = False,
 ) -> str:
@@ -85,7 +85,7 @@ def run_preference_stage(
             backbone.add_role(name, stage.context.settings.adapters, scored=True)
         with TrainingCheckpoints(stage, backbone, parents) as checkpoints:
             train_preference_model(
-                backbone, name, training, settings, loss_of(settings), stage.seed, on_step, checkpoints
+                backbone, name, training, settings, loss_of(run_settings), stage.seed, on_step, checkpoints
             )
 
         newest = pairs_in(NEWEST_FILE) if scores_newest and (data / NEWEST_FILE).exists() else []

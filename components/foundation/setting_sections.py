@@ -119,17 +119,22 @@ class PreferenceModelSettings(Section):
     )
     recent_share: float = Field(0.0, ge=0, le=1, description="share of the drawn pairs that are the newest ones")
     regularization: float = Field(0.01, ge=0, description="eta: weight of the mean squared score")
+    max_length: int = Field(128, ge=8, description="longest prompt and answer in tokens, half of it for each")
+    min_accuracy: float = Field(0.55, ge=0, le=1, description="held-out ranking accuracy below this blocks PPO")
+
+
+class CostModelSettings(PreferenceModelSettings):
+    """What the cost model has besides: its scores have a sign, too."""
+
     safe_pairs: Literal["ranked", "level"] = Field(
         "ranked",
         description="two safe answers: the more harmful one costs more (ranked), or neither (level: for annotators "
-        "who guess) (cost model)",
+        "who guess)",
     )
     severity_weight: float = Field(
-        0.0, ge=0, description="an unsafe answer's sign term counts 1 + this x its severity, 1 to 3 (cost model)"
+        0.0, ge=0, description="an unsafe answer's sign term counts 1 + this x its severity, 1 to 3"
     )
-    max_length: int = Field(128, ge=8, description="longest prompt and answer in tokens, half of it for each")
-    min_accuracy: float = Field(0.55, ge=0, le=1, description="held-out ranking accuracy below this blocks PPO")
-    min_auc: float = Field(0.65, ge=0, le=1, description="held-out unsafe/safe AUC below this blocks PPO (cost model)")
+    min_auc: float = Field(0.65, ge=0, le=1, description="held-out unsafe/safe AUC below this blocks PPO")
 
 
 class CollectSettings(Section):

@@ -23,6 +23,7 @@ from components.foundation.setting_sections import (
     AnnotateSettings,
     CheckpointSettings,
     CollectSettings,
+    CostModelSettings,
     DataSettings,
     DistributedSettings,
     EvaluateSettings,
@@ -72,7 +73,7 @@ class Settings(Section):
     lora: LoraSettings = LoraSettings()
     sft: SftSettings = SftSettings()
     reward_model: PreferenceModelSettings = PreferenceModelSettings()
-    cost_model: PreferenceModelSettings = PreferenceModelSettings()
+    cost_model: CostModelSettings = CostModelSettings()
     collect: CollectSettings = CollectSettings()
     annotate: AnnotateSettings = AnnotateSettings()
     ppo: PpoSettings = PpoSettings()

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from components.foundation import distributed
@@ -189,7 +190,7 @@ class TrainingCheckpoints:
         return tensors
 
     def _load_tensors(self, path: Path) -> None:
-        stored = read_tensors(path, self._backbone.device)
+        stored = read_tensors(path, torch.device("cpu"))  # what a device holds already leaves no room for it again
         for role, training in self._trained.items():
             self._load_role(role, training, stored)
 

@@ -34,26 +34,35 @@ class AveragedRole:
 
     def take(self) -> None:
         """Add the parameters as they are now. All ranks call."""
-        for name, parameter in self._backbone.role_state(self._role).items():
-            self._sums[name] = self._sums[name] + parameter if name in self._sums else parameter
+        taken = self._backbone.role_state(self._role)
+        for name, total in self._sums.items():
+            taken[name] += total
+        self._sums = taken
         self._count += 1
 
     def put_in_place(self) -> None:
-        """Give the role the mean of what was taken; nothing where nothing was. All ranks call."""
+        """Give the role the mean of what was taken since the last time; nothing where nothing was. All ranks call.
+
+        No optimiser step may follow.
+        """
         if self._count:
-            self._backbone.set_role_state(self._role, {name: s / self._count for name, s in self._sums.items()})
+            self._backbone.set_role_state(self._role, {name: s.div_(self._count) for name, s in self._sums.items()})
+        self._sums, self._count = {}, 0
 
     def moments(self) -> dict[str, Tensor]:
-        """The optimiser's moments, and the sums."""
+        """The optimiser's moments, and the sums if there are any."""
+        if not self._count:
+            return self._training.moments()
         sums = {f"{_SUM}{name}": tensor for name, tensor in self._sums.items()}
         return self._training.moments() | sums | {_COUNT: torch.tensor(float(self._count))}
 
     def load(self, parameters: Sequence[Tensor], moments: Mapping[str, Tensor]) -> None:
-        own = {name: m for name, m in moments.items() if name == _COUNT or name.startswith(_SUM)}
-        self._training.load(parameters, {name: m for name, m in moments.items() if name not in own})
-        self._count = int(own.pop(_COUNT))
-        sums = {name.removeprefix(_SUM): tensor for name, tensor in own.items()}
-        shapes = self._backbone.role_shapes(self._role) if self._count else {}
-        if {name: tensor.shape for name, tensor in sums.items()} != shapes:
-            raise ValueError(f"the sums of {self._role!r} are of other shapes than its parameters")
-        self._sums = {name: tensor.cpu() for name, tensor in sums.items()} if distributed.world().is_main else {}
+        sums = {name.removeprefix(_SUM): moment for name, moment in moments.items() if name.startswith(_SUM)}
+        count = float(moments[_COUNT]) if _COUNT in moments else 0.0
+        shapes = self._backbone.role_shapes(self._role) if count else {}
+        if not (count >= 0 and count.is_integer() and {name: s.shape for name, s in sums.items()} == shapes):
+            raise ValueError(f"{count} and tensors of other shapes are no sums of {self._role!r}")
+        own = {_COUNT, *(f"{_SUM}{name}" for name in sums)}
+        self._training.load(parameters, {name: moment for name, moment in moments.items() if name not in own})
+        self._count = int(count)
+        self._sums = {name: s.clone() for name, s in sums.items()} if distributed.world().is_main else {}

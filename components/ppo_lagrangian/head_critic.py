@@ -109,7 +109,8 @@ class HeadCritic:
         with torch.no_grad():
             for own, stored in zip(self._head.values(), parameters, strict=True):
                 own.copy_(stored)
-        self._sums = TokenSums(moments["inputs"], moments["returns"]) if moments else None
+        kept = {name: moment.to(self._head["head.weight"].device) for name, moment in moments.items()}
+        self._sums = TokenSums(kept["inputs"], kept["returns"]) if kept else None
         size = self._head["head.weight"].shape[1] + 1
         if self._sums and (self._sums.inputs.shape, self._sums.returns.shape) != ((size, size), (size,)):
             raise ValueError(f"the sums of a critic are of {size} inputs")

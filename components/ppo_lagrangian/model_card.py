@@ -61,7 +61,7 @@ tags: [safe-rlhf, ppo-lagrangian]
 | rounds so far | {round_number} of {settings.rounds} |
 | steps in this round | {steps} batches of {settings.ppo.episodes_per_step} answers |
 {_constraint(settings, trace)}| mean cost, first and last step | {trace.cost[0]:.3f}, {trace.cost[-1]:.3f} |
-| KL to {_reference(settings, round_number)} at the end | {trace.kl[-1]:.3f} nats a token |
+{_average(settings)}| KL to {_reference(settings, round_number)}, last step | {trace.kl[-1]:.3f} nats a token |
 | sampling temperature in training | {settings.ppo.temperature} |
 | longest prompt and answer in training | {settings.ppo.max_prompt_tokens} and {settings.ppo.max_new_tokens} tokens |
 | seed, settings digest | {settings.seed}, {settings.digest()[:12]} |
@@ -107,6 +107,12 @@ def _constraint(settings: Settings, trace: PpoTrace) -> str:
     if settings.ppo.reward_shaping is not None:
         return ""
     return f"| cost threshold d | {trace.threshold:.3f} |\n| lambda at the end | {trace.multiplier[-1]:.3f} |\n"
+
+
+def _average(settings: Settings) -> str:
+    """What is said of the steps is said of the actors that drew their answers, and a mean has drawn none."""
+    count = min(settings.ppo.average_steps, settings.ppo.steps)
+    return f"| these weights | mean of the actor after each of the last {count} steps |\n" if count > 1 else ""
 
 
 def _reference(settings: Settings, round_number: int) -> str:

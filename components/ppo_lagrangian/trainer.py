@@ -9,6 +9,7 @@ Shapes: B episodes (of this rank), P prompt tokens, T answer tokens.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -59,6 +60,8 @@ from components.ppo_lagrangian.objective import (
     total_weight,
 )
 from components.ppo_lagrangian.share import Minibatch, Share
+
+log = logging.getLogger("saferlhf")
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,10 @@ class PpoLagrangian:
 
     def finish(self) -> None:
         """After a round's last step: from now on the actor is the mean of `ppo.average_steps` of it. All ranks call."""
-        self.actor_mean.put_in_place()
+        if self._settings.average_steps > 1:
+            count = min(self._settings.average_steps, self._settings.steps)
+            log.info("the policy is the mean of the actor after each of the last %d steps", count)
+            self.actor_mean.put_in_place()
 
     def step(self, prompts: Sequence[tuple[int, ...]], step: int, score: Score | None = None) -> StepMetrics:
         """One rollout batch and its update. `score` judges the answers; without it, the reward and the cost model do.

@@ -27,7 +27,7 @@ def run_reward_model(run_uri: str, round_number: int, sft_uri: str, preferences_
         preferences_uri,
         settings_of=lambda settings: settings.reward_model,
         pair_of=helpful_pair,
-        loss_of=lambda settings: partial(reward_loss, regularization=settings.regularization),
+        loss_of=lambda settings: partial(reward_loss, regularization=settings.reward_model.regularization),
         result_of=reward_result,
     )
 

@@ -26,6 +26,7 @@ from components.foundation.errors import IntegrityError, ModelError
 from components.foundation.role_optimizer import WholeOptimizer
 from components.foundation.setting_sections import LoraSettings
 from components.foundation.tensor_file import read_tensors
+from components.ppo_lagrangian.averaged_role import AveragedRole
 from tests.hostile.bounded import bounded
 
 pytestmark = pytest.mark.fault
@@ -343,3 +344,15 @@ def test_moments_that_fit_no_parameter_are_refused_before_the_first_step(moments
     optimizer = WholeOptimizer([torch.nn.Parameter(torch.zeros(2))], 1e-3)
     with pytest.raises((LookupError, ValueError, RuntimeError)):
         optimizer.load([torch.zeros(2)], moments)
+
+
+@pytest.mark.parametrize("count", [-1.0, 0.5, float("nan"), float("inf"), 2.0], ids=str)
+def test_sums_of_a_mean_that_are_none_are_refused(count: float, tiny: Path) -> None:
+    """The last is a number of actors whose sum is not there."""
+    backbone = Backbone.load(tiny, "float32", seed=0)
+    backbone.add_role("actor", LoraSettings(rank=2, alpha=4), scored=False)
+    before = backbone.role_state("actor")
+    mean = AveragedRole(backbone, "actor", WholeOptimizer(backbone.trainable_parameters("actor"), 1e-3))
+    with pytest.raises(ValueError, match="no sums of 'actor'"):
+        mean.load([tensor + 1 for tensor in before.values()], {"count": torch.tensor(count)})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.role_state("actor").items())

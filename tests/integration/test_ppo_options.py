@@ -145,25 +145,26 @@ def test_where_no_answer_to_an_attack_is_safe_ptx_stays_with_the_harmless_ones(
 
 @pytest.mark.fault
 @pytest.mark.parametrize(
-    "settings",
+    ("stopped", "settings"),
     [
-        ("ppo.lagrangian=pid", "ppo.macro_action=perplexity", "ppo.epochs=2"),
-        ("ppo.advantage_source=preference_oracle", "ppo.lambda_learning_rate=0.3"),
-        ("ppo.average_steps=3", "ppo.critics=head"),
+        (1, ("ppo.lagrangian=pid", "ppo.macro_action=perplexity", "ppo.epochs=2")),
+        (1, ("ppo.advantage_source=preference_oracle", "ppo.lambda_learning_rate=0.3")),
+        (1, ("ppo.average_steps=3", "ppo.critics=head")),
+        (3, ("ppo.average_steps=2", "finetune=full")),
     ],
     ids=str,
 )
 def test_row_05_ppo_with_trained_critics_or_with_none_goes_on_bit_for_bit(
-    models: Models, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...]
+    models: Models, monkeypatch: pytest.MonkeyPatch, stopped: int, settings: tuple[str, ...]
 ) -> None:
-    """Asked to stop after the first of three steps. The first has two critics with moments, and PID's memory; the last
-    has summed up one of three actors by then."""
+    """Asked to stop after one of three steps. The first has two critics with moments, and PID's memory; the last two
+    have summed up actors by then, one of three, and all."""
     options = (*settings, "ppo.steps=3")
     expected = models.train(*options)
     original = TrainingCheckpoints.after_step
 
     def after_step(self: TrainingCheckpoints, step: int, *more: Any) -> None:
-        if step == 1:
+        if step == stopped:
             signal.raise_signal(signal.SIGTERM)
         original(self, step, *more)
 

@@ -96,7 +96,8 @@ def preference_model(finetune: str, *, is_cost: bool) -> Results:
 
 def ppo(finetune: str, *, heads: bool = False) -> Results:
     """Five episodes a step in minibatches of two, the last of which leaves a rank without any; with PTX and a trunk.
-    The actor ends as the mean of its steps; the last entry is of logits that every rank computes with it.
+    The actor ends as the mean of its steps, and between them is loaded anew from what a checkpoint would keep; the last
+    entry is of logits that every rank computes with it.
 
     `heads` are critics that are heads, as in profile `smol`, with two passes over each rollout batch.
     """
@@ -123,7 +124,10 @@ def ppo(finetune: str, *, heads: bool = False) -> Results:
     safe = safe_sequences(backbone, [sequence(i) for i in range(4, 20)])
     trainer.attack_demonstrations = [*safe, sequence(4)]
     prompts = [sequence(i).prompt for i in range(5)]
-    steps = [dataclasses.asdict(trainer.step(prompts, step)) for step in range(2)]
+    steps = [dataclasses.asdict(trainer.step(prompts, 0))]
+    own = list(backbone.role_state(ACTOR).values()), trainer.actor_mean.moments()
+    trainer.actor_mean.load(*distributed.from_main(lambda: copy.deepcopy(own)))
+    steps.append(dataclasses.asdict(trainer.step(prompts, 1)))
     for metrics in steps:
         del metrics["rollout_tokens_per_second"]
     steps.append({"safe answers": float(len(safe))})

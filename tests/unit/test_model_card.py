@@ -116,10 +116,13 @@ def test_a_licence_that_cannot_be_known_is_not_claimed(overrides: list[str], kno
             ["minus 2 times a cost model for harm, without a limit"],
             ["subject to", "cost threshold", "lambda at the end"],
         ),
-        (["ppo.reference=previous"], ["KL to the policy of round 1 at the end"], ["KL to the fine-tuned model"]),
+        ([], ["mean of the actor after each of the last 4 steps"], []),
+        (["ppo.average_steps=40"], ["mean of the actor after each of the last 12 steps"], []),
+        (["ppo.average_steps=1"], ["lambda at the end"], ["mean of the actor"]),
+        (["ppo.reference=previous"], ["KL to the policy of round 1, last step"], ["KL to the fine-tuned model"]),
     ],
 )
-def test_a_card_claims_no_limit_and_no_reference_that_there_was_not(
+def test_a_card_claims_no_limit_no_mean_and_no_reference_that_there_was_not(
     overrides: list[str], said: list[str], not_said: list[str]
 ) -> None:
     page = card(*overrides)

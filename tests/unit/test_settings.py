@@ -31,7 +31,6 @@ CHOICES = {
     "ppo.cost_aggregation": "rectified",
     "reward_model.start": "sft",
     "cost_model.start": "sft",
-    "reward_model.safe_pairs": "level",
     "cost_model.safe_pairs": "ranked",
     "ppo.critics": "adapter",
     "ppo.ptx_demonstrations": "harmless",
@@ -150,6 +149,7 @@ def test_the_last_override_wins() -> None:
     [
         ("ppo.stepz=3", ["ppo.stepz", "unknown"]),
         ("nonsense=3", ["nonsense", "unknown"]),
+        ("reward_model.min_auc=0.9", ["reward_model.min_auc", "unknown"]),
         ("ppo.steps.deeper=3", ["ppo.steps"]),
         ("base_model.x=3", ["base_model", "x"]),
         ("ppo.steps", ["ppo.steps", "key=value"]),
