@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +48,8 @@ MAX_VALUES = 20_000_000
 _EXCERPT = 200
 _EXCERPTS = 100_000
 """Bad rows that are shown in part; of further ones there are number and reason."""
+_COLUMNS = 1000
+"""Columns that are counted; no file of records has so many."""
 _ARRAY_OF_OBJECTS = re.compile(rb"\s*\[\s*(\{|$)")
 
 _MOST_UNFOLDED, _ALWAYS_UNFOLDED = 100, 100_000_000
@@ -154,12 +157,18 @@ class BadRow:
 
 @dataclass(frozen=True)
 class LoadResult(Generic[Record]):
-    """A read source. `digest` is the SHA-256 of its rows as they were read."""
+    """A read source.
+
+    `digest` is the SHA-256 of its rows as they were read, `objects` how many of them are objects, whatever is in them,
+    and `columns` says in how many of these a column has a value. A column that no record has is ignored.
+    """
 
     source: str
     records: list[Record]
     bad: list[BadRow]
     digest: str
+    objects: int = 0
+    columns: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def bad_share(self) -> float:
@@ -173,7 +182,7 @@ def parse_record(kind: type[Record], row: Any) -> Record | str:
         return f"the row is a {type(row).__name__}, not an object"
     values: dict[str, Any] = {}
     for item in dataclasses.fields(kind):
-        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        required = _is_required(item)
         if row.get(item.name) is None:
             if required:
                 return f"field {item.name!r} is missing"
@@ -188,6 +197,15 @@ def parse_record(kind: type[Record], row: Any) -> Record | str:
         values[item.name] = value
     record = kind(**values)
     return record.problem() or record
+
+
+def required_columns(kind: type[Any]) -> list[str]:
+    """The columns without which a row is no record of the kind."""
+    return [item.name for item in dataclasses.fields(kind) if _is_required(item)]
+
+
+def _is_required(item: dataclasses.Field[Any]) -> bool:
+    return item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
 
 
 def load_records(source: str, kind: type[Record], builtin_file: Path | None = None) -> LoadResult[Record]:
@@ -311,15 +329,27 @@ def _collect(source: str, kind: type[Record], rows: Iterator[tuple[int, bytes, A
     records: list[Record] = []
     bad: list[BadRow] = []
     digest = hashlib.sha256()
+    objects = 0
+    columns: Counter[str] = Counter()
     for number, raw, row in rows:
         digest.update(raw)
+        if isinstance(row, Mapping):
+            objects += 1
+            _count_columns(columns, row)
         parsed = row.reason if isinstance(row, BadRow) else parse_record(kind, row)
         if isinstance(parsed, str):
             told = _excerpt(raw[: 4 * _EXCERPT].decode("utf-8", "replace")) if len(bad) < _EXCERPTS else ""
             bad.append(BadRow(number, parsed, told))
         else:
             records.append(parsed)
-    return LoadResult(source, records, bad, digest.hexdigest())
+    return LoadResult(source, records, bad, digest.hexdigest(), objects, columns)
+
+
+def _count_columns(columns: Counter[str], row: Mapping[str, Any]) -> None:
+    for name, value in row.items():
+        name = name[:_EXCERPT]
+        if value is not None and (name in columns or len(columns) < _COLUMNS):
+            columns[name] += 1
 
 
 def _refusing_an_array(path: Path, rows: Iterator[tuple[int, bytes, Any]]) -> Iterator[tuple[int, bytes, Any]]:
