@@ -22,6 +22,7 @@ from pipelines import registry, serving
 from pipelines.annotations import annotations_app
 from pipelines.kubeflow import commands as kubeflow
 from pipelines.options import INTERRUPTED, FromRound, FromRun, Overrides, Profile, Seed, with_start
+from pipelines.validate import RecordKind, validate_file
 
 app = typer.Typer(
     help="Safe RLHF as a Kubeflow pipeline.",
@@ -206,12 +207,13 @@ def env(workdir: WorkDir = Path("runs")) -> None:
 @data_app.command()
 def validate(
     file: str,
+    kind: Annotated[
+        RecordKind | None, typer.Option("--as", help="what the rows are for; told from their columns if left out")
+    ] = None,
     max_bad_share: Annotated[float, typer.Option(min=0, max=1, help="of the rows; more is exit status 1")] = 0.05,
 ) -> None:
-    """Check a data file and print the table of its rows; the kind of records is told from the columns."""
-    from pipelines.validate import validate_file
-
-    table, good = validate_file(file, max_bad_share)
+    """Check a data file: which rows can be used, why the others cannot, and how long the texts are."""
+    table, good = validate_file(file, max_bad_share, kind)
     typer.echo(table)
     if not good:
         raise typer.Exit(1)

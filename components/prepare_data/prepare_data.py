@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -149,10 +150,14 @@ def distinct_prompts(held_out: LoadResult[PromptRecord]) -> list[PromptRecord]:
     return distinct
 
 
+def missing_kinds(prompts: Sequence[PromptRecord]) -> list[str]:
+    """The kinds that no prompt has."""
+    return [kind for kind in KINDS if all(prompt.kind != kind for prompt in prompts)]
+
+
 def warn_of_missing_kinds(held_out: LoadResult[PromptRecord]) -> None:
     """The gate needs prompts of every kind; a run that is to train alone may do without."""
-    missing = [kind for kind in KINDS if all(record.kind != kind for record in held_out.records)]
-    if missing:
+    if missing := missing_kinds(held_out.records):
         log.warning(
             "data.held_out=%s has no prompt of kind %s: the gate will refuse the policy, as it cannot be measured",
             *(held_out.source, " or ".join(missing)),

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from components.foundation.base_model import check_model_name
 from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import ClusterError, ModelError, SettingsError
 from components.foundation.judging import make_judge
@@ -47,7 +48,7 @@ def run_start_run(
         SettingsError: the run's id, its URI, the judge's address or a setting is refused, it asks for another number of
             rounds than the pipeline has, or the run that it starts from cannot be taken over.
         ClusterError: `serving.apply` is set, and this is no pod of a cluster, or may not do it.
-        ModelError: `base_model` names a commit that is not there.
+        ModelError: `base_model` is no name of a model, or names a commit that is not there.
     """
     configure_logging()
     set_place(Place(run_id, stage="start_run"))
@@ -90,9 +91,10 @@ def _check_base_model(settings: Settings) -> None:
     """What can be known without torch, which this step's image lacks; sft looks at a folder or a Hugging Face id.
 
     Raises:
-        ModelError: nothing is committed under the `s3://` URI.
+        ModelError: nothing is committed under the `s3://` URI, or no model can have that name.
     """
     name = settings.base_model
+    check_model_name(name)
     if name.startswith("s3://") and not CheckpointStore(settings.store.uri).exists(name):
         raise ModelError(
             f"base_model={name} is no commit: put the model there with `saferlhf models push FOLDER {name}`"

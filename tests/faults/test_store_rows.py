@@ -270,7 +270,7 @@ def test_row_21_a_malicious_pickle_is_refused_and_nothing_of_it_ran(stage: Stage
         (model / name).write_bytes(poison)
     Backbone.load(model, "float32", seed=0)  # what lies beside safetensors is not looked at
     (model / "model.safetensors").write_bytes(poison)
-    with pytest.raises(ModelError, match="not a model that transformers can load"):
+    with pytest.raises(ModelError, match=r"model\.safetensors of \d+ bytes cannot be read"):
         Backbone.load(model, "float32", seed=0)
     (model / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="is pickled, which is refused"):

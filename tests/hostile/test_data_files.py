@@ -85,6 +85,15 @@ def test_a_line_that_is_huge_or_deep_takes_little_memory_and_costs_no_other_row(
     assert bounded(LOAD, COUNTS, tmp_path / name, more_bytes=100 * MEGABYTE) == f"returned {counts}"
 
 
+def test_columns_of_long_names_take_little_memory(tmp_path: Path) -> None:
+    """They are counted, so that those which nobody reads can be named."""
+    path = tmp_path / "rows.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(150):
+            file.write(json.dumps(json.loads(GOOD) | {f"{number}{'x' * 900_000}": 1}) + "\n")
+    assert bounded(LOAD, COUNTS, path, more_bytes=100 * MEGABYTE) == "returned [150, 0]"
+
+
 @pytest.mark.parametrize(
     "block", [b"x" * MEGABYTE, b" " * MEGABYTE, (b" " * 9999 + b"\n") * 100], ids=["one line", "spaces", "blank lines"]
 )

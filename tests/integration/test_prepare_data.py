@@ -58,6 +58,8 @@ def test_a_pushed_model_can_be_a_runs_base_and_one_that_is_not_there_cannot(star
     """What `saferlhf models push` commits is what sft starts from; a wrong address is refused by the first step."""
     bucket = "s3://saferlhf-test"
     uri = f"{bucket}/{uuid.uuid4().hex}/base"
+    with pytest.raises(ModelError, match="base_model 'smollm2' is not known: give smollm2-135m-instruct, tiny, "):
+        start("base_model=smollm2")
     with pytest.raises(ModelError, match=rf"base_model={uri} is no commit: .* `saferlhf models push FOLDER {uri}`"):
         start(f"base_model={uri}")
     said = CliRunner().invoke(app, ["models", "push", str(make_tiny("qwen2")), uri])

@@ -21,7 +21,9 @@ from components.foundation.backbone import Backbone
 from components.foundation.base_model import (
     TINY_ARCHITECTURES,
     check_base_model,
+    check_model_name,
     make_tiny,
+    push_model,
     resolve_base_model,
 )
 from components.foundation.checkpoint_store import CheckpointStore
@@ -140,10 +142,45 @@ def test_a_name_that_means_nothing_is_refused(tiny_folder: MakeTiny, store: Chec
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("name", ["/no/such/folder", "./no-such-folder"])
-def test_a_missing_folder_is_refused_before_anything_starts(name: str) -> None:
-    with pytest.raises(ModelError, match=name):
+@pytest.mark.parametrize(
+    "name",
+    ["/no/such", "./no-such-folder", "~/mine", "tiny-foo", "tiny-", "gpt2", "smollm2", "file.gguf", "a/b/c", "a/"],
+)
+def test_a_name_that_no_model_can_have_is_refused_before_anything_starts(name: str) -> None:
+    """`gpt2` is no id of the form OWNER/NAME; least of all is it the random model `tiny-gpt2`."""
+    with pytest.raises(ModelError, match=f"base_model '{name}'") as error:
         check_base_model(name)
+    said = str(error.value)
+    assert "\n" not in said
+    assert all(choice in said for choice in ("smollm2-135m-instruct", "tiny-gemma", "folder", "s3://", "OWNER/NAME"))
+
+
+@pytest.mark.fault
+def test_a_file_is_no_model_folder_and_no_id_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/mine.gguf").touch()
+    monkeypatch.chdir(tmp_path)
+    for name in ("models/mine.gguf", str(tmp_path / "models/mine.gguf")):
+        with pytest.raises(ModelError, match="is a file, not a folder"):
+            check_base_model(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["tiny", "tiny-gemma", "s3://bucket/base", "HuggingFaceTB/SmolLM2-135M-Instruct", "a/b_1.c"]
+)
+def test_what_only_the_run_can_fetch_passes_the_early_check(name: str) -> None:
+    check_base_model(name)
+    check_model_name(name)
+
+
+def test_a_folder_that_only_a_pod_has_is_no_wrong_name() -> None:
+    check_model_name("/mnt/volume/model")
+    with pytest.raises(ModelError, match="base_model 'smollm2' is not known"):
+        check_model_name("smollm2")
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 269060552\n"
+"""What a git clone without Git LFS has in place of weights."""
 
 
 def without_weights(folder: Path) -> None:
@@ -153,6 +190,28 @@ def without_weights(folder: Path) -> None:
 def with_pickled_weights(folder: Path) -> None:
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     without_weights(folder)
+
+
+def with_template_in(name: str) -> Callable[[Path], None]:
+    """The chat template somewhere else, where transformers finds it as well."""
+
+    def move(folder: Path) -> None:
+        template = (folder / "chat_template.jinja").read_text()
+        (folder / "chat_template.jinja").unlink()
+        if name == "tokenizer_config.json":
+            edit_config(folder, name, chat_template=template)
+        else:
+            (folder / name).parent.mkdir()
+            (folder / name).write_text(template)
+
+    return move
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "additional_chat_templates/default.jinja"])
+def test_a_chat_template_may_stand_wherever_transformers_looks(folder: Path, name: str) -> None:
+    with_template_in(name)(folder)
+    check_base_model(str(folder))
+    assert load_tokenizer(folder).chat_template
 
 
 @pytest.mark.fault
@@ -165,9 +224,21 @@ def with_pickled_weights(folder: Path) -> None:
         (lambda folder: (folder / "tokenizer.json").unlink(), "model has no tokenizer.json"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": '), "config.json is not JSON"),
         (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe"), "config.json is not JSON"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b""), r"safetensors of 0 bytes cannot be read"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(POINTER), r"cannot be read .*`git lfs pull`"),
+        (lambda folder: cut_weights(folder), r"model\.safetensors of \d+ bytes cannot be read"),
+        (lambda folder: save_file({}, folder / "model.safetensors"), "weights without a tensor"),
+        (
+            lambda folder: (folder / "chat_template.jinja").unlink(),
+            "model has no chat template: add chat_template.jinja",
+        ),
+        (lambda folder: (folder / "chat_template.jinja").write_text(""), "model has no chat template"),
         (lambda folder: shutil.rmtree(folder), "model does not exist"),
     ],
-    ids=["no weights", "pickled", "no config", "no tokenizer", "cut config", "binary config", "no folder"],
+    ids=[
+        *("no weights", "pickled", "no config", "no tokenizer", "cut config", "binary config", "empty weights"),
+        *("LFS pointer", "cut weights", "no tensors", "no chat template", "empty chat template", "no folder"),
+    ],
 )
 def test_a_folder_that_lacks_something_is_refused_at_once(
     folder: Path, store: CheckpointStore, damage: Callable[[Path], None], words: str
@@ -175,6 +246,10 @@ def test_a_folder_that_lacks_something_is_refused_at_once(
     damage(folder)
     with pytest.raises(ModelError, match=words):
         check_model_folder(folder)
+    with pytest.raises(ModelError):
+        check_base_model(str(folder))
+    with pytest.raises(ModelError):
+        push_model(folder, "s3://nowhere/base")
     with pytest.raises(ModelError):
         resolve_base_model(str(folder), store)
     with pytest.raises(ModelError):

@@ -174,7 +174,7 @@ def test_whatever_a_row_is_the_answer_is_labels_or_reasons(row: Any) -> None:
 
 def test_files_are_read_by_what_they_hold(tmp_path: Path) -> None:
     lines, array = tmp_path / "labels.jsonl", tmp_path / "export.json"
-    lines.write_text("".join(json.dumps(row) + "\n" for row in (flat(), flat("item-2"))))
+    lines.write_text("\ufeff" + "".join(json.dumps(row) + "\n" for row in (flat(), flat("item-2"))))
     array.write_text("\ufeff" + json.dumps([task(annotation(ANSWERS)), task(item="item-2")], indent=1))
     found, problems = read_labels([lines, array], ITEMS)
     assert problems == []

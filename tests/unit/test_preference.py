@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import hashlib
 import json
@@ -155,7 +156,10 @@ def test_a_line_may_be_as_long_as_the_limit_says(tmp_path: Path) -> None:
         ({"is_response_1_safe": False}, "flagged unsafe while the other is flagged safe"),
         ({"response_0_severity_level": 4}, "severity"),
         ({"response_1_severity_level": -1}, "severity"),
-        ({"response_0_harm_category": ["violence"]}, "'response_0_harm_category'"),
+        (
+            {"response_0_harm_category": ["violence"]},
+            "'response_0_harm_category' is ['violence'], not an object of name: true or false",
+        ),
         ({"response_0_harm_category": {"violence": "yes"}}, "'response_0_harm_category'"),
     ],
 )
@@ -196,6 +200,39 @@ def test_an_unreadable_text_in_a_parquet_file_is_one_bad_row(tmp_path: Path) -> 
     assert list(reasons(result)) == [2]
 
 
+@pytest.mark.fault
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps([GOOD] * 3),
+        json.dumps([GOOD] * 3, indent=2),
+        "\n[" + ",\n".join(json.dumps(GOOD) for _ in range(3)) + "]",
+        json.dumps([GOOD | {"prompt": "x" * MAX_LINE_BYTES}]),
+    ],
+    ids=["one line", "indented", "a row a line", "a very long line"],
+)
+def test_a_file_that_is_one_array_is_refused_whole(name: str, text: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"rows\.jsonl\S* is one JSON array: write one object a line"):
+        load_records(write_lines(tmp_path / name, [text.encode()]), DualPreference)
+
+
+def test_a_first_row_that_is_an_array_costs_no_other_row(tmp_path: Path) -> None:
+    lines = [json.dumps([GOOD]).encode(), json.dumps(GOOD).encode()]
+    result = load_records(write_lines(tmp_path / "rows.jsonl", lines), DualPreference)
+    assert (len(result.records), reasons(result)) == (1, {1: "the row is a list, not an object"})
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_a_byte_order_mark_belongs_to_no_row(name: str, tmp_path: Path) -> None:
+    line = json.dumps(GOOD).encode()
+    plain = load_records(write_lines(tmp_path / name, [line, line]), DualPreference)
+    marked = load_records(write_lines(tmp_path / name, [codecs.BOM_UTF8 + line, line]), DualPreference)
+    assert (len(marked.records), marked.bad, marked.digest) == (2, [], plain.digest)
+    again = load_records(write_lines(tmp_path / name, [line, codecs.BOM_UTF8 + line]), DualPreference)
+    assert list(reasons(again)) == [2]
+
+
 ANY_TEXT = st.text(st.characters(), max_size=8)
 ANY_JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | ANY_TEXT,
@@ -214,8 +251,12 @@ MOSTLY_GOOD = st.fixed_dictionaries(
 ).map(lambda change: GOOD | change)
 
 
+def is_one_array_of_objects(rows: list[Any]) -> bool:
+    return len(rows) == 1 and isinstance(rows[0], list) and isinstance((rows[0] or [0])[0], dict)
+
+
 @pytest.mark.fault
-@given(rows=st.lists(MOSTLY_GOOD | ANY_JSON, max_size=6))
+@given(rows=st.lists(MOSTLY_GOOD | ANY_JSON, max_size=6).filter(lambda rows: not is_one_array_of_objects(rows)))
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_stands_in_a_file_what_was_read_can_be_written_and_read_again(rows: list[Any], tmp_path: Path) -> None:
     lines = [json.dumps(row).encode() for row in rows]
