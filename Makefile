@@ -5,6 +5,7 @@ WORKDIR ?= runs
 SEED    ?= 0
 SEEDS   ?= 0 1 2
 SET     ?=
+RESUME  ?=
 VENV    := .venv
 BIN     := $(VENV)/bin
 # vLLM has an environment of its own. On a GPU: make vllm VLLM=vllm==0.32.0, and the same for vllm-test.
@@ -34,8 +35,8 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	@touch $@
 
-run: install ## run the whole pipeline here (PROFILE=smol|tiny WORKDIR=runs SEED=0 SET="key=value ...")
-	$(BIN)/saferlhf run --profile $(PROFILE) --workdir $(WORKDIR) --seed $(SEED) $(foreach s,$(SET),--set $(s))
+run: install ## run the whole pipeline here (PROFILE=smol|tiny WORKDIR=runs SEED=0 SET="key=value ..."); RESUME=RUN_ID goes on with one
+	$(BIN)/saferlhf run --profile $(PROFILE) --workdir $(WORKDIR) --seed $(SEED) $(foreach s,$(SET),--set $(s)) $(if $(RESUME),--resume $(RESUME))
 
 test: install lint ## check style and types, run all tests but those of images-test and vllm-test
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 2 --dist loadgroup \

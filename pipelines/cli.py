@@ -22,6 +22,7 @@ from pipelines import registry, serving
 from pipelines.annotations import annotations_app
 from pipelines.kubeflow import commands as kubeflow
 from pipelines.options import INTERRUPTED, FromRound, FromRun, Overrides, Profile, Seed, with_start
+from pipelines.own_command import own_command
 
 app = typer.Typer(
     help="Safe RLHF as a Kubeflow pipeline.",
@@ -64,14 +65,17 @@ def run(
     from pipelines.local.run import LocalRun, run_here
 
     run_id = resume or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    options = [word for override in overrides for word in ("--set", override)]
+    place = ("--profile", profile, "--workdir", str(workdir), "--seed", str(seed))
+    go_on = own_command("run", *place, *options, "--resume", run_id)
     try:
-        run_here(LocalRun(settings, overrides, workdir, run_id, resumed=bool(resume)))
+        run_here(LocalRun(settings, overrides, workdir, run_id, resumed=bool(resume), go_on=go_on))
     except KeyboardInterrupt:
         with contextlib.suppress(OSError):  # a terminal that was closed
-            typer.echo(f"saferlhf: interrupted; the same command with --resume {run_id} goes on", err=True)
+            typer.echo(f"saferlhf: interrupted; to go on: {go_on}", err=True)
         raise typer.Exit(INTERRUPTED) from None
     except LabelsAwaited as waiting:
-        typer.echo(f"{waiting}; all with --workdir {workdir}")
+        typer.echo(f"{waiting}; all with --workdir {workdir}; to go on here: {go_on}")
         raise typer.Exit(WAITING_EXIT_CODE) from None
     except NothingNew as end:
         typer.echo(str(end))
@@ -178,7 +182,7 @@ def _examine_store(uri: str, as_json: bool) -> None:
 
 @app.command()
 def up(workdir: WorkDir = Path("runs")) -> None:
-    """Start S3 and MLflow and leave them running, for browsing."""
+    """Start S3 and MLflow, print their addresses, and leave them running, for browsing."""
     from pipelines.local import services
 
     endpoints, started = services.up(workdir)

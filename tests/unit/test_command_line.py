@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from pipelines.cli import main
+from pipelines.own_command import own_command
 from tests.unit.kubeflow_command import saferlhf
 
 
@@ -65,3 +67,29 @@ def test_looking_into_a_work_folder_that_no_run_has_used_makes_nothing_in_it(
     assert status == 1
     assert "no run has used the work folder rusn: name that of the run with --workdir" in said
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("started", "told"),
+    [
+        (".venv/bin/saferlhf", ".venv/bin/saferlhf up --workdir 'my runs'"),
+        ("/opt/bin/saferlhf", "/opt/bin/saferlhf up --workdir 'my runs'"),
+        ("saferlhf", "saferlhf up --workdir 'my runs'"),
+        ("/lib/pytest/__main__.py", "saferlhf up --workdir 'my runs'"),  # the command's functions, called by another
+    ],
+)
+def test_a_command_is_told_as_it_can_be_typed(monkeypatch: pytest.MonkeyPatch, started: str, told: str) -> None:
+    monkeypatch.setattr(sys, "argv", [started, "run"])
+    assert own_command("up", "--workdir", "my runs") == told
+
+
+@pytest.mark.parametrize("resume", ["", "20261124-152017-1f0c"])
+def test_make_run_passes_on_what_it_is_told(resume: str) -> None:
+    words = ["PROFILE=tiny", "WORKDIR=/tmp/w", "SEED=2", "SET=rounds=1 ppo.steps=4", f"RESUME={resume}"]
+    environment = {name: value for name, value in os.environ.items() if "MAKE" not in name}  # of the `make test` above
+    root = Path(__file__).parents[2]
+    done = subprocess.run(["make", "-n", "run", *words], cwd=root, env=environment, capture_output=True, text=True)
+    expected = "run --profile tiny --workdir /tmp/w --seed 2 --set rounds=1 --set ppo.steps=4"
+    assert done.stdout.splitlines()[-1].rstrip() == " ".join(
+        [".venv/bin/saferlhf", expected, *(["--resume", resume] if resume else [])]
+    )
