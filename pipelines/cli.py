@@ -199,10 +199,17 @@ def down(workdir: WorkDir = Path("runs")) -> None:
 
 @app.command()
 def env(workdir: WorkDir = Path("runs")) -> None:
-    """Print what a shell needs to reach the servers of a work folder, keys too: eval "$(saferlhf env)"."""
+    """Print what a shell needs to reach the servers of a work folder, keys too: eval "$(saferlhf env)".
+
+    It starts them if they are not running, and they stay until `saferlhf down`. The folder must be that of a run.
+    """
     from pipelines.local import services
 
-    endpoints, _ = services.up(workdir)
+    services.check_used(workdir)
+    endpoints, started = services.up(workdir)
+    if started:
+        stop = own_command("down", "--workdir", str(workdir))
+        typer.echo(f"saferlhf: started MLflow and S3, which stay; to stop them: {stop}", err=True)
     for name, value in {**endpoints.environment, "SAFERLHF_CACHE": str(workdir.resolve() / "cache")}.items():
         typer.echo(f"export {name}={shlex.quote(value)}")
 

@@ -22,7 +22,6 @@ from tests.unit.kubeflow_command import saferlhf
         ("run --profile tiny --workdir file", "file", "File exists"),
         ("run --profile tiny --workdir file/below", "file/below", "Not a directory"),
         ("up --workdir file", "file/services", "Not a directory"),
-        ("env --workdir file", "file/services", "Not a directory"),
     ],
 )
 def test_a_path_that_cannot_be_used_is_one_sentence(
@@ -53,6 +52,7 @@ def test_a_path_that_cannot_be_used_is_one_sentence(
         ("lineage",),
         ("rollback", "--reason", "worse"),
         ("annotations", "status", "r1"),
+        ("env",),
         ("serve", "render", "-o", "service.yaml"),
     ],
     ids=" ".join,
