@@ -156,7 +156,7 @@ bench-bandit: install ## fixed cost weights against the multiplier: draw the pic
 
 compiled: install ## compile the pipeline for every platform in pipelines/platforms into pipelines/compiled
 	for file in pipelines/platforms/*.yaml; do \
-		$(BIN)/saferlhf compile --platform $$file -o pipelines/compiled/$$(basename $$file) || exit 1; done
+		$(BIN)/saferlhf compile --platform $$file --example-images -o pipelines/compiled/$$(basename $$file) || exit 1; done
 
 # REGISTRY, TAG, BUILDER, PIP_CONF, BUILD_OPTIONS, ...: see images/README.md. What is set on make's command line is in
 # the script's environment.

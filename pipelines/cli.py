@@ -122,6 +122,9 @@ def compile_(
     image_rollout: Annotated[str, typer.Option(help="the same")] = "",
     image_service: Annotated[str, typer.Option(help="the same")] = "",
     table: Annotated[bool, typer.Option("--table", help="print what each step asks of the cluster")] = False,
+    example_images: Annotated[
+        bool, typer.Option("--example-images", help="keep the shipped files' images, which nobody can pull: to look at")
+    ] = False,
 ) -> None:
     """Compile the pipeline to the YAML that Kubeflow Pipelines runs, placed on a cluster's pools by --platform."""
     if output.suffix not in (".yaml", ".yml"):
@@ -132,15 +135,17 @@ def compile_(
     from pipelines.cluster.platform_file import read_platform
 
     cluster = read_platform(platform, {name: image for name, image in images.items() if image})
+    if cluster.example_images and not example_images:
+        raise SettingsError(
+            f"platform {platform} has only examples of the images {', '.join(cluster.example_images)}: give yours with "
+            f"{', '.join(f'--image-{name}' for name in cluster.example_images)}, as `make -s images-push` prints them, "
+            "or in a copy of its file"
+        )
     compile_to(output, rounds, cluster)
     if table:
         typer.echo(executors.table(executors.read_steps(output.read_text(encoding="utf-8"))))
     typer.echo(f"wrote {output}")
     typer.echo(f"start its runs with the service account {cluster.service_account}")
-    if cluster.has_placeholder_images:
-        typer.echo(
-            "its images are examples: give yours with --image-trainer, --image-rollout and --image-service", err=True
-        )
 
 
 @app.command()

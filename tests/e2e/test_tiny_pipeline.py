@@ -325,7 +325,7 @@ def test_row_33_keys_stand_in_nothing_that_a_run_leaves_or_says(
 def test_row_33_keys_stand_in_no_compiled_pipeline(tmp_path: Path) -> None:
     compiled = tmp_path / "pipeline.yaml"
     planted = {**PLANTED, "AWS_SECRET_ACCESS_KEY": "planted-store-key"}
-    done = saferlhf("compile", "-o", str(compiled), "--platform", "gke", environment=planted)
+    done = saferlhf("compile", "-o", str(compiled), "--platform", "gke", "--example-images", environment=planted)
     assert done.returncode == 0, done.stderr
     text = compiled.read_text() + done.stdout + done.stderr
     assert "AWS_SECRET_ACCESS_KEY" in text  # its name, in the secret that a step gets it from

@@ -18,7 +18,11 @@ from tests.unit.kubeflow_command import saferlhf
 @pytest.mark.parametrize(
     ("arguments", "path", "reason"),
     [
-        ("compile --platform gke --rounds 1 -o nosuch/x.yaml", "nosuch/x.yaml", "No such file or directory"),
+        (
+            "compile --platform gke --rounds 1 --example-images -o nosuch/x.yaml",
+            "nosuch/x.yaml",
+            "No such file or directory",
+        ),
         ("run --profile tiny --workdir file", "file", "File exists"),
         ("run --profile tiny --workdir file/below", "file/below", "Not a directory"),
         ("up --workdir file", "file/services", "Not a directory"),
