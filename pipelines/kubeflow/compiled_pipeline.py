@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def run_parameters(pipeline: CompiledPipeline, choice: RunChoice) -> tuple[Setti
     refuse_example_images(pipeline)
     overrides = [*pipeline.settings, *choice.overrides]
     settings = resolve_settings(choice.profile, choice.seed, [f"rounds={pipeline.rounds}", *overrides])
-    refuse_files_of_this_folder(settings)
+    refuse_files_of_this_machine(settings)
     if settings.rounds != pipeline.rounds:
         raise SettingsError(
             f"rounds={settings.rounds} is asked of {pipeline.source}, which was compiled with {pipeline.rounds}: "
@@ -106,21 +107,28 @@ def refuse_example_images(pipeline: CompiledPipeline) -> None:
             )
 
 
-def refuse_files_of_this_folder(settings: Settings) -> None:
-    """Raises: SettingsError where a source or the base model lies beside us: the run's pods would look in vain."""
+def refuse_files_of_this_machine(settings: Settings) -> None:
+    """Raises: SettingsError where a source or the base model lies here, where the run's pods would look in vain."""
     sources = {f"data.{name}": getattr(settings.data, name) for name in DATA_SOURCES}
     for name, source in {**sources, "gate.regressions": settings.gate.regressions}.items():
-        if source != BUILTIN and not source.startswith(("/", "s3://", "datasets:")):
+        if source != BUILTIN and not source.startswith(("s3://", "datasets:")) and not _may_be_of_the_pods(source):
             raise SettingsError(
                 f"{name}={source} is a file of this machine, and the run's pods do not see it: put it into the "
-                "store and give its s3:// address (or the path of a volume that the pods have)"
+                "store, for instance with `aws s3 cp`, and give its s3:// address (or the path of a volume that the "
+                "pods have)"
             )
     model = settings.base_model
-    if model.startswith(".") or (not model.startswith("/") and Path(model).is_dir()):
+    if model.startswith(".") or (Path(model).is_dir() and not _may_be_of_the_pods(model)):
         raise SettingsError(
             f"base_model={model} is a folder of this machine, and the run's pods do not see it: put it into the store "
             f"with `saferlhf models push {model} s3://...` and give that address"
         )
+
+
+def _may_be_of_the_pods(path: str) -> bool:
+    """Whether it may be on a volume of the pods: an absolute path that is not here, or any absolute one in a pod, which
+    may have the same volumes."""
+    return path.startswith("/") and ("KUBERNETES_SERVICE_HOST" in os.environ or not Path(path).exists())
 
 
 def read_bytes(file: Path) -> bytes:

@@ -21,7 +21,7 @@ from components.foundation.scheduling import explain
 from components.foundation.settings import resolve_settings
 from components.foundation.untrusted import read_yaml
 from pipelines.kubeflow.client import EXPERIMENT
-from pipelines.kubeflow.compiled_pipeline import RunChoice, refuse_files_of_this_folder
+from pipelines.kubeflow.compiled_pipeline import RunChoice, refuse_files_of_this_machine
 from pipelines.kubeflow.cron import check_cron
 from pipelines.kubeflow.versions import LATEST
 
@@ -91,7 +91,7 @@ def read_schedules(file: Path) -> list[Schedule]:
         try:
             # how many rounds there are, its version says: that a run starts at one of them is checked with it
             overrides = ["rounds=20", *schedule.settings]
-            refuse_files_of_this_folder(resolve_settings(schedule.profile, schedule.seed, overrides))
+            refuse_files_of_this_machine(resolve_settings(schedule.profile, schedule.seed, overrides))
         except SettingsError as error:
             raise SettingsError(f"schedule file {file}: schedule {schedule.name}: {error}") from None
     return [_beside(schedule, file) for schedule in schedules]

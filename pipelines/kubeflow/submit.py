@@ -25,7 +25,7 @@ from pipelines.kubeflow.compiled_pipeline import (
     CompiledPipeline,
     RunChoice,
     read_compiled,
-    refuse_files_of_this_folder,
+    refuse_files_of_this_machine,
     run_parameters,
 )
 from pipelines.kubeflow.versions import find_version
@@ -78,7 +78,7 @@ def submit(wish: Submission, access: Access) -> SubmittedRun:
         wish = replace(wish, choice=replace(wish.choice, overrides=(*wish.choice.overrides, f"rounds={wish.rounds}")))
     # the pipeline's rounds are not known yet: so many as there can be
     settings = resolve_settings(wish.choice.profile, wish.choice.seed, ["rounds=20", *wish.choice.overrides])
-    refuse_files_of_this_folder(settings)
+    refuse_files_of_this_machine(settings)
     with tempfile.TemporaryDirectory() as folder:
         wish = _compiled_for_platform(wish, Path(folder) / "pipeline.yaml")
         local = read_compiled(wish.file) if wish.file else None

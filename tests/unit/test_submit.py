@@ -113,7 +113,9 @@ def test_the_link_is_of_the_ui_where_that_is_elsewhere(
         (["FILE", "--set", "ppo.steps=-1"], "ppo.steps=-1 is refused"),
         (["FILE", "--set", "data.prompts=mine/prompts.jsonl"], "data.prompts=mine/prompts.jsonl is a file of this"),
         (["FILE", "--set", "gate.regressions=mine.jsonl"], "gate.regressions=mine.jsonl is a file of this"),
+        (["FILE", "--set", "data.prompts=FILE"], "data.prompts=FILE is a file of this machine"),
         (["FILE", "--set", "base_model=./mine"], "base_model=./mine is a folder of this machine"),
+        (["FILE", "--set", "base_model=/usr"], "base_model=/usr is a folder of this machine"),
         (
             ["FILE", "--set", "base_model=tests/unit"],
             "put it into the store with `saferlhf models push tests/unit s3://",
@@ -138,6 +140,17 @@ def test_what_cannot_run_is_refused_before_anything_is_sent(
     assert status == 1
     assert sentence.replace("FILE", str(compiled_pipeline)) in said
     assert kfp.calls == []
+
+
+def test_a_path_that_the_pods_may_have_is_left_to_them(
+    kfp: KfpServer, compiled_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is not here; from within a pod, as a notebook's, also one that is there on a volume."""
+    elsewhere = ("--set", "data.prompts=/volume/prompts.jsonl", "--set", "base_model=/volume/model")
+    assert saferlhf("submit", str(compiled_pipeline), *elsewhere)[0] == 0
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    assert saferlhf("submit", str(compiled_pipeline), "--set", f"data.prompts={compiled_pipeline}")[0] == 0
+    assert len(kfp.runs) == 2
 
 
 @pytest.mark.fault
