@@ -5,6 +5,7 @@ WORKDIR ?= runs
 SEED    ?= 0
 SEEDS   ?= 0 1 2
 SET     ?=
+RESUME  ?=
 VENV    := .venv
 BIN     := $(VENV)/bin
 # vLLM has an environment of its own. On a GPU: make vllm VLLM=vllm==0.32.0, and the same for vllm-test.
@@ -34,8 +35,8 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	@touch $@
 
-run: install ## run the whole pipeline here (PROFILE=smol|tiny WORKDIR=runs SEED=0 SET="key=value ...")
-	$(BIN)/saferlhf run --profile $(PROFILE) --workdir $(WORKDIR) --seed $(SEED) $(foreach s,$(SET),--set $(s))
+run: install ## run the whole pipeline here (PROFILE=smol|tiny WORKDIR=runs SEED=0 SET="key=value ..."); RESUME=RUN_ID goes on with one
+	$(BIN)/saferlhf run --profile $(PROFILE) --workdir $(WORKDIR) --seed $(SEED) $(foreach s,$(SET),--set $(s)) $(if $(RESUME),--resume $(RESUME))
 
 test: install lint ## check style and types, run all tests but those of images-test and vllm-test
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 2 --dist loadgroup \
@@ -155,7 +156,7 @@ bench-bandit: install ## fixed cost weights against the multiplier: draw the pic
 
 compiled: install ## compile the pipeline for every platform in pipelines/platforms into pipelines/compiled
 	for file in pipelines/platforms/*.yaml; do \
-		$(BIN)/saferlhf compile --platform $$file -o pipelines/compiled/$$(basename $$file) || exit 1; done
+		$(BIN)/saferlhf compile --platform $$file --example-images -o pipelines/compiled/$$(basename $$file) || exit 1; done
 
 # REGISTRY, TAG, BUILDER, PIP_CONF, BUILD_OPTIONS, ...: see images/README.md. What is set on make's command line is in
 # the script's environment.

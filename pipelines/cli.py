@@ -22,6 +22,7 @@ from pipelines import registry, serving
 from pipelines.annotations import annotations_app
 from pipelines.kubeflow import commands as kubeflow
 from pipelines.options import INTERRUPTED, FromRound, FromRun, Overrides, Profile, Seed, with_start
+from pipelines.own_command import own_command
 from pipelines.validate import RecordKind, validate_file
 
 app = typer.Typer(
@@ -65,14 +66,17 @@ def run(
     from pipelines.local.run import LocalRun, run_here
 
     run_id = resume or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    options = [word for override in overrides for word in ("--set", override)]
+    place = ("--profile", profile, "--workdir", str(workdir), "--seed", str(seed))
+    go_on = own_command("run", *place, *options, "--resume", run_id)
     try:
-        run_here(LocalRun(settings, overrides, workdir, run_id, resumed=bool(resume)))
+        run_here(LocalRun(settings, overrides, workdir, run_id, resumed=bool(resume), go_on=go_on))
     except KeyboardInterrupt:
         with contextlib.suppress(OSError):  # a terminal that was closed
-            typer.echo(f"saferlhf: interrupted; the same command with --resume {run_id} goes on", err=True)
+            typer.echo(f"saferlhf: interrupted; to go on: {go_on}", err=True)
         raise typer.Exit(INTERRUPTED) from None
     except LabelsAwaited as waiting:
-        typer.echo(f"{waiting}; all with --workdir {workdir}")
+        typer.echo(f"{waiting}; all with --workdir {workdir}; to go on here: {go_on}")
         raise typer.Exit(WAITING_EXIT_CODE) from None
     except NothingNew as end:
         typer.echo(str(end))
@@ -119,6 +123,9 @@ def compile_(
     image_rollout: Annotated[str, typer.Option(help="the same")] = "",
     image_service: Annotated[str, typer.Option(help="the same")] = "",
     table: Annotated[bool, typer.Option("--table", help="print what each step asks of the cluster")] = False,
+    example_images: Annotated[
+        bool, typer.Option("--example-images", help="keep the shipped files' images, which nobody can pull: to look at")
+    ] = False,
 ) -> None:
     """Compile the pipeline to the YAML that Kubeflow Pipelines runs, placed on a cluster's pools by --platform."""
     if output.suffix not in (".yaml", ".yml"):
@@ -129,15 +136,17 @@ def compile_(
     from pipelines.cluster.platform_file import read_platform
 
     cluster = read_platform(platform, {name: image for name, image in images.items() if image})
+    if cluster.example_images and not example_images:
+        raise SettingsError(
+            f"platform {platform} has only examples of the images {', '.join(cluster.example_images)}: give yours with "
+            f"{', '.join(f'--image-{name}' for name in cluster.example_images)}, as `make -s images-push` prints them, "
+            "or in a copy of its file"
+        )
     compile_to(output, rounds, cluster)
     if table:
         typer.echo(executors.table(executors.read_steps(output.read_text(encoding="utf-8"))))
     typer.echo(f"wrote {output}")
     typer.echo(f"start its runs with the service account {cluster.service_account}")
-    if cluster.has_placeholder_images:
-        typer.echo(
-            "its images are examples: give yours with --image-trainer, --image-rollout and --image-service", err=True
-        )
 
 
 @app.command()
@@ -179,7 +188,7 @@ def _examine_store(uri: str, as_json: bool) -> None:
 
 @app.command()
 def up(workdir: WorkDir = Path("runs")) -> None:
-    """Start S3 and MLflow and leave them running, for browsing."""
+    """Start S3 and MLflow, print their addresses, and leave them running, for browsing."""
     from pipelines.local import services
 
     endpoints, started = services.up(workdir)
@@ -196,10 +205,17 @@ def down(workdir: WorkDir = Path("runs")) -> None:
 
 @app.command()
 def env(workdir: WorkDir = Path("runs")) -> None:
-    """Print what a shell needs to reach the servers of a work folder, keys too: eval "$(saferlhf env)"."""
+    """Print what a shell needs to reach the servers of a work folder, keys too: eval "$(saferlhf env)".
+
+    It starts them if they are not running, and they stay until `saferlhf down`. The folder must be that of a run.
+    """
     from pipelines.local import services
 
-    endpoints, _ = services.up(workdir)
+    services.check_used(workdir)
+    endpoints, started = services.up(workdir)
+    if started:
+        stop = own_command("down", "--workdir", str(workdir))
+        typer.echo(f"saferlhf: started MLflow and S3, which stay; to stop them: {stop}", err=True)
     for name, value in {**endpoints.environment, "SAFERLHF_CACHE": str(workdir.resolve() / "cache")}.items():
         typer.echo(f"export {name}={shlex.quote(value)}")
 

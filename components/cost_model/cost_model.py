@@ -1,6 +1,7 @@
 """The cost model: scores how harmful an answer is, with the sign of safety (paper section 3.2).
 
 Run: 1 read preferences, 2 train adapter and head, 3 measure held-out accuracy, sign accuracy and AUC, 4 commit.
+These steps are in `components/foundation/preference_stage.py`; here is what the cost model has of its own.
 """
 
 from __future__ import annotations

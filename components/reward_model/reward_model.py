@@ -1,6 +1,7 @@
 """The reward model: scores how helpful an answer is, blind to its harm (paper section 3.2).
 
 Run: 1 read preferences, 2 train adapter and head, 3 measure held-out accuracy, 4 commit.
+These steps are in `components/foundation/preference_stage.py`; here is what the reward model has of its own.
 """
 
 from __future__ import annotations

@@ -191,9 +191,9 @@ class Platform(_Part):
         return [*pool.tolerations, *self._spot(pool).tolerations]
 
     @property
-    def has_placeholder_images(self) -> bool:
-        """Whether an image is still an example of the shipped files."""
-        return any(is_example_image(image) for image in self.images.model_dump().values())
+    def example_images(self) -> list[str]:
+        """The images, by `trainer`, `rollout`, `service`, that are still examples of the shipped files."""
+        return [name for name, image in self.images.model_dump().items() if is_example_image(image)]
 
     def _spot(self, pool: Pool) -> NodeMarks:
         return (self.spot if pool.capacity == "spot" else None) or NodeMarks()

@@ -81,7 +81,7 @@ def as_json(findings: Sequence[Finding]) -> str:
 def _s3(patient: Patient) -> Finding:
     uri = patient.environment.get("SAFERLHF_STORE_URI", "")
     if not uri:
-        return _not_set("SAFERLHF_STORE_URI")
+        return _not_set("SAFERLHF_STORE_URI", "starts a store of its own or uses that of AWS_ENDPOINT_URL")
     CheckpointStore(uri).probe()
     return Finding("ok", f"{uri} can be written, and conditional writes are honoured")
 
@@ -89,7 +89,7 @@ def _s3(patient: Patient) -> Finding:
 def _mlflow(patient: Patient) -> Finding:
     uri = patient.environment.get("MLFLOW_TRACKING_URI", "")
     if not uri:
-        return _not_set("MLFLOW_TRACKING_URI")
+        return _not_set("MLFLOW_TRACKING_URI", "starts an MLflow of its own")
     Tracker(uri, EXPERIMENT).check()
     return Finding("ok", f"{uri} answers queries")
 
@@ -97,14 +97,19 @@ def _mlflow(patient: Patient) -> Finding:
 def _kfp(patient: Patient) -> Finding:
     environment = patient.environment
     if not any(name in environment for name in ("KFP_HOST", "KF_PIPELINES_ENDPOINT", "KUBERNETES_SERVICE_HOST")):
-        return _not_set("KFP_HOST")
+        return _not_set("KFP_HOST", "runs without Kubeflow")
     access = access_from(environment)
     versions = count_versions(connect(access))
     return Finding("ok", f"{access.host} holds {versions} version{'' if versions == 1 else 's'} of {PIPELINE}")
 
 
-def _not_set(name: str) -> Finding:
-    return Finding("skipped", f"{name} is not set", "the chart sets it in its pods; elsewhere, export it")
+def _not_set(name: str, what_a_run_does: str) -> Finding:
+    return Finding(
+        "skipped",
+        f"{name} is not set",
+        f"not needed for `saferlhf run`, which {what_a_run_does}; to reach a cluster's, export it, as the chart does "
+        "in its pods",
+    )
 
 
 CHECKS: dict[str, Callable[[Patient], Finding]] = {

@@ -112,7 +112,7 @@ def _compiled_for_platform(wish: Submission, output: Path) -> Submission:
     if not wish.platform:
         return wish
     platform = read_platform(wish.platform)
-    if platform.has_placeholder_images:
+    if platform.example_images:
         raise SettingsError(
             f"platform {wish.platform} has example images: put yours in a copy of its file, or "
             "`saferlhf compile --platform ... --image-trainer ...` and submit that YAML"

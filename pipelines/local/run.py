@@ -26,6 +26,7 @@ from components.foundation.errors import (
     LabelsAwaited,
     NothingNew,
     SettingsError,
+    StoreError,
     TrackingError,
     TrainingError,
 )
@@ -61,6 +62,7 @@ class LocalRun:
     work_dir: Path
     run_id: str
     resumed: bool = False
+    go_on: str = ""  # the command that goes on with it when it has stopped
 
     @property
     def run_uri(self) -> str:
@@ -118,6 +120,7 @@ def run_here(run: LocalRun) -> Path:
             raise
         except Exception:
             status = "FAILED"
+            _say_how_to_go_on(run, screen)
             raise
         finally:
             notify(run.run_uri, run.run_id, _WORDS[status])
@@ -156,6 +159,13 @@ def _run_pipeline(run: LocalRun, screen: Screen, python: str) -> None:
             screen.close()
     if screen.nothing_new:
         raise NothingNew(screen.nothing_new)
+
+
+def _say_how_to_go_on(run: LocalRun, screen: Screen) -> None:
+    """Unless there is nothing to go on with, or nobody to ask: what went wrong is told after this."""
+    with contextlib.suppress(StoreError):
+        if run.go_on and CheckpointStore(run.settings.store.uri).has_text(f"{run.run_uri}/run.json"):
+            screen.line(f"run {run.run_id} has failed; once the cause is mended, go on with: {run.go_on}")
 
 
 def _close_tracking(tracking_uri: str, run: LocalRun, status: RunStatus) -> None:

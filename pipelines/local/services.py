@@ -99,8 +99,8 @@ def services_in_environment(work_dir: Path) -> Iterator[Endpoints]:
         SettingsError: a server of the work folder is needed, and no run has used that folder.
         ServiceError: a server did not start; the message holds the end of its log.
     """
-    if not _all_given(_given_environment()) and not (work_dir / "services").is_dir():
-        raise SettingsError(f"no run has used the work folder {work_dir}: name that of the run with --workdir")
+    if not _all_given(_given_environment()):
+        check_used(work_dir)
     with local_services(work_dir) as endpoints:
         before = dict(os.environ)
         os.environ.update(endpoints.environment)
@@ -109,6 +109,12 @@ def services_in_environment(work_dir: Path) -> Iterator[Endpoints]:
         finally:
             os.environ.clear()
             os.environ.update(before)
+
+
+def check_used(work_dir: Path) -> None:
+    """Raises: SettingsError where the folder has no servers' data, and may be mistyped."""
+    if not (work_dir / "services").is_dir():
+        raise SettingsError(f"no run has used the work folder {work_dir}: name that of the run with --workdir")
 
 
 def up(work_dir: Path) -> tuple[Endpoints, bool]:

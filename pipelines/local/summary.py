@@ -19,6 +19,7 @@ from components.foundation.results import (
     read_record,
 )
 from components.foundation.run_context import ROUND_STAGES, RunContext, finished_uri, open_run, store_root
+from pipelines.own_command import own_command
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def closing_words(work_dir: Path) -> str:
     before, after, promotion = summary["sft"]["eval"], summary["rounds"][-1]["eval"], summary["promotion"]
     multipliers = [value for entry in summary["rounds"] for value in entry["ppo"]["lambda"]]
     policy_uri = summary["rounds"][-1]["policy_uri"]
+    up, down = (own_command(action, "--workdir", str(work_dir)) for action in ("up", "down"))
     rows = {
         "outcome": f"{promotion['model']} version {promotion['version']} is {promotion['alias']}, "
         f"after {summary['wall_seconds']:.0f} s, with {summary['peak_memory_bytes'] / 1e9:.1f} GB of memory at most",
@@ -74,7 +76,7 @@ def closing_words(work_dir: Path) -> str:
         "lambda trace": f"{work_dir / 'summary.json'} (rounds[].ppo.lambda, {len(multipliers)} steps: "
         f"{multipliers[0]:.2f} ... {max(multipliers):.2f} ... {multipliers[-1]:.2f})",
         "report": summary["report"],
-        "MLflow": f"saferlhf up --workdir {work_dir}   (opens the pages; `saferlhf down` closes them)",
+        "MLflow": f"{up}   (starts MLflow and S3 and prints their addresses; to stop them: {down})",
     }
     return "\n".join(f"{name:>13}  {text}" for name, text in rows.items())
 

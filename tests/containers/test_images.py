@@ -139,7 +139,7 @@ def test_the_rollout_image_has_vllm_and_a_compiler_that_works(podman: Podman, im
 def test_the_command_line_works_in_the_service_image(podman: Podman, images: Images) -> None:
     commands = (
         "saferlhf settings --profile tiny",
-        "saferlhf compile --platform local -o /tmp/p.yaml",
+        "saferlhf compile --platform local --example-images -o /tmp/p.yaml",
         "grep -c 'image: ' /tmp/p.yaml",
     )
     script = " && ".join(commands)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import sqlite3
@@ -46,8 +47,11 @@ def run_tiny(workdir: Path, *settings: str, **environment: str) -> tuple[dict[st
     return summary, done.stdout
 
 
-def interrupted(arguments: Sequence[str], line: str, number: signal.Signals) -> tuple[str, list[psutil.Process]]:
-    """Send a signal to a run as soon as it prints `line`; returns its id and the processes that it had.
+def interrupted(
+    arguments: Sequence[str], line: str, number: signal.Signals
+) -> tuple[str, list[str], list[psutil.Process]]:
+    """Send a signal to a run as soon as it prints `line`; returns its id, the command that it names for going on, and
+    the processes that it had.
 
     SIGINT goes to all of its process group, as a terminal sends it.
     """
@@ -68,11 +72,11 @@ def interrupted(arguments: Sequence[str], line: str, number: signal.Signals) -> 
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     run_id = first.split()[-1]
-    assert errors.strip().splitlines() == [
-        "saferlhf: stopping, once the step in progress is saved; again to stop now",
-        f"saferlhf: interrupted; the same command with --resume {run_id} goes on",
-    ]
-    return run_id, children
+    stopping, ended = errors.strip().splitlines()
+    assert stopping == "saferlhf: stopping, once the step in progress is saved; again to stop now"
+    words, _, go_on = ended.partition("; to go on: ")
+    assert (words, shlex.split(go_on)[0]) == ("saferlhf: interrupted", str(SAFERLHF))
+    return run_id, shlex.split(go_on)[1:], children
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +177,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped(first_run: tuple[dict[str, 
         "ppo.steps=8",
     )
     arguments += tuple(word for option in options for word in ("--set", option))
-    run_id, _ = interrupted(arguments, "step 2: cost", signal.SIGINT)
-    done = saferlhf(*arguments, "--resume", run_id)
+    run_id, go_on, _ = interrupted(arguments, "step 2: cost", signal.SIGINT)
+    done = saferlhf(*go_on)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "progress sft" not in done.stdout  # the stage was opened, and had nothing left to do
     assert "ppo_lagrangian: goes on after step" in done.stdout
@@ -321,20 +325,22 @@ def test_row_33_keys_stand_in_nothing_that_a_run_leaves_or_says(
 def test_row_33_keys_stand_in_no_compiled_pipeline(tmp_path: Path) -> None:
     compiled = tmp_path / "pipeline.yaml"
     planted = {**PLANTED, "AWS_SECRET_ACCESS_KEY": "planted-store-key"}
-    done = saferlhf("compile", "-o", str(compiled), "--platform", "gke", environment=planted)
+    done = saferlhf("compile", "-o", str(compiled), "--platform", "gke", "--example-images", environment=planted)
     assert done.returncode == 0, done.stderr
     text = compiled.read_text() + done.stdout + done.stderr
     assert "AWS_SECRET_ACCESS_KEY" in text  # its name, in the secret that a step gets it from
     assert not [secret for secret in planted.values() if secret in text]
 
 
-def test_report_and_closing_words(first_run: tuple[dict[str, Any], str]) -> None:
+def test_report_and_closing_words(first_run: tuple[dict[str, Any], str], workdir: Path) -> None:
     summary, output = first_run
     page = summary["page"]
     assert summary["run_id"] in page
     assert "<script" not in page
-    for told in (summary["report"], summary["rounds"][-1]["policy_uri"], "lambda trace", "saferlhf up --workdir"):
+    for told in (summary["report"], summary["rounds"][-1]["policy_uri"], "lambda trace"):
         assert told in output
+    for action in ("up", "down"):  # as they can be typed, whatever is on the PATH
+        assert f"{SAFERLHF} {action} --workdir {workdir}" in output
 
 
 def test_exported_policy_loads_without_our_code(first_run: tuple[dict[str, Any], str]) -> None:
@@ -357,7 +363,7 @@ def test_exported_policy_loads_without_our_code(first_run: tuple[dict[str, Any],
 @pytest.mark.fault
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_no_process_behind(tmp_path: Path, number: signal.Signals) -> None:
-    _, children = interrupted(("run", "--profile", "tiny", "--workdir", str(tmp_path)), "sft: started", number)
+    *_, children = interrupted(("run", "--profile", "tiny", "--workdir", str(tmp_path)), "sft: started", number)
     assert len(children) >= 3  # S3, MLflow, the step
     _, alive = psutil.wait_procs(children, timeout=30)
     assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
@@ -419,6 +425,11 @@ def test_row_24_a_threshold_that_no_policy_can_miss_is_refused(
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1
     assert "threshold 1000" in done.stderr and "inert" in done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert re.fullmatch(
+        rf"run \S+ has failed; once the cause is mended, go on with: {SAFERLHF} run .*--resume \S+", last
+    )
+    assert f"--workdir {workdir}" in last and "--set ppo.threshold=1000" in last
     assert "step 1:" not in done.stdout and "register: started" not in done.stdout
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -237,3 +238,19 @@ def test_a_shell_reaches_the_servers_with_what_env_prints(upped: Callable[[], En
     script = f'eval "$({saferlhf} env --workdir {tmp_path})" && {sys.executable} -c "{program}"'
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == endpoints.tracking_uri, done.stderr
+    assert done.stderr == ""  # they ran already
+
+
+def test_env_says_that_it_has_started_servers_and_how_to_stop_them(tmp_path: Path) -> None:
+    saferlhf = Path(sys.executable).with_name("saferlhf")
+    (tmp_path / "services").mkdir()  # as a run leaves it
+    command = [saferlhf, "env", "--workdir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    words, _, stop = done.stderr.strip().partition("; to stop them: ")
+    try:
+        assert words == "saferlhf: started MLflow and S3, which stay"
+        assert all(line.startswith("export ") for line in done.stdout.splitlines())
+    finally:
+        stopped = subprocess.run(shlex.split(stop), capture_output=True, text=True, check=False)
+    assert stopped.stdout == "stopped\n"
+    assert down(tmp_path) is False

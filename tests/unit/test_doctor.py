@@ -183,6 +183,9 @@ def test_alone_every_check_is_made_and_what_is_not_set_up_is_no_fault(tmp_path: 
     by_name = {finding.name: finding for finding in findings}
     assert [by_name[name].result for name in ("s3", "mlflow", "kfp", "cluster")] == ["skipped"] * 4
     assert by_name["s3"].found == "SAFERLHF_STORE_URI is not set"
+    for name in ("s3", "mlflow", "kfp"):  # nothing is lacking for a first run
+        assert by_name[name].to_do.startswith("not needed for `saferlhf run`, which ")
+        assert "to reach a cluster's, export it" in by_name[name].to_do
     assert all(finding.to_do for finding in findings if finding.result in ("skipped", "failed"))
 
 

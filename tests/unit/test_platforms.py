@@ -17,7 +17,7 @@ from google.protobuf import json_format
 from components.foundation.errors import SettingsError
 from components.foundation.scheduling import check_pool_choice
 from pipelines.cluster.executors import Step, form_field, read_steps, row, steps_of
-from pipelines.cluster.platform_file import read_platform, shipped_platforms
+from pipelines.cluster.platform_file import is_example_image, read_platform, shipped_platforms
 from pipelines.safe_rlhf import build_pipeline
 
 PLATFORMS = Path(__file__).parents[2] / "pipelines" / "platforms"
@@ -415,7 +415,7 @@ class TestCommand:
         done = self.compile("--platform", "gke", "--rounds", "1", "--table", "-o", str(output), *images)
         assert done.returncode == 0, done.stderr
         assert {step.container.image for step in read_steps(output.read_text())} == set(images[1::2])
-        assert "images are examples" not in done.stderr
+        assert done.stderr == ""
         header, *lines = done.stdout.splitlines()
         assert header.split()[:5] == ["stage", "image", "cpu", "memory", "accelerator"]
         ppo = next(line for line in lines if line.startswith("ppo_lagrangian"))
@@ -432,6 +432,19 @@ class TestCommand:
         assert "acme/service:2 is not pinned" in done.stderr
         assert len(done.stderr.splitlines()) == 1
         assert not output.exists()
+
+    @pytest.mark.fault
+    def test_images_that_nobody_named_are_refused_unless_they_are_meant(self, tmp_path: Path) -> None:
+        """As where `$(cat pushed)` found no file."""
+        output, image = tmp_path / "p.yaml", f"--image-service=acme.example/service@{DIGEST}"
+        done = self.compile("-o", str(output), "--platform", "gke", image)
+        assert (done.returncode, len(done.stderr.splitlines()), output.exists()) == (1, 1, False)
+        assert "has only examples of the images trainer, rollout: give yours with --image-trainer, --image-rollout" in (
+            done.stderr
+        )
+        done = self.compile("-o", str(output), "--platform", "gke", "--rounds", "1", "--example-images")
+        assert done.returncode == 0, done.stderr
+        assert all(is_example_image(step.container.image) for step in read_steps(output.read_text()))
 
     @pytest.mark.fault
     def test_without_a_platform_no_step_has_a_place(self, tmp_path: Path) -> None:
