@@ -113,7 +113,8 @@ def refuse_files_of_this_folder(settings: Settings) -> None:
         if source != BUILTIN and not source.startswith(("/", "s3://", "datasets:")):
             raise SettingsError(
                 f"{name}={source} is a file of this machine, and the run's pods do not see it: put it into the "
-                "store, for instance with `aws s3 cp`, and give its s3:// address (or the path of a volume that the pods have)"
+                "store, for instance with `aws s3 cp`, and give its s3:// address (or the path of a volume that the "
+                "pods have)"
             )
     model = settings.base_model
     if model.startswith(".") or (not model.startswith("/") and Path(model).is_dir()):
