@@ -16,6 +16,7 @@ from components.annotate.annotate import run_annotate
 from components.annotate.human.batch_store import BatchStore
 from components.annotate.human.label_import import import_labels
 from components.annotate.human.label_parsing import Label
+from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.errors import AnnotationError, DataError, LabelsAwaited
 from components.foundation.judging.rules import declines
 from components.foundation.preference import NEWEST_FILE, CollectedAnswer, DualPreference, read_jsonl
@@ -111,6 +112,7 @@ def test_an_id_is_looked_for_in_the_store_of_the_environment(
     unlabelled: WaitingRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     by_id = replace(unlabelled, uri=unlabelled.context.run_id)
+    CheckpointStore("s3://saferlhf").ensure_bucket()  # another test may not have made it yet
     assert "there is no run s3://saferlhf/pipeline/runs/" in str(by_id.command("status").exception)
     monkeypatch.setenv("SAFERLHF_STORE_URI", f"{unlabelled.context.settings.store.uri}/")
     done = by_id.command("status")
