@@ -8,7 +8,7 @@ suite greedily, 7 commit evaluation.json, answers.jsonl and regressions.jsonl.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -189,7 +189,7 @@ def _scored(
     reward_folder: Path,
     cost_folder: Path,
 ) -> tuple[list[HeldOutAnswer], list[HeldOutAnswer]]:
-    """Both lists with the scores of the round's reward and cost model.
+    """Both lists with the scores of the round's reward and cost model, for `evaluate.scored_prompts` of each kind.
 
     An answer is scored beside the other policy's to the same prompt, or beside itself where there is none.
     """
@@ -198,7 +198,8 @@ def _scored(
             backbone.load_role(role, folder)
     encoder = ChatEncoder(backbone.tokenizer, settings.ppo.max_prompt_tokens, settings.evaluate.max_new_tokens + 1)
     ours, theirs = ({a.prompt: encoder.sequence(a.prompt, a.answer) for a in group} for group in (answers, baseline))
-    prompts = list(dict.fromkeys([*ours, *theirs]))
+    kinds = {a.prompt: a.kind for a in (*answers, *baseline)}
+    prompts = spread_over_kinds(kinds, settings.evaluate.scored_prompts)
     pairs = [(ours[p] if p in ours else theirs[p], theirs[p] if p in theirs else ours[p]) for p in prompts]
     scores: dict[str, list[list[float]]] = {}  # of each prompt: [reward, cost] of our answer, and of theirs
     for rows in batches_by_length([row_length(pair) for pair in pairs], _PAIRS_PER_FORWARD):
@@ -210,10 +211,23 @@ def _scored(
         scores |= zip((prompts[i] for i in rows), torch.stack(columns, dim=-1).tolist(), strict=True)
 
     def scored(group: Sequence[HeldOutAnswer], place: int) -> list[HeldOutAnswer]:
-        found = [scores[answer.prompt][place] for answer in group]
+        found = [scores[answer.prompt][place] if answer.prompt in scores else (None, None) for answer in group]
         return [replace(a, reward=reward, cost=cost) for a, (reward, cost) in zip(group, found, strict=True)]
 
     return scored(answers, 0), scored(baseline, 1)
+
+
+def spread_over_kinds(kinds: Mapping[str, str], count: int) -> list[str]:
+    """At most `count` prompts of each kind, evenly spread over those there are (0: all of them).
+
+    Held-out files are often sorted, by category for instance, so the first ones would not stand for all.
+    """
+    chosen: list[str] = []
+    for kind in dict.fromkeys(kinds.values()):
+        own = [prompt for prompt, its_kind in kinds.items() if its_kind == kind]
+        n = min(count or len(own), len(own))
+        chosen += [own[i * len(own) // n] for i in range(n)]
+    return chosen
 
 
 def _arena(answers: Sequence[HeldOutAnswer], theirs: dict[str, HeldOutAnswer]) -> Arena:

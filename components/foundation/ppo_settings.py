@@ -195,15 +195,16 @@ class PpoSettings(Section):
         ge=0,
         description="weight of the language-model loss on demonstrations (PTX) in the actor's update",
     )
-    ptx_demonstrations: Literal["harmless", "safe"] = Field(
+    ptx_demonstrations: Literal["harmless", "safe", "labelled"] = Field(
         "harmless",
-        description="those for PTX: on harmless prompts; safe: and those on attacks that the cost model calls safe",
+        description="those for PTX: on harmless prompts; safe: and those on attacks that the cost model calls safe; "
+        "labelled: and answers to attacks in data.preferences that are labelled safe",
     )
     red_team_share: float = Field(
         0.6,
         ge=0,
         le=1,
-        description="share of red-team prompts in a rollout batch, in collect, and in PTX's safe demonstrations",
+        description="share of red-team prompts in a rollout batch, in collect, and in PTX's answers to attacks",
     )
     max_skipped_updates: int = Field(
         3,

@@ -325,6 +325,23 @@ def demonstrations_on_attacks(
     return [d for d in demonstrations if d.prompt in attacks]
 
 
+def labelled_safe_on_attacks(
+    preferences: Sequence[DualPreference], prompts: Sequence[PromptRecord]
+) -> list[Demonstration]:
+    """The answers to prompts that are listed as attacks which people labelled safe, each once."""
+    attacks = {p.prompt for p in prompts if p.kind == "red_team"}
+    answers = [
+        (record.prompt, answer)
+        for record in preferences
+        for answer, is_safe in (
+            (record.response_0, record.is_response_0_safe),
+            (record.response_1, record.is_response_1_safe),
+        )
+        if is_safe and record.prompt in attacks
+    ]
+    return [Demonstration(*answer) for answer in dict.fromkeys(answers)]
+
+
 def _collect(source: str, kind: type[Record], rows: Iterator[tuple[int, bytes, Any]]) -> LoadResult[Record]:
     records: list[Record] = []
     bad: list[BadRow] = []

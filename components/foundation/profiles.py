@@ -50,7 +50,7 @@ PROFILES: dict[str, dict[str, Any]] = {
             "continuation_weight": 0.25,
             "kl_coefficient": 0.1,
             "ptx_coefficient": 2.0,
-            "ptx_demonstrations": "safe",
+            "ptx_demonstrations": "labelled",
             "threshold_target": 0.06,
             "threshold_answers": "newest",
             "lagrangian": "pid",
@@ -63,7 +63,7 @@ PROFILES: dict[str, dict[str, Any]] = {
             "cost_window": 72,
             "red_team_share": 0.4,
         },
-        "evaluate": {"temperature": 0.7, "max_new_tokens": 32, "batch_size": 128},
+        "evaluate": {"temperature": 0.7, "max_new_tokens": 32, "batch_size": 128, "scored_prompts": 48},
         "gate": {"max_regressions": 3},
     },
     "tiny": {

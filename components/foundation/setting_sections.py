@@ -171,6 +171,11 @@ class EvaluateSettings(Section):
     )
     max_new_tokens: int = Field(40, ge=1, description="longest answer in tokens, with its EOS")
     batch_size: int = Field(64, ge=1, description="answers that are drawn at once")
+    scored_prompts: int = Field(
+        0,
+        ge=0,
+        description="held-out prompts of each kind whose answers reward and cost model score; all are judged (0: all)",
+    )
     confidence: float = Field(
         0.95,
         gt=0.5,

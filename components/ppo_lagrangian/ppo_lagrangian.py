@@ -28,10 +28,13 @@ from components.foundation.judging import make_judge
 from components.foundation.policy import ACTOR, export_merged
 from components.foundation.ppo_settings import PpoSettings
 from components.foundation.preference import (
+    TRAINING_FILE,
     Demonstration,
+    DualPreference,
     PromptRecord,
     demonstrations_for_ptx,
     demonstrations_on_attacks,
+    labelled_safe_on_attacks,
     read_jsonl,
 )
 from components.foundation.progress import Progress
@@ -142,12 +145,11 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
         if ppo.ptx_coefficient and ppo.ptx_demonstrations == "safe":  # the trainer has placed the weights on devices
             on_attacks = [encoder.sequence(d.prompt, d.response) for d in demonstrations_on_attacks(shipped, prompts)]
             trainer.attack_demonstrations = safe_sequences(backbone, on_attacks)
-            n_safe = len(trainer.attack_demonstrations)
-            log.log(
-                logging.INFO if n_safe else logging.WARNING,
-                "PTX: %d demonstrations on harmless prompts, and %d of %d on attacks, which the cost model calls safe",
-                *(len(demonstrations), n_safe, len(on_attacks)),
-            )
+            tell_demonstrations(trainer, f" of {len(on_attacks)}", "which the cost model calls safe")
+        elif ppo.ptx_coefficient and ppo.ptx_demonstrations == "labelled":
+            labelled = labelled_safe_on_attacks(read_jsonl(data_folder / TRAINING_FILE, DualPreference), prompts)
+            trainer.attack_demonstrations = [encoder.sequence(d.prompt, d.response) for d in labelled]
+            tell_demonstrations(trainer, "", "answers that are labelled safe")
         progress = Progress(STAGE, settings.ppo.steps, "steps")
         constraint_gauges = ConstraintGauges(constraint.threshold, settings.ppo)
         log.info("cost threshold %.3f, lambda starts at %.2f", constraint.threshold, trainer.multiplier.value)
@@ -175,6 +177,16 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
         card = model_card(settings, stage.context.run_id, round_number, trace, CardEvidence(data_digests, results))
         (out / "model" / "README.md").write_text(card, encoding="utf-8")
         return stage.commit(out, step=settings.ppo.steps, parents=inputs.parents())
+
+
+def tell_demonstrations(trainer: PpoLagrangian, of: str, which: str) -> None:
+    """Log what PTX holds on to. Without an answer to an attack it is harmless prompts alone, which wants a warning."""
+    on_attacks = len(trainer.attack_demonstrations)
+    log.log(
+        logging.INFO if on_attacks else logging.WARNING,
+        "PTX: %d demonstrations on harmless prompts, and %d%s on attacks, %s",
+        *(len(trainer.demonstrations), on_attacks, of, which),
+    )
 
 
 def in_later_round(ppo: PpoSettings, previous: PpoTrace) -> PpoSettings:

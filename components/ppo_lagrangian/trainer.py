@@ -106,7 +106,7 @@ class PpoLagrangian:
         self._settings = settings
         self._constraint = constraint
         self._seed = seed
-        self._demonstrations = demonstrations
+        self.demonstrations = demonstrations
         self.attack_demonstrations: Sequence[TokenSequence] = ()
         self.guard = UpdateGuard(settings.max_skipped_updates)
         self.multiplier = start_multiplier(settings)
@@ -268,7 +268,7 @@ class PpoLagrangian:
         n_attacks = round(self._settings.red_team_share * count) if self.attack_demonstrations else 0
         sequences = [
             group[i]
-            for group, n in ((self.attack_demonstrations, n_attacks), (self._demonstrations, count - n_attacks))
+            for group, n in ((self.attack_demonstrations, n_attacks), (self.demonstrations, count - n_attacks))
             for i in torch.randint(max(1, len(group)), (n,), generator=generator).tolist()
         ]
         return collated(self._backbone, [sequences[i] for i in share.places.tolist()]), answer_tokens(sequences)

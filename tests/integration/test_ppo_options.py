@@ -24,6 +24,7 @@ from components.cost_model.cost_model import run_cost_model
 from components.foundation import activation_checkpointing
 from components.foundation.checkpoint_store import CheckpointStore
 from components.foundation.exit_codes import PREEMPTED_EXIT_CODE
+from components.foundation.preference import TRAINING_FILE, DualPreference, PromptRecord, read_jsonl
 from components.foundation.results import PpoTrace, read_record
 from components.foundation.run_context import open_run
 from components.foundation.tracking import STAGE_TAG
@@ -131,6 +132,29 @@ def test_safe_answers_to_attacks_take_part_in_ptx(models: Models, capsys: pytest
     (passed, of), *others = re.findall(r"PTX: \d+ .* harmless prompts, and (\d+) of (\d+) on attacks", said)
     assert 0 < int(passed) < int(of) and not others
     assert models.actor(safe) != models.actor(harmless)
+
+
+def test_labelled_answers_to_attacks_take_part_in_ptx(models: Models, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are the training pairs' own: those of the held-out pairs, which measure the models, stay apart."""
+    data = CheckpointStore(models.root).fetch(models.inputs.data)
+    attacks = {p.prompt for p in read_jsonl(data / "prompts.jsonl", PromptRecord) if p.kind == "red_team"}
+    safe_answers = {
+        (pair.prompt, answer)
+        for pair in read_jsonl(data / TRAINING_FILE, DualPreference)
+        for answer, safe in (
+            (pair.response_0, pair.is_response_0_safe),
+            (pair.response_1, pair.is_response_1_safe),
+        )
+        if safe and pair.prompt in attacks
+    }
+    harmless = models.train("ppo.ptx_coefficient=0.5")
+    capsys.readouterr()
+    labelled = models.train("ppo.ptx_coefficient=0.5", "ppo.ptx_demonstrations=labelled")
+    said = capsys.readouterr().out
+    assert re.findall(r"PTX: \d+ .* and (\d+) on attacks, answers that are labelled safe", said) == [
+        str(len(safe_answers))
+    ]
+    assert models.actor(labelled) != models.actor(harmless)
 
 
 def test_where_no_answer_to_an_attack_is_safe_ptx_stays_with_the_harmless_ones(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,29 @@ def test_each_answer_has_the_reward_and_the_cost_that_it_gets_alone(
         assert [a.reward for a in scored] == pytest.approx(rewards, abs=1e-3)
         assert [a.cost for a in scored] == pytest.approx(costs, abs=1e-3)
         assert min(max(rewards) - min(rewards), max(costs) - min(costs)) > 0.05  # else the order would not show
+
+
+def test_of_each_kind_as_many_prompts_are_scored_as_asked_for_evenly_spread() -> None:
+    kinds = {f"a{i}": "red_team" for i in range(10)} | {"b0": "benign", "b1": "benign"}
+    assert evaluate.spread_over_kinds(kinds, 0) == list(kinds)
+    assert evaluate.spread_over_kinds(kinds, 4) == ["a0", "a2", "a5", "a7", "b0", "b1"]
+
+
+def test_answers_that_are_not_scored_stay_and_have_no_scores(
+    load_tiny: Callable[[str], Backbone], tmp_path: Path
+) -> None:
+    answers = [answer(f"How {i}?", text) for i, text in enumerate(TEXTS)]
+    models = load_tiny("llama")
+    for seed, role in enumerate(("reward", "cost")):
+        save_random_role(models, role, tmp_path / role, seed)
+    settings = resolve_settings("smol", overrides=["evaluate.scored_prompts=2"])
+    ours, theirs = evaluate._scored(
+        load_tiny("llama"), settings, answers, answers[:3], tmp_path / "reward", tmp_path / "cost"
+    )
+    assert [a.answer for a in ours] == list(TEXTS)
+    assert [a.prompt for a in ours if a.reward is not None and a.cost is not None] == ["How 0?", "How 2?"]
+    assert [a.prompt for a in theirs if a.reward is not None] == ["How 0?", "How 2?"]
+    evaluation = evaluate.summarize(1, ours, theirs, 0.95)
+    assert evaluation.n_benign == len(TEXTS)
+    assert evaluation.arena is not None
+    assert sum(astuple(evaluation.arena)) == 2

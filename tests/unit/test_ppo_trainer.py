@@ -18,9 +18,11 @@ from components.foundation.policy import ACTOR
 from components.foundation.ppo_settings import PpoSettings
 from components.foundation.preference import (
     Demonstration,
+    DualPreference,
     PromptRecord,
     demonstrations_for_ptx,
     demonstrations_on_attacks,
+    labelled_safe_on_attacks,
 )
 from components.foundation.rollout import Rollout, Sampling
 from components.foundation.rollout.transformers_engine import TransformersEngine
@@ -373,6 +375,26 @@ def test_demonstrations_are_sorted_by_what_their_prompt_is_listed_as() -> None:
     assert demonstrations_for_ptx(0.0, demonstrations, prompts[:1]) == []
     with pytest.raises(DataError, match=r"ptx_coefficient=1.0 needs demonstrations .* benign or lookalike: list them"):
         demonstrations_for_ptx(1.0, demonstrations, prompts[:1])
+
+
+def test_of_preferences_the_safe_answers_to_attacks_serve_ptx_once_each() -> None:
+    prompts = [PromptRecord("attack", "red_team", "theft"), PromptRecord("harmless", "benign"), PromptRecord("other")]
+
+    def pair(prompt: str, answers: tuple[str, str], safe: tuple[bool, bool]) -> DualPreference:
+        return DualPreference(prompt, *answers, 0, 0, *safe)
+
+    preferences = [
+        pair("attack", ("no", "do this"), (True, False)),
+        pair("attack", ("no", "never"), (True, True)),
+        pair("attack", ("do this", "and that"), (False, False)),
+        pair("harmless", ("sure", "here"), (True, True)),
+        pair("other", ("no", "do this"), (True, False)),
+        pair("unlisted", ("no", "do this"), (True, False)),
+    ]
+    assert labelled_safe_on_attacks(preferences, prompts) == [
+        Demonstration("attack", "no"),
+        Demonstration("attack", "never"),
+    ]
 
 
 @pytest.mark.golden
