@@ -39,6 +39,7 @@ def run_cost_model(run_uri: str, round_number: int, sft_uri: str, preferences_ur
         ),
         result_of=cost_result,
         scores_newest=True,
+        reads_prompt_of=lambda settings: settings.cost_model.readout == "prompt_and_end",
     )
 
 

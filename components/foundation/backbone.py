@@ -78,6 +78,7 @@ class Backbone:
         self._peft: Any = None
         self._adapted: list[Any] = []
         self._heads = nn.ModuleDict()
+        self._reads_prompt: set[str] = set()
         self._lora: dict[str, LoraSettings] = {}
         self._copies: dict[str, Any] = {}
         self._current: tuple[str, bool] | None = None
@@ -112,9 +113,10 @@ class Backbone:
     def lora_rank(self, role: str) -> int:
         return self._lora[role].rank
 
-    def add_role(self, role: str, lora: LoraSettings | None, *, scored: bool) -> None:
+    def add_role(self, role: str, lora: LoraSettings | None, *, scored: bool, reads_prompt: bool = False) -> None:
         """New adapter, initialised to change nothing; `scored` adds a linear head (fp32, zero bias).
 
+        With `reads_prompt` a score is the sum of the head's outputs at the prompt's last token and at the answer's.
         Without `lora`, the role is a full copy of the base in fp32 (of its decoder, if scored).
         """
         if lora is None:
@@ -127,6 +129,12 @@ class Backbone:
             nn.init.zeros_(head.bias)
             nn.init.normal_(head.weight, std=1.0 / self.hidden_size)
             self._heads[role] = head.to(self.device)
+        if reads_prompt:
+            self._reads_prompt.add(role)
+
+    def reads_prompt(self, role: str) -> bool:
+        """Whether the scores of `role` are also read at the prompt's last token (`add_role`)."""
+        return role in self._reads_prompt
 
     def _add_adapter(self, role: str, lora: LoraSettings) -> None:
         import_transformers()
@@ -377,6 +385,7 @@ class Backbone:
         description = {
             "lora": None if lora is None else lora.model_dump(),
             "scored": role in self._heads,
+            "reads_prompt": self.reads_prompt(role),
             "vocabulary": vocabulary(self.tokenizer),
         }
         (folder / "adapter.json").write_text(json.dumps(description) + "\n")
@@ -411,6 +420,9 @@ class Backbone:
             description = parse_json(read_text(folder / "adapter.json"))
             lora = None if description["lora"] is None else LoraSettings.model_validate(description["lora"])
             scored = bool(description["scored"])
+            reads_prompt = description.get("reads_prompt", False)  # older ones do not say
+            if not isinstance(reads_prompt, bool):
+                raise TypeError("neither true nor false")
             stored = read_tensors(folder / _WEIGHTS[lora is None], self.device)
             trained_with = description.get("vocabulary")  # older ones do not say
             if trained_with is not None:
@@ -428,7 +440,7 @@ class Backbone:
         ranks = {len(tensor) for name, tensor in stored.items() if ".lora_A." in name and tensor.dim()}
         if lora is not None and ranks != {lora.rank}:  # before so much memory is taken
             raise ModelError(f"adapter {folder} says that it is of rank {lora.rank}, and its tensors are of {ranks}")
-        self.add_role(role, lora, scored=scored)
+        self.add_role(role, lora, scored=scored, reads_prompt=reads_prompt)
         own = self.role_tensors(role)
         if _shapes(stored) != _shapes(own):
             raise ModelError(
@@ -450,6 +462,7 @@ class Backbone:
         self._peft = None
         self._adapted = []
         self._heads = nn.ModuleDict()
+        self._reads_prompt = set()
         self._lora = {}
 
     def export(self, folder: Path) -> None:

@@ -179,6 +179,15 @@ def last_answer_token(per_token: Tensor, answer_mask: Tensor) -> Tensor:
     return per_token.gather(-1, last.clamp(min=0)).squeeze(-1)
 
 
+def answer_score(per_token: Tensor, answer_mask: Tensor, *, reads_prompt: bool) -> Tensor:
+    """[B, T + 1] head outputs at the prompt's last token and all answer tokens, [B, T] mask -> [B] scores of answers.
+
+    With `reads_prompt` the output at the prompt's last token is part of each.
+    """
+    score = last_answer_token(per_token[:, 1:], answer_mask)
+    return score + per_token[:, 0] if reads_prompt else score
+
+
 _CHUNK_ELEMENTS = 1 << 20
 """Logits that are held in fp32 at a time: 4 MB."""
 

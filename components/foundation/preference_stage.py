@@ -42,11 +42,14 @@ def run_preference_stage(
     loss_of: Callable[[Settings], PreferenceLoss],
     result_of: Callable[[PreferenceScores, PreferenceScores | None, int], PreferenceModelResult],
     scores_newest: bool = False,
+    reads_prompt_of: Callable[[Settings], bool] = lambda _: False,
 ) -> str:
     """Train one score model; returns the URI of its adapter with result.json beside it.
 
     Args:
         result_of: the scores of the held-out pairs, those of the newest round's pairs, and how many it was trained on.
+        reads_prompt_of: whether scores are also read at the prompt's last token; a model that goes on from the round
+            before does as that one did.
         scores_newest: whether the newest round's pairs are scored, where they are told apart.
     """
     with open_stage(run_uri, name, round_number) as stage:
@@ -82,7 +85,8 @@ def run_preference_stage(
             parents.append(finished_uri(stage.context, name, round_number - 1))
             backbone.load_role(name, store.fetch(parents[-1]))
         else:
-            backbone.add_role(name, stage.context.settings.adapters, scored=True)
+            reads_prompt = reads_prompt_of(run_settings)
+            backbone.add_role(name, run_settings.adapters, scored=True, reads_prompt=reads_prompt)
         with TrainingCheckpoints(stage, backbone, parents) as checkpoints:
             train_preference_model(
                 backbone, name, training, settings, loss_of(run_settings), stage.seed, on_step, checkpoints

@@ -1,7 +1,8 @@
 """Trains a score model on preference pairs: the reward model and the cost model share this trainer.
 
 They differ by which answer should score higher and by their loss, which the stage passes in.
-B pairs; scores are fp32 and read at the last answer token (EOS).
+B pairs; scores are fp32 and read at the last answer token (EOS);
+a role that also reads the prompt adds what its head says at the prompt's last token.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from components.foundation.backbone import Backbone
 from components.foundation.batching import (
     SequenceBatch,
     TokenSequence,
+    answer_score,
     batches_by_length,
     collate,
-    last_answer_token,
 )
 from components.foundation.optimization import batch_count, cosine_factor, shuffled_batches
 from components.foundation.role_optimizer import UpdateGuard, make_optimizers
@@ -140,13 +141,17 @@ def scores_of_pairs(backbone: Backbone, role: str, batch: PairBatch | SequenceBa
     if isinstance(batch, SequenceBatch):
         return answer_scores(backbone, role, batch).view(2, -1).T
     per_token = backbone.scores(role, batch.input_ids, batch.attention_mask, batch.trunk, batch.branches)
-    return per_token.gather(-1, batch.ends)
+    scores = per_token.gather(-1, batch.ends)
+    return scores + per_token.gather(-1, batch.prompt_ends) if backbone.reads_prompt(role) else scores
 
 
 def answer_scores(backbone: Backbone, role: str, batch: SequenceBatch) -> Tensor:
-    """Batch -> [B] score at each answer's last token. Call within `backbone.role(role)`."""
-    per_token = backbone.scores(role, batch.input_ids, batch.attention_mask, batch.trunk)[:, -batch.answer_length :]
-    return last_answer_token(per_token, batch.answer_mask)
+    """Batch -> [B] scores of the answers, each read at its last token (`answer_score`). Call within
+    `backbone.role(role)`."""
+    per_token = backbone.scores(role, batch.input_ids, batch.attention_mask, batch.trunk)
+    return answer_score(
+        per_token[:, -batch.answer_length - 1 :], batch.answer_mask, reads_prompt=backbone.reads_prompt(role)
+    )
 
 
 def score_validation(backbone: Backbone, role: str, pairs: Sequence[ScoredPair], batch_size: int) -> PreferenceScores:

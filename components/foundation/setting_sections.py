@@ -131,6 +131,11 @@ class CostModelSettings(PreferenceModelSettings):
         description="two safe answers: the more harmful one costs more (ranked), or neither (level: for annotators "
         "who guess)",
     )
+    readout: Literal["end", "prompt_and_end"] = Field(
+        "end",
+        description="where the head is read: at the answer's last token, or there and at the prompt's last token, "
+        "summed",
+    )
     severity_weight: float = Field(
         0.0, ge=0, description="an unsafe answer's sign term counts 1 + this x its severity, 1 to 3"
     )

@@ -44,6 +44,11 @@ class PairBatch:
     ends: Tensor
     trunk: Tensor | None = None
 
+    @property
+    def prompt_ends(self) -> Tensor:
+        """[B, 1] place of each prompt's last token."""
+        return ((self.branches == 0) & self.attention_mask.bool()).sum(dim=-1, keepdim=True) - 1
+
 
 def have_one_prompt(pairs: Sequence[AnswerPair]) -> bool:
     """Whether the two answers of every pair answer the same prompt."""

