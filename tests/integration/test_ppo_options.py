@@ -231,6 +231,22 @@ def test_severity_weighs_in_the_cost_model(models: Models) -> None:
     assert models.weights(weighted) != models.weights(models.inputs.cost_model)
 
 
+def test_the_cost_model_is_read_where_the_settings_say_and_ppo_goes_on_with_it(models: Models) -> None:
+    run = start(models.root, "cost_model.readout=prompt_and_end")
+    read_twice = run_cost_model(run, 1, models.inputs.sft, run_prepare_data(run))
+    described = [
+        json.loads((CheckpointStore(models.root).fetch(uri) / "adapter.json").read_text())["reads_prompt"]
+        for uri in (read_twice, models.inputs.cost_model)
+    ]
+    assert described == [True, False]
+    policies = [
+        run_ppo_lagrangian(start(models.root), 1, replace(models.inputs, cost_model=uri))
+        for uri in (read_twice, models.inputs.cost_model)
+    ]
+    costs = [models.trace(policy).cost for policy in policies]
+    assert costs[0] != costs[1]
+
+
 def test_the_weight_of_reward_shaping_stands_in_place_of_a_multiplier(models: Models, plain: str) -> None:
     shaped = models.train("ppo.reward_shaping=2")
     assert models.trace(shaped).multiplier == pytest.approx([2.0, 2.0])

@@ -415,6 +415,34 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def rewritten(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.golden
+def test_a_score_may_also_be_read_at_the_end_of_the_prompt(load_tiny: LoadTiny, tmp_path: Path) -> None:
+    """The sum of the head's outputs at two tokens, of a text without padding; saved and loaded, it is so again."""
+    backbone = load_tiny("llama")
+    backbone.add_role("cost", LORA, scored=True, reads_prompt=True)
+    randomize(backbone, "cost", 0)
+    backbone.save_role("cost", tmp_path)
+    loaded = load_tiny("llama")
+    loaded.load_role("cost", tmp_path)
+    expected = []
+    for sequence in SEQUENCES:
+        ids = torch.tensor([[*sequence.prompt, *sequence.answer]])
+        with backbone.role("cost"):
+            hidden = backbone.hidden_states(ids, torch.ones_like(ids))[0].double()
+        head = {name: tensor.double() for name, tensor in backbone.role_tensors("cost").items() if "head" in name}
+        outputs = hidden @ head["head.weight"][0] + head["head.bias"]
+        expected.append(outputs[len(sequence.prompt) - 1] + outputs[-1])
+    for model in (backbone, loaded):
+        scores = scores_of(model, "cost", batch_of(model, SEQUENCES))
+        torch.testing.assert_close(scores.double(), torch.stack(expected), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.fault
 @pytest.mark.parametrize(
     "damage",
@@ -424,9 +452,18 @@ def cut(path: Path) -> None:
         lambda folder: (folder / "adapter.json").unlink(),
         lambda folder: (folder / "adapter.json").write_text("{"),
         lambda folder: (folder / "adapter.json").write_text("{}"),
+        lambda folder: rewritten(folder / "adapter.json", '"reads_prompt": false', '"reads_prompt": "no"'),
         lambda folder: shutil.rmtree(folder),
     ],
-    ids=["cut weights", "no weights", "no description", "cut description", "empty description", "no folder"],
+    ids=[
+        "cut weights",
+        "no weights",
+        "no description",
+        "cut description",
+        "empty description",
+        "no truth",
+        "no folder",
+    ],
 )
 def test_a_damaged_adapter_is_refused(load_tiny: LoadTiny, tmp_path: Path, damage: Callable[[Path], None]) -> None:
     folder = tmp_path / "adapter"
@@ -481,6 +518,7 @@ def test_row_27_an_adapter_of_before_vocabularies_were_noted_still_loads(load_ti
     with_roles(load_tiny("llama"), "reward").save_role("reward", tmp_path)
     description = json.loads((tmp_path / "adapter.json").read_text())
     assert description.pop("vocabulary")["tokens"] == 259
+    assert description.pop("reads_prompt") is False
     (tmp_path / "adapter.json").write_text(json.dumps(description))
     load_tiny("llama").load_role("reward", tmp_path)
 

@@ -24,6 +24,7 @@ from components.foundation.preference import (
     demonstrations_on_attacks,
     labelled_safe_on_attacks,
 )
+from components.foundation.preference_trainer import pair_batch, scores_of_pairs
 from components.foundation.rollout import Rollout, Sampling
 from components.foundation.rollout.transformers_engine import TransformersEngine
 from components.foundation.setting_sections import LoraSettings
@@ -108,6 +109,21 @@ def _demonstration_loss(backbone: Backbone, demonstrations: Sequence[TokenSequen
     with backbone.role(ACTOR):
         logits = backbone.answer_logits(batch.input_ids, batch.attention_mask, batch.answer_length)
         return answer_cross_entropy(logits, batch, batch.answer_mask.sum()).item()
+
+
+@pytest.mark.parametrize("reads_prompt", [False, True])
+def test_an_answer_costs_what_it_cost_in_training(load_tiny: LoadTiny, reads_prompt: bool) -> None:
+    backbone = load_tiny("tiny-llama")
+    backbone.add_role(ACTOR, LORA, scored=False)
+    for seed, (model, critic) in enumerate(((REWARD, REWARD_CRITIC), (COST, COST_CRITIC))):
+        backbone.add_role(model, LORA, scored=True, reads_prompt=reads_prompt and model == COST)
+        _randomize(backbone, model, seed)
+        backbone.add_head(critic, model)
+    found = score_episode(backbone, SEQUENCES, SETTINGS).cost.score
+    pairs = [(sequence, replace(sequence, answer=(1, 2, 257))) for sequence in SEQUENCES]
+    with backbone.role(COST):
+        in_training = scores_of_pairs(backbone, COST, pair_batch(backbone, pairs))[:, 0]
+    torch.testing.assert_close(found, in_training, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.golden

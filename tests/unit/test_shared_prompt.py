@@ -46,9 +46,10 @@ PAIRS = [
 ]
 
 
-def with_reward(backbone: Backbone, top_layers: int = 0) -> Backbone:
+def with_reward(backbone: Backbone, top_layers: int = 0, *, reads_prompt: bool = False) -> Backbone:
     """A reward model that differs strongly from the base."""
-    backbone.add_role("reward", LoraSettings(rank=4, alpha=8, top_layers=top_layers), scored=True)
+    lora = LoraSettings(rank=4, alpha=8, top_layers=top_layers)
+    backbone.add_role("reward", lora, scored=True, reads_prompt=reads_prompt)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in backbone.trainable_parameters("reward"):
@@ -62,9 +63,10 @@ def scores_alone(backbone: Backbone, pairs: list[AnswerPair]) -> Tensor:
     return torch.stack([torch.cat([answer_scores(backbone, "reward", batch) for batch in both]) for both in batches])
 
 
+@pytest.mark.parametrize("reads_prompt", [False, True], ids=["at the end", "at the prompt too"])
 @every_architecture
-def test_an_answer_has_the_score_that_it_has_alone(load_tiny: LoadTiny, architecture: str) -> None:
-    backbone = with_reward(load_tiny(architecture))
+def test_an_answer_has_the_score_that_it_has_alone(load_tiny: LoadTiny, architecture: str, reads_prompt: bool) -> None:
+    backbone = with_reward(load_tiny(architecture), reads_prompt=reads_prompt)
     with backbone.role("reward"):
         batch = pair_batch(backbone, PAIRS)
         assert isinstance(batch, PairBatch)
