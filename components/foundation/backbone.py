@@ -116,7 +116,8 @@ class Backbone:
     def add_role(self, role: str, lora: LoraSettings | None, *, scored: bool, reads_prompt: bool = False) -> None:
         """New adapter, initialised to change nothing; `scored` adds a linear head (fp32, zero bias).
 
-        With `reads_prompt` a score is the sum of the head's outputs at the prompt's last token and at the answer's.
+        With `reads_prompt` an answer's score is the soft minimum of the head's outputs at its own last token and at the
+        prompt's (`batching.answer_score`).
         Without `lora`, the role is a full copy of the base in fp32 (of its decoder, if scored).
         """
         if lora is None:

@@ -182,10 +182,15 @@ def last_answer_token(per_token: Tensor, answer_mask: Tensor) -> Tensor:
 def answer_score(per_token: Tensor, answer_mask: Tensor, *, reads_prompt: bool) -> Tensor:
     """[B, T + 1] head outputs at the prompt's last token and all answer tokens, [B, T] mask -> [B] scores of answers.
 
-    With `reads_prompt` the output at the prompt's last token is part of each.
+    With `reads_prompt` a score is the soft minimum of the output at the prompt's last token and that at the answer's.
     """
     score = last_answer_token(per_token[:, 1:], answer_mask)
-    return score + per_token[:, 0] if reads_prompt else score
+    return soft_minimum(score, per_token[:, 0]) if reads_prompt else score
+
+
+def soft_minimum(a: Tensor, b: Tensor) -> Tensor:
+    """`-log(exp(-a) + exp(-b))`, elementwise: high only where both are."""
+    return -torch.logaddexp(-a, -b)
 
 
 _CHUNK_ELEMENTS = 1 << 20

@@ -2,7 +2,7 @@
 
 They differ by which answer should score higher and by their loss, which the stage passes in.
 B pairs; scores are fp32 and read at the last answer token (EOS);
-a role that also reads the prompt adds what its head says at the prompt's last token.
+a role that also reads the prompt takes the soft minimum with what its head says at the prompt's last token.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from components.foundation.batching import (
     answer_score,
     batches_by_length,
     collate,
+    soft_minimum,
 )
 from components.foundation.optimization import batch_count, cosine_factor, shuffled_batches
 from components.foundation.role_optimizer import UpdateGuard, make_optimizers
@@ -142,7 +143,7 @@ def scores_of_pairs(backbone: Backbone, role: str, batch: PairBatch | SequenceBa
         return answer_scores(backbone, role, batch).view(2, -1).T
     per_token = backbone.scores(role, batch.input_ids, batch.attention_mask, batch.trunk, batch.branches)
     scores = per_token.gather(-1, batch.ends)
-    return scores + per_token.gather(-1, batch.prompt_ends) if backbone.reads_prompt(role) else scores
+    return soft_minimum(scores, per_token.gather(-1, batch.prompt_ends)) if backbone.reads_prompt(role) else scores
 
 
 def answer_scores(backbone: Backbone, role: str, batch: SequenceBatch) -> Tensor:

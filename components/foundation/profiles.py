@@ -50,7 +50,7 @@ PROFILES: dict[str, dict[str, Any]] = {
             "average_steps": 4,
             "continuation_weight": 0.25,
             "kl_coefficient": 0.1,
-            "ptx_coefficient": 3.0,
+            "ptx_coefficient": 2.0,
             "ptx_demonstrations": "labelled",
             "threshold_target": 0.03,
             "threshold_answers": "newest",

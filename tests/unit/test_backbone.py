@@ -423,7 +423,7 @@ def rewritten(path: Path, old: str, new: str) -> None:
 
 @pytest.mark.golden
 def test_a_score_may_also_be_read_at_the_end_of_the_prompt(load_tiny: LoadTiny, tmp_path: Path) -> None:
-    """The sum of the head's outputs at two tokens, of a text without padding; saved and loaded, it is so again."""
+    """The soft minimum of the head's outputs at two tokens, of a text alone; saved and loaded, it is so again."""
     backbone = load_tiny("llama")
     backbone.add_role("cost", LORA, scored=True, reads_prompt=True)
     randomize(backbone, "cost", 0)
@@ -437,7 +437,7 @@ def test_a_score_may_also_be_read_at_the_end_of_the_prompt(load_tiny: LoadTiny, 
             hidden = backbone.hidden_states(ids, torch.ones_like(ids))[0].double()
         head = {name: tensor.double() for name, tensor in backbone.role_tensors("cost").items() if "head" in name}
         outputs = hidden @ head["head.weight"][0] + head["head.bias"]
-        expected.append(outputs[len(sequence.prompt) - 1] + outputs[-1])
+        expected.append(-torch.log(sum(torch.exp(-outputs[i]) for i in (len(sequence.prompt) - 1, -1))))
     for model in (backbone, loaded):
         scores = scores_of(model, "cost", batch_of(model, SEQUENCES))
         torch.testing.assert_close(scores.double(), torch.stack(expected), atol=1e-4, rtol=1e-4)
