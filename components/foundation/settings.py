@@ -124,6 +124,18 @@ class Settings(Section):
 
     @field_validator("ppo")
     @classmethod
+    def _a_soft_minimum_is_not_scaled(cls, value: PpoSettings, info: ValidationInfo) -> PpoSettings:
+        """That of two scaled numbers is another than their scaled soft minimum."""
+        cost_model = info.data.get("cost_model")
+        if cost_model is not None and cost_model.readout == "prompt_and_end" and value.cost_margin is not None:
+            raise ValueError(
+                f"cost_margin={value.cost_margin} scales what the head says, and cost_model.readout=prompt_and_end "
+                "takes a soft minimum of that: set cost_model.readout=end, or leave ppo.cost_margin empty"
+            )
+        return value
+
+    @field_validator("ppo")
+    @classmethod
     def _people_cannot_answer_within_a_step(cls, value: PpoSettings, info: ValidationInfo) -> PpoSettings:
         annotate = info.data.get("annotate")
         if annotate is not None and annotate.annotator == "human" and value.advantage_source == "preference_oracle":

@@ -240,6 +240,13 @@ def test_what_does_not_go_with_a_preference_oracle_is_refused(override: str, wor
         resolve_settings("tiny", overrides=["ppo.advantage_source=preference_oracle", override])
 
 
+def test_a_cost_that_is_a_soft_minimum_is_not_scaled() -> None:
+    overrides = ["cost_model.readout=prompt_and_end", "ppo.cost_margin=2"]
+    with pytest.raises(SettingsError, match=r"ppo\.cost_margin=2\.0|cost_margin=2\.0 scales.*cost_model\.readout=end"):
+        resolve_settings("tiny", overrides=overrides)
+    assert resolve_settings("tiny", overrides=[overrides[1]]).ppo.cost_margin == 2
+
+
 def test_settings_are_frozen() -> None:
     resolved = resolve_settings("smol")
     with pytest.raises(ValidationError):
@@ -257,6 +264,8 @@ def test_every_setting_enters_the_digest() -> None:
             pair = ["start.from_run=earlier", "start.from_round=2"] if key.startswith("start.") else []
             if key == "ppo.advantage_source":
                 pair.append("ppo.lagrangian=dual_ascent")
+            if key == "ppo.cost_margin":
+                pair.append("cost_model.readout=end")
             digests[key] = resolve_settings("smol", overrides=[*pair, f"{key}={another(key, value)}"]).digest()
     digests["profile"] = resolve_settings("tiny").digest()
     assert (
