@@ -197,8 +197,8 @@ class PpoSettings(Section):
     )
     ptx_demonstrations: Literal["harmless", "safe", "labelled"] = Field(
         "harmless",
-        description="those for PTX: on harmless prompts; safe: and those on attacks that the cost model calls safe; "
-        "labelled: and answers to attacks in data.preferences that are labelled safe",
+        description="for PTX: on harmless prompts; safe: also on attacks, where the cost model passes them; "
+        "labelled: also preferences' safe answers to attacks",
     )
     red_team_share: float = Field(
         0.6,

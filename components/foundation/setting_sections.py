@@ -133,8 +133,8 @@ class CostModelSettings(PreferenceModelSettings):
     )
     readout: Literal["end", "prompt_and_end"] = Field(
         "end",
-        description="where the head is read: at the answer's last token, or the soft minimum of there and the prompt's "
-        "last token: unsafe only where request and answer are",
+        description="the score: the head's output at the answer's last token, or its soft minimum with that at the "
+        "prompt's last token",
     )
     severity_weight: float = Field(
         0.0, ge=0, description="an unsafe answer's sign term counts 1 + this x its severity, 1 to 3"

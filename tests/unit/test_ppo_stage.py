@@ -52,6 +52,10 @@ COST = PreferenceModelResult(
 )
 
 
+READ_AT_END = "cost_model.readout=end"
+"""Only such a cost can be scaled."""
+
+
 def smol(*overrides: str) -> Settings:
     return resolve_settings("smol", overrides=overrides)
 
@@ -153,11 +157,16 @@ def test_models_and_critics_start_from_the_weights_of_their_own_model(
 def test_scores_are_scaled_to_the_margins_that_are_asked_for() -> None:
     """A better held-out answer scores 4 more on average, and shall 3; an unsafe one costs 5 more, and shall 10."""
     reward = replace(REWARD, margin=4.0)
-    assert score_factors(reward, COST, smol("ppo.reward_margin=3", "ppo.cost_margin=10").ppo) == (0.75, 2.0)
+    assert score_factors(reward, COST, smol(READ_AT_END, "ppo.reward_margin=3", "ppo.cost_margin=10").ppo) == (
+        0.75,
+        2.0,
+    )
     assert score_factors(REWARD, COST, smol("ppo.reward_margin=", "ppo.cost_margin=").ppo) == (1.0, 1.0)
     for aggregation in ("mean", "floored"):
         plain, scaled = (
-            gate_models(REWARD, COST, smol(f"ppo.cost_aggregation={aggregation}", f"ppo.cost_margin={margin}"))
+            gate_models(
+                REWARD, COST, smol(READ_AT_END, f"ppo.cost_aggregation={aggregation}", f"ppo.cost_margin={margin}")
+            )
             for margin in ("", "10")
         )
         assert scaled.threshold == pytest.approx(2 * plain.threshold)
@@ -178,7 +187,9 @@ def test_scores_without_a_margin_are_not_scaled(
     name: str, reward: PreferenceModelResult, cost: PreferenceModelResult, found: str
 ) -> None:
     with pytest.raises(GateError, match=rf"ppo\.{name}_margin=3\.0 .* which is {found}: train it again"):
-        score_factors(reward, cost, smol("ppo.reward_margin=", "ppo.cost_margin=", f"ppo.{name}_margin=3").ppo)
+        score_factors(
+            reward, cost, smol(READ_AT_END, "ppo.reward_margin=", "ppo.cost_margin=", f"ppo.{name}_margin=3").ppo
+        )
 
 
 @pytest.mark.parametrize("critics", ["adapter", "head"])
