@@ -9,8 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -46,6 +45,7 @@ from components.foundation.settings import Settings
 from components.foundation.training_checkpoints import TrainingCheckpoints
 from components.ppo_lagrangian.comparison import compare_episode
 from components.ppo_lagrangian.constraint_gauges import ConstraintGauges
+from components.ppo_lagrangian.draws import draw_batch
 from components.ppo_lagrangian.episode import COST, COST_CRITIC, REWARD, REWARD_CRITIC, safe_sequences
 from components.ppo_lagrangian.model_card import CardEvidence, model_card
 from components.ppo_lagrangian.multiplier import CostConstraint, MultiplierState, choose_threshold
@@ -154,8 +154,12 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
         constraint_gauges = ConstraintGauges(constraint.threshold, settings.ppo)
         log.info("cost threshold %.3f, lambda starts at %.2f", constraint.threshold, trainer.multiplier.value)
 
+        # of the run, not of the round: a round goes on with the prompts that the rounds before it did not come to
+        walk_seed = stage.context.seed(STAGE, 0)
+        first_batch = (round_number - 1) * settings.ppo.steps
+
         def train_step(step: int) -> StepMetrics:
-            batch = draw_batch(prompts, settings, stage.seed + step)
+            batch = draw_batch(prompts, settings.ppo, first_batch + step, walk_seed)
             score = partial(compare_episode, backbone, judge, settings, batch) if compares else None
             cut_before = encoder.truncated
             metrics = trainer.step([encoder.prompt(p.prompt) for p in batch], step, score)
@@ -384,31 +388,6 @@ def place_roles(
             backbone.add_head(critic, model)
         else:
             backbone.load_role(critic, folder)
-
-
-def draw_batch(prompts: Sequence[PromptRecord], settings: Settings, seed: int) -> list[PromptRecord]:
-    """The prompts of one rollout batch; where answers are compared, each of half as many stands twice in a row."""
-    if settings.ppo.advantage_source == "models":
-        return draw_prompts(prompts, settings, seed)
-    ppo = settings.ppo.model_copy(update={"episodes_per_step": settings.ppo.episodes_per_step // 2})
-    drawn = draw_prompts(prompts, settings.model_copy(update={"ppo": ppo}), seed)
-    return [prompt for prompt in drawn for _ in range(2)]
-
-
-def draw_prompts(prompts: Sequence[PromptRecord], settings: Settings, seed: int) -> list[PromptRecord]:
-    """One rollout batch: the set share of red-team prompts, the others evenly over the kinds that there are.
-
-    Where no kinds are declared, a plain draw. Lookalikes are rare in data and count most: they teach to tell harm from
-    its looks.
-    """
-    rng = random.Random(seed)
-    count = settings.ppo.episodes_per_step
-    kinds = [[p for p in prompts if p.kind == kind] for kind in ("red_team", "benign", "lookalike", "")]
-    attacks, others = kinds[0], [group for group in kinds[1:] if group]
-    if not attacks or not others:
-        return rng.choices(prompts, k=count)
-    n_attacks = round(settings.ppo.red_team_share * count)
-    return rng.choices(attacks, k=n_attacks) + [rng.choice(others[i % len(others)]) for i in range(count - n_attacks)]
 
 
 def record_step(trace: PpoTrace, metrics: StepMetrics) -> None:

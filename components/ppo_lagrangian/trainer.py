@@ -33,6 +33,7 @@ from components.foundation.ppo_settings import PpoSettings
 from components.foundation.role_optimizer import TrainedRole, UpdateGuard, make_optimizers
 from components.foundation.rollout import Rollout, RolloutEngine, Sampling
 from components.ppo_lagrangian.averaged_role import AveragedRole
+from components.ppo_lagrangian.draws import take
 from components.ppo_lagrangian.episode import (
     COST_CRITIC,
     REWARD_CRITIC,
@@ -166,7 +167,7 @@ class PpoLagrangian:
             self.actor_mean.take()
         # 6 multiplier
         costs = distributed.every_number(episode.costs, own, len(prompts))
-        order, _ = self._order(len(costs), step, epoch=0)  # attacks come first, and the window may hold part of a batch
+        order = self._order(len(costs), step, epoch=0)  # attacks come first, and the window may hold part of a batch
         shuffled = [costs[i] for i in order.tolist()]
         self.multiplier = next_multiplier(self.multiplier, shuffled, s, self._constraint.threshold)
         # 7 log
@@ -202,21 +203,21 @@ class PpoLagrangian:
         )
         return {name: value / (tokens if name in ("kl", "drift") else episodes) for name, value in sums.items()}
 
-    def _order(self, count: int, step: int, epoch: int) -> tuple[Tensor, torch.Generator]:
-        """The order in which an epoch takes the episodes of all ranks, and the generator for what else it draws."""
+    def _order(self, count: int, step: int, epoch: int) -> Tensor:
+        """The order in which an epoch takes the episodes of all ranks."""
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + step * 101 + epoch)
-        return torch.randperm(count, generator=generator), generator
+        return torch.randperm(count, generator=generator)
 
     def _own_places(self, count: int, step: int) -> list[int]:
         """Places of this rank's episodes in the rollout batch; of each minibatch of the first epoch every rank has as
         many, or one more."""
         world = distributed.world()
-        return sorted(self._order(count, step, epoch=0)[0][world.rank :: world.size].tolist())
+        return sorted(self._order(count, step, epoch=0)[world.rank :: world.size].tolist())
 
     def _fit_heads(self, episode: Episode, signals: Signals, places: Tensor, step: int) -> Episode:
         """The episode with the values of critics that are heads; `places` are those of this rank's episodes."""
         mask = episode.batch.answer_mask
-        order, _ = self._order(self._settings.episodes_per_step, step, epoch=0)
+        order = self._order(self._settings.episodes_per_step, step, epoch=0)
         folds = order.argsort()[places] % FOLDS
 
         def valued(critic: str, appraisal: Appraisal, signal: Tensor | None) -> Appraisal:
@@ -246,8 +247,8 @@ class PpoLagrangian:
             factor = schedule(step, s.steps, s.actor_warmup_share)
             self.optimizers[ACTOR].set_learning_rate(s.actor_learning_rate * factor)
         for epoch in range(s.epochs):
-            order, generator = self._order(len(share.tokens), step, epoch)
-            demonstrations = self._draw_demonstrations(share, generator) if s.ptx_coefficient else None
+            order = self._order(len(share.tokens), step, epoch)
+            demonstrations = self._draw_demonstrations(share, step * s.epochs + epoch) if s.ptx_coefficient else None
             for places in order.split(s.minibatch_size):
                 minibatch = share.minibatch(places)
                 update = self._update_actor(episode, advantages.combined, minibatch, demonstrations, step)
@@ -262,14 +263,13 @@ class PpoLagrangian:
                 ).item()
         return losses
 
-    def _draw_demonstrations(self, share: Share, generator: torch.Generator) -> tuple[SequenceBatch, Tensor]:
-        """One demonstration for each episode, drawn with replacement -> (this rank's, answer tokens of all)."""
+    def _draw_demonstrations(self, share: Share, number: int) -> tuple[SequenceBatch, Tensor]:
+        """Portion `number` of the demonstrations, one for each episode -> (this rank's, answer tokens of all)."""
         count = len(share.tokens)
         n_attacks = round(self._settings.red_team_share * count) if self.attack_demonstrations else 0
         sequences = [
-            group[i]
-            for group, n in ((self.attack_demonstrations, n_attacks), (self.demonstrations, count - n_attacks))
-            for i in torch.randint(max(1, len(group)), (n,), generator=generator).tolist()
+            *take(self.attack_demonstrations, number, n_attacks, f"{self._seed}/attacks"),
+            *take(self.demonstrations, number, count - n_attacks, f"{self._seed}/harmless"),
         ]
         return collated(self._backbone, [sequences[i] for i in share.places.tolist()]), answer_tokens(sequences)
 

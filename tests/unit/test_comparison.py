@@ -23,7 +23,7 @@ from components.foundation.settings import Settings, resolve_settings
 from components.ppo_lagrangian.comparison import ask_annotator, compare_episode
 from components.ppo_lagrangian.episode import COST, REWARD, compute_advantages, shape_signals
 from components.ppo_lagrangian.multiplier import CostConstraint, MultiplierState
-from components.ppo_lagrangian.ppo_lagrangian import PpoProgress, draw_batch, label_constraint, place_roles
+from components.ppo_lagrangian.ppo_lagrangian import PpoProgress, label_constraint, place_roles
 from components.ppo_lagrangian.trainer import PpoLagrangian, StepMetrics
 
 LoadTiny = Callable[[str], Backbone]
@@ -207,16 +207,6 @@ def test_a_multiplier_even_of_zero_survives_its_checkpoint(nu: float, value: flo
     stored = to_json(PpoProgress.of(PpoTrace(0.1), state, UpdateGuard()))
     assert from_json(PpoProgress, stored).multiplier() == state
     assert state.value == value
-
-
-def test_each_prompt_of_a_batch_stands_twice_in_a_row() -> None:
-    prompts = [PromptRecord(f"attack {i}", "red_team") for i in range(9)] + [
-        PromptRecord(f"harmless {i}", "benign") for i in range(9)
-    ]
-    batch = draw_batch(prompts, tiny("ppo.episodes_per_step=20", "ppo.red_team_share=0.5"), seed=1)
-    assert len(batch) == 20
-    assert batch[::2] == batch[1::2]
-    assert sum(prompt.kind == "red_team" for prompt in batch) == 10
 
 
 def test_the_threshold_on_labels_is_the_unsafe_share_that_is_allowed() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,6 @@ from components.ppo_lagrangian import episode, ppo_lagrangian
 from components.ppo_lagrangian.multiplier_rule import start_multiplier
 from components.ppo_lagrangian.ppo_lagrangian import (
     MIN_NEWEST,
-    draw_prompts,
     gate_models,
     in_later_round,
     place_roles,
@@ -207,24 +205,6 @@ def test_scaling_a_head_multiplies_what_its_role_says(
     scale_head(backbone, episode.COST_CRITIC, 0.5)
     for role, factor in zip(roles, (3.0, 1.0, 1.0, 0.5), strict=True):
         torch.testing.assert_close(backbone.head_outputs(role, hidden), factor * before[role])
-
-
-@given(seed=st.integers(0, 1000), count=st.integers(4, 30), share=st.floats(0, 1))
-@settings(deadline=None, max_examples=50)
-def test_a_batch_holds_its_share_of_attacks_and_the_other_kinds_evenly(seed: int, count: int, share: float) -> None:
-    batch = draw_prompts(PROMPTS, smol(f"ppo.episodes_per_step={count}", f"ppo.red_team_share={share}"), seed)
-    kinds = Counter(prompt.kind for prompt in batch)
-    assert len(batch) == count
-    assert kinds["red_team"] == round(share * count)
-    assert abs(kinds["benign"] - kinds["lookalike"]) <= 1
-    assert batch == draw_prompts(PROMPTS, smol(f"ppo.episodes_per_step={count}", f"ppo.red_team_share={share}"), seed)
-
-
-def test_prompts_without_kinds_are_drawn_plainly() -> None:
-    unnamed = [PromptRecord(f"prompt {i}") for i in range(5)]
-    batch = draw_prompts(unnamed, smol(), seed=0)
-    assert len(batch) == smol().ppo.episodes_per_step
-    assert set(batch) <= set(unnamed)
 
 
 @pytest.mark.fault
