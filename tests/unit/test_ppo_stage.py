@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from components.foundation.backbone import Backbone
 from components.foundation.errors import ConstraintError, GateError
-from components.foundation.preference import PromptRecord
 from components.foundation.results import PpoTrace, PreferenceModelResult, from_json
 from components.foundation.settings import Settings, resolve_settings
 from components.ppo_lagrangian import episode, ppo_lagrangian
@@ -33,12 +32,7 @@ from components.ppo_lagrangian.ppo_lagrangian import (
 from components.ppo_lagrangian.trainer import StepMetrics
 from tests.unit.random_roles import save_random_role
 
-PROMPTS = (
-    [PromptRecord(f"attack {i}", "red_team", "theft") for i in range(9)]
-    + [PromptRecord(f"harmless {i}", "benign") for i in range(9)]
-    + [PromptRecord(f"looks bad {i}", "lookalike") for i in range(2)]
-)
-REWARD = PreferenceModelResult(accuracy=0.9, training_pairs=10, validation_pairs=10)
+REWARD = PreferenceModelResult(accuracy=0.9, training_pairs=10, validation_pairs=10, margin=1.5)
 COST = PreferenceModelResult(
     accuracy=0.9,
     training_pairs=10,
@@ -175,7 +169,7 @@ def test_scores_are_scaled_to_the_margins_that_are_asked_for() -> None:
 @pytest.mark.parametrize(
     ("name", "reward", "cost", "found"),
     [
-        ("reward", REWARD, COST, "unknown"),
+        ("reward", replace(REWARD, margin=None), COST, "unknown"),
         ("reward", replace(REWARD, margin=-0.25), COST, "-0.250"),
         ("cost", REWARD, replace(COST, unsafe_costs=[-5.0]), "-3.000"),
         ("cost", REWARD, replace(COST, unsafe_costs=[]), "unknown"),
