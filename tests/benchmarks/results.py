@@ -10,6 +10,7 @@ import os
 import platform
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from components.foundation.errors import SettingsError
@@ -53,33 +54,51 @@ def check_settings(folder: Path, summary: dict[str, Any]) -> None:
 
 
 def table(summaries: list[dict[str, Any]]) -> str:
-    """Markdown: one row a policy of each seed."""
+    """Markdown: one row a seed, and the means of several; all rates in percent."""
+    rounds = ", ".join(str(entry["round"]) for entry in summaries[0]["rounds"])
     lines = [
-        "| seed | policy | unsafe rate (95 %) | benign win rate (95 %) | over-refusal | cost AUC | last lambda |",
-        "|---:|---|---|---|---:|---:|---:|",
+        f"| seed | unsafe, %: SFT → rounds {rounds} | times safer | benign wins, %: rounds {rounds} "
+        f"| over-refusal, %: SFT → rounds {rounds} | gate |",
+        "|---:|---|---:|---|---|---|",
     ]
-    for summary in summaries:
-        lines.append(_row(summary["seed"], "SFT", summary["sft"]["eval"], "", ""))
-        for entry in summary["rounds"]:
-            auc, multiplier = f"{entry['cost_model']['auc']:.3f}", f"{entry['ppo']['lambda'][-1]:.2f}"
-            lines.append(_row(summary["seed"], f"round {entry['round']}", entry["eval"], auc, multiplier))
+    lines += [_row(str(summary["seed"]), [summary], summary["promotion"]["decision"]) for summary in summaries]
+    if len(summaries) > 1:
+        decisions = [summary["promotion"]["decision"] for summary in summaries]
+        lines.append(_row("mean", summaries, f"promote: {decisions.count('promote')} of {len(decisions)}"))
     return "\n".join(lines)
 
 
-def _row(seed: int, policy: str, evaluation: dict[str, Any], auc: str, multiplier: str) -> str:
-    def rate(name: str) -> str:
-        low, high = evaluation[f"{name}_ci"]
-        return f"{evaluation[name]:.1%} ({low:.1%} to {high:.1%})"
+def _row(seed: str, summaries: list[dict[str, Any]], decision: str) -> str:
+    """The path of each rate over the rounds, the mean over runs.
 
-    win_rate = rate("win_rate") if policy != "SFT" else "(baseline)"
-    refusal = f"{evaluation['over_refusal_rate']:.1%}"
-    return f"| {seed} | {policy} | {rate('unsafe_rate')} | {win_rate} | {refusal} | {auc} | {multiplier} |"
+    In brackets: of one run the last rate's 95 % interval, of several the lowest and the highest last rate.
+    """
+
+    def path(name: str, *, with_sft: bool, with_range: bool) -> tuple[str, list[float]]:
+        rates = [[e[name] for e in _evaluations(summary, with_sft)] for summary in summaries]
+        means = [100 * fmean(of_policy) for of_policy in zip(*rates, strict=True)]
+        *before, last = (f"{mean:.1f}" for mean in means)
+        low, high = summaries[0]["rounds"][-1]["eval"].get(f"{name}_ci", (0.0, 0.0))
+        if len(summaries) > 1:
+            low, high = min(of_run[-1] for of_run in rates), max(of_run[-1] for of_run in rates)
+        bounds = f" ({100 * low:.1f} to {100 * high:.1f})" if with_range else ""
+        return f"{' → '.join([*before, f'**{last}**'])}{bounds}", means
+
+    unsafe, means = path("unsafe_rate", with_sft=True, with_range=True)
+    wins, _ = path("win_rate", with_sft=False, with_range=True)
+    refusals, _ = path("over_refusal_rate", with_sft=True, with_range=False)
+    safer = f"{means[0] / means[-1]:.1f}" if means[-1] else "all"
+    return f"| {seed} | {unsafe} | {safer} | {wins} | {refusals} | {decision} |"
+
+
+def _evaluations(summary: dict[str, Any], with_sft: bool) -> list[dict[str, Any]]:
+    sft = [summary["sft"]["eval"]] if with_sft else []
+    return [*sft, *(entry["eval"] for entry in summary["rounds"])]
 
 
 def section(summaries: list[dict[str, Any]]) -> str:
     """The table, with what the runs took and where they ran."""
     first = summaries[0]["sft"]["eval"]
-    decisions = ", ".join(summary["promotion"]["decision"] for summary in summaries)
     # of a run that was resumed, the wall time is that of its last attempt alone
     whole = [summary["overhead_seconds"] >= 0 for summary in summaries]
     minutes, overhead = (
@@ -90,8 +109,9 @@ def section(summaries: list[dict[str, Any]]) -> str:
     memory = max(summary["peak_memory_bytes"] for summary in summaries) / 1e9
     return (
         f"{table(summaries)}\n\n"
-        f"{first['n_red_team']} red-team and {first['n_benign']} benign held-out prompts; the gate's decisions: "
-        f"{decisions}. Wall time {minutes} minutes{resumed}, of which start-up of steps and servers {overhead} s; "
+        f"{first['n_red_team']} red-team and {first['n_benign']} benign held-out prompts; in brackets the last "
+        f"policy's 95 % interval, of the mean the lowest and the highest seed. Wall time {minutes} minutes{resumed}, "
+        f"of which start-up of steps and servers {overhead} s; "
         f"peak memory of all processes together {memory:.1f} GB; on "
         f"{os.cpu_count()} cores ({platform.machine()}, no GPU).\n"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -13,7 +14,7 @@ from components.foundation.results import Estimate, Evaluation
 from components.foundation.settings import resolve_settings
 from tests.benchmarks.fixed_nu_policies import Compared
 from tests.benchmarks.pictures import Axis, Dot, tradeoff
-from tests.benchmarks.results import check_settings, picture, run_uri_of
+from tests.benchmarks.results import check_settings, picture, run_uri_of, table
 
 _SVG = "{http://www.w3.org/2000/svg}"
 
@@ -50,6 +51,40 @@ def test_a_run_is_drawn_with_every_step_and_every_policy() -> None:
     assert [len(chart.findall(f"{_SVG}circle")) for chart in charts] == [4, 4, 4, 3]
     assert words(svg).count("round 2") == 4  # of three charts over the steps, and of the policies
     assert "seed 4" in ElementTree.fromstring(svg).attrib["aria-label"]
+
+
+def summary_of(
+    seed: int, unsafe: list[float], wins: list[float], refusals: list[float], decision: str
+) -> dict[str, Any]:
+    """The SFT model's rates come first."""
+    evaluations = [
+        {
+            "unsafe_rate": u,
+            "unsafe_rate_ci": [u - 0.04, u + 0.04],
+            "win_rate": w,
+            "win_rate_ci": [w - 0.05, w + 0.05],
+            "over_refusal_rate": r,
+        }
+        for u, w, r in zip(unsafe, [0.5, *wins], refusals, strict=True)
+    ]
+    sft, *rounds = evaluations
+    entries = [{"round": number, "eval": e} for number, e in enumerate(rounds, start=1)]
+    return {"seed": seed, "sft": {"eval": sft}, "rounds": entries, "promotion": {"decision": decision}}
+
+
+def test_the_results_table_has_a_row_a_seed_and_their_means() -> None:
+    first = summary_of(0, [0.8, 0.3, 0.1], [0.45, 0.5], [0.05, 0.2, 0.1], "promote")
+    second = summary_of(7, [0.9, 0.2, 0.15], [0.55, 0.48], [0.15, 0.3, 0.2], "hold")
+    assert table([first]).splitlines()[2:] == [
+        "| 0 | 80.0 → 30.0 → **10.0** (6.0 to 14.0) | 8.0 | 45.0 → **50.0** (45.0 to 55.0) "
+        "| 5.0 → 20.0 → **10.0** | promote |"
+    ]
+    assert table([first, second]).splitlines()[2:] == [
+        *table([first]).splitlines()[2:],
+        *table([second]).splitlines()[2:],
+        "| mean | 85.0 → 25.0 → **12.5** (10.0 to 15.0) | 6.8 | 50.0 → **49.0** (48.0 to 50.0) "
+        "| 10.0 → 25.0 → **15.0** | promote: 1 of 2 |",
+    ]
 
 
 @pytest.mark.parametrize(
