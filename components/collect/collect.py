@@ -10,7 +10,14 @@ from collections.abc import Sequence
 
 from components.foundation.batching import ChatEncoder
 from components.foundation.policy import load_policy
-from components.foundation.preference import NEWEST_FILE, CollectedAnswer, DualPreference, PromptRecord, read_jsonl
+from components.foundation.preference import (
+    NEWEST_FILE,
+    CollectedAnswer,
+    DualPreference,
+    PromptRecord,
+    attacks_and_others,
+    read_jsonl,
+)
 from components.foundation.results import write_records
 from components.foundation.rollout import Sampling
 from components.foundation.rollout.transformers_engine import TransformersEngine
@@ -68,8 +75,7 @@ def choose_prompts(
         broken = [p for p in group if p.prompt in broke][: wanted // 2]
         return (broken + [p for p in group if p not in broken])[:wanted]
 
-    kinds = [[p for p in shuffled if p.kind == kind] for kind in ("red_team", "benign", "lookalike", "")]
-    attacks, others = kinds[0], [group for group in kinds[1:] if group]
+    attacks, others = attacks_and_others(shuffled)
     chosen: list[PromptRecord] = []
     if attacks and others:
         chosen = first(attacks, round(red_team_share * count))

@@ -109,6 +109,10 @@ class ChatEncoder:
     def sequence(self, prompt: str, answer: str) -> TokenSequence:
         return TokenSequence(self.prompt(prompt), self.answer(answer))
 
+    def is_whole(self, sequence: TokenSequence) -> bool:
+        """Its answer was not cut. No text holds an EOS, so only a whole answer ends with one."""
+        return bool(sequence.answer[-1] == self._tokenizer.eos_token_id)
+
     def _cut(self, ids: list[int], limit: int) -> list[int]:
         self.truncated += len(ids) > limit
         return ids[:limit]

@@ -297,6 +297,13 @@ def split_by_prompt(
     return training, validation
 
 
+def attacks_and_others(prompts: Sequence[PromptRecord]) -> tuple[list[PromptRecord], list[list[PromptRecord]]]:
+    """The red-team prompts, and those of each other kind that there is; prompts without a kind are one too."""
+    kinds = {kind: [p for p in prompts if p.kind == kind] for kind in (*KINDS, "")}
+    attacks = kinds.pop("red_team")
+    return attacks, [group for group in kinds.values() if group]
+
+
 def demonstrations_for_ptx(
     coefficient: float, demonstrations: Sequence[Demonstration], prompts: Sequence[PromptRecord]
 ) -> list[Demonstration]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from components.foundation.backbone import Backbone
 from components.foundation.batching import ChatEncoder
+from components.foundation.errors import SettingsError
 from components.foundation.optimization import batch_count
 from components.foundation.preference import NEWEST_FILE, TRAINING_FILE, VALIDATION_FILE, DualPreference, read_jsonl
 from components.foundation.preference_trainer import (
@@ -48,9 +49,12 @@ def run_preference_stage(
 
     Args:
         result_of: the scores of the held-out pairs, those of the newest round's pairs, and how many it was trained on.
-        reads_prompt_of: whether scores are also read at the prompt's last token; a model that goes on from the round
-            before does as that one did.
+        reads_prompt_of: whether scores are also read at the prompt's last token; the model of the round
+            before, from which it may go on, must be read alike.
         scores_newest: whether the newest round's pairs are scored, where they are told apart.
+
+    Raises:
+        SettingsError: the model of the round before, from which this one goes on, is read elsewhere.
     """
     with open_stage(run_uri, name, round_number) as stage:
         if (done := stage.finished()) is not None:
@@ -81,11 +85,17 @@ def run_preference_stage(
             progress.update(step)
 
         parents = [sft_uri, preferences_uri]
+        reads_prompt = reads_prompt_of(run_settings)
         if round_number > 1 and settings.start == "previous":
             parents.append(finished_uri(stage.context, name, round_number - 1))
             backbone.load_role(name, store.fetch(parents[-1]))
+            if backbone.reads_prompt(name) != reads_prompt:  # rounds that were taken over from a run of other settings
+                raise SettingsError(
+                    f"{name}.readout says {'prompt_and_end' if reads_prompt else 'end'}, and the model of round "
+                    f"{round_number - 1}, from which {name}.start=previous goes on, is read the other way: set "
+                    f"{name}.readout as it was there, or {name}.start=sft"
+                )
         else:
-            reads_prompt = reads_prompt_of(run_settings)
             backbone.add_role(name, run_settings.adapters, scored=True, reads_prompt=reads_prompt)
         with TrainingCheckpoints(stage, backbone, parents) as checkpoints:
             train_preference_model(

@@ -1,4 +1,7 @@
-"""Which prompts and demonstrations a training step takes: each once before any comes again."""
+"""Which prompts and demonstrations a training step takes: each once before any comes again.
+
+Prompts over all rounds of a run, demonstrations within a round.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from components.foundation.ppo_settings import PpoSettings
-from components.foundation.preference import PromptRecord
+from components.foundation.preference import PromptRecord, attacks_and_others
 
 Item = TypeVar("Item")
 
@@ -17,24 +20,23 @@ def draw_batch(prompts: Sequence[PromptRecord], ppo: PpoSettings, number: int, s
 
     Where answers are compared, each of half as many prompts stands twice in a row.
     """
-    if ppo.advantage_source == "models":
-        return draw_prompts(prompts, ppo, number, seed)
-    half = ppo.model_copy(update={"episodes_per_step": ppo.episodes_per_step // 2})
-    return [prompt for prompt in draw_prompts(prompts, half, number, seed) for _ in range(2)]
+    times = 1 if ppo.advantage_source == "models" else 2
+    drawn = draw_prompts(prompts, ppo.episodes_per_step // times, ppo.red_team_share, number, seed)
+    return [prompt for prompt in drawn for _ in range(times)]
 
 
-def draw_prompts(prompts: Sequence[PromptRecord], ppo: PpoSettings, number: int, seed: int) -> list[PromptRecord]:
-    """Rollout batch `number`: the set share of red-team prompts, the others evenly over the kinds that there are.
+def draw_prompts(
+    prompts: Sequence[PromptRecord], count: int, red_team_share: float, number: int, seed: int
+) -> list[PromptRecord]:
+    """Batch `number` of `count`: the share of red-team prompts, the others evenly over the kinds that there are.
 
     Where no kinds are declared, any prompts. Lookalikes are rare in data and count most: they teach to tell harm from
     its looks.
     """
-    count = ppo.episodes_per_step
-    kinds = [[p for p in prompts if p.kind == kind] for kind in ("red_team", "benign", "lookalike", "")]
-    attacks, others = kinds[0], [group for group in kinds[1:] if group]
+    attacks, others = attacks_and_others(prompts)
     if not attacks or not others:
         return take(prompts, number, count, f"{seed}")
-    n_attacks = round(ppo.red_team_share * count)
+    n_attacks = round(red_team_share * count)
     shares = [(attacks, n_attacks)]
     shares += [(group, len(range(i, count - n_attacks, len(others)))) for i, group in enumerate(others)]
     return [prompt for group, share in shares for prompt in take(group, number, share, f"{seed}/{group[0].kind}")]

@@ -26,16 +26,7 @@ from components.foundation.errors import GateError, SettingsError
 from components.foundation.judging import make_judge
 from components.foundation.policy import ACTOR, export_merged
 from components.foundation.ppo_settings import PpoSettings
-from components.foundation.preference import (
-    TRAINING_FILE,
-    Demonstration,
-    DualPreference,
-    PromptRecord,
-    demonstrations_for_ptx,
-    demonstrations_on_attacks,
-    labelled_safe_on_attacks,
-    read_jsonl,
-)
+from components.foundation.preference import PromptRecord, read_jsonl
 from components.foundation.progress import Progress
 from components.foundation.results import PpoTrace, PreferenceModelResult, from_json, read_record, to_json
 from components.foundation.role_optimizer import UpdateGuard
@@ -46,10 +37,11 @@ from components.foundation.training_checkpoints import TrainingCheckpoints
 from components.ppo_lagrangian.comparison import compare_episode
 from components.ppo_lagrangian.constraint_gauges import ConstraintGauges
 from components.ppo_lagrangian.draws import draw_batch
-from components.ppo_lagrangian.episode import COST, COST_CRITIC, REWARD, REWARD_CRITIC, safe_sequences
+from components.ppo_lagrangian.episode import COST, COST_CRITIC, REWARD, REWARD_CRITIC
 from components.ppo_lagrangian.model_card import CardEvidence, model_card
 from components.ppo_lagrangian.multiplier import CostConstraint, MultiplierState, choose_threshold
 from components.ppo_lagrangian.objective import aggregate_cost
+from components.ppo_lagrangian.ptx import choose_demonstrations
 from components.ppo_lagrangian.trainer import PpoLagrangian, StepMetrics
 
 STAGE = "ppo_lagrangian"
@@ -129,32 +121,18 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
         # for the model card, and read before training: a store that is away at its end must not cost its result
         data_digests = {file.path: file.sha256 for file in store.manifest(inputs.data).files}
         prompts = read_jsonl(data_folder / "prompts.jsonl", PromptRecord)
-        shipped = read_jsonl(data_folder / "demonstrations.jsonl", Demonstration)
-        demonstrations = demonstrations_for_ptx(settings.ppo.ptx_coefficient, shipped, prompts)
         ppo = settings.ppo
         if previous is not None:
             ppo = in_later_round(ppo, read_record(PpoTrace, previous / "trace.json"))
-        trainer = PpoLagrangian(
-            backbone,
-            engine,
-            ppo,
-            constraint,
-            stage.seed,
-            [encoder.sequence(d.prompt, d.response) for d in demonstrations],
+        trainer = PpoLagrangian(backbone, engine, ppo, constraint, stage.seed)
+        trainer.demonstrations, trainer.attack_demonstrations = choose_demonstrations(
+            backbone, encoder, ppo, data_folder, prompts
         )
-        if ppo.ptx_coefficient and ppo.ptx_demonstrations == "safe":  # the trainer has placed the weights on devices
-            on_attacks = [encoder.sequence(d.prompt, d.response) for d in demonstrations_on_attacks(shipped, prompts)]
-            trainer.attack_demonstrations = safe_sequences(backbone, on_attacks)
-            tell_demonstrations(trainer, f" of {len(on_attacks)}", "which the cost model calls safe")
-        elif ppo.ptx_coefficient and ppo.ptx_demonstrations == "labelled":
-            labelled = labelled_safe_on_attacks(read_jsonl(data_folder / TRAINING_FILE, DualPreference), prompts)
-            trainer.attack_demonstrations = [encoder.sequence(d.prompt, d.response) for d in labelled]
-            tell_demonstrations(trainer, "", "answers that are labelled safe")
         progress = Progress(STAGE, settings.ppo.steps, "steps")
         constraint_gauges = ConstraintGauges(constraint.threshold, settings.ppo)
         log.info("cost threshold %.3f, lambda starts at %.2f", constraint.threshold, trainer.multiplier.value)
 
-        # of the run, not of the round: a round goes on with the prompts that the rounds before it did not come to
+        # of the run, not of the round: with the same settings, a round goes on where the one before it ended
         walk_seed = stage.context.seed(STAGE, 0)
         first_batch = (round_number - 1) * settings.ppo.steps
 
@@ -181,16 +159,6 @@ def run_ppo_lagrangian(run_uri: str, round_number: int, inputs: PpoInputs) -> st
         card = model_card(settings, stage.context.run_id, round_number, trace, CardEvidence(data_digests, results))
         (out / "model" / "README.md").write_text(card, encoding="utf-8")
         return stage.commit(out, step=settings.ppo.steps, parents=inputs.parents())
-
-
-def tell_demonstrations(trainer: PpoLagrangian, of: str, which: str) -> None:
-    """Log what PTX holds on to. Without an answer to an attack it is harmless prompts alone, which wants a warning."""
-    on_attacks = len(trainer.attack_demonstrations)
-    log.log(
-        logging.INFO if on_attacks else logging.WARNING,
-        "PTX: %d demonstrations on harmless prompts, and %d%s on attacks, %s",
-        *(len(trainer.demonstrations), on_attacks, of, which),
-    )
 
 
 def in_later_round(ppo: PpoSettings, previous: PpoTrace) -> PpoSettings:
@@ -323,7 +291,16 @@ def score_factors(reward: PreferenceModelResult, cost: PreferenceModelResult, pp
 
 
 def scale_head(backbone: Backbone, role: str, factor: float) -> None:
-    """Multiply all scores or values of a role by `factor`."""
+    """Multiply all scores or values of a role by `factor`.
+
+    Raises:
+        SettingsError: the role's score is a soft minimum of two outputs, which that would not multiply.
+    """
+    if factor != 1 and backbone.reads_prompt(role):
+        raise SettingsError(
+            f"the {role} model was trained with readout=prompt_and_end, a soft minimum of two outputs, which scaling "
+            f"them by {factor:.3g} would not scale: leave ppo.{role}_margin empty"
+        )
     with torch.no_grad():
         for name, tensor in backbone.role_tensors(role).items():
             if name.startswith("head."):

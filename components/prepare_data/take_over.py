@@ -20,7 +20,8 @@ _MUST_AGREE = (
 )
 """What made the data (the regression suite is part of it), the SFT model and its evaluation, by which every round is
 measured."""
-_MAY_DIFFER = ("data.min_new_",)
+_MAY_DIFFER = ("data.min_new_", "evaluate.scored_prompts")
+"""No model scores the SFT model's own evaluation."""
 
 log = logging.getLogger("saferlhf")
 

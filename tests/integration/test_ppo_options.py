@@ -23,17 +23,19 @@ from torch.utils.checkpoint import checkpoint
 from components.cost_model.cost_model import run_cost_model
 from components.foundation import activation_checkpointing
 from components.foundation.checkpoint_store import CheckpointStore
+from components.foundation.errors import SettingsError
 from components.foundation.exit_codes import PREEMPTED_EXIT_CODE
 from components.foundation.preference import TRAINING_FILE, DualPreference, PromptRecord, read_jsonl
 from components.foundation.results import PpoTrace, read_record
 from components.foundation.run_context import open_run
 from components.foundation.tracking import STAGE_TAG
 from components.foundation.training_checkpoints import TrainingCheckpoints
-from components.ppo_lagrangian import ppo_lagrangian
+from components.ppo_lagrangian import ptx
 from components.ppo_lagrangian.ppo_lagrangian import PpoInputs, run_ppo_lagrangian, tracked_metrics
 from components.ppo_lagrangian.trainer import StepMetrics
 from components.prepare_data.prepare_data import run_prepare_data
 from components.prepare_data.start_run import run_start_run
+from components.prepare_data.take_over import take_over
 from components.reward_model.reward_model import run_reward_model
 from components.sft.sft import run_sft
 from pipelines.local.services import Endpoints
@@ -126,9 +128,10 @@ def test_an_option_trains_another_policy(models: Models, plain: str, settings: t
 def test_safe_answers_to_attacks_take_part_in_ptx(models: Models, capsys: pytest.CaptureFixture[str]) -> None:
     """The cost model of a random two-layer model calls some of them safe."""
     harmless = models.train("ppo.ptx_coefficient=0.5")
-    assert "PTX:" not in capsys.readouterr().out
+    assert "on attacks" not in capsys.readouterr().out
     safe = models.train("ppo.ptx_coefficient=0.5", "ppo.ptx_demonstrations=safe")
     said = capsys.readouterr().out
+    assert re.search(r"PTX: \d+ of \d+ demonstrated answers are cut at ppo.max_new_tokens=12", said)
     (passed, of), *others = re.findall(r"PTX: \d+ .* harmless prompts, and (\d+) of (\d+) on attacks", said)
     assert 0 < int(passed) < int(of) and not others
     assert models.actor(safe) != models.actor(harmless)
@@ -161,7 +164,7 @@ def test_where_no_answer_to_an_attack_is_safe_ptx_stays_with_the_harmless_ones(
     models: Models, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     harmless = models.train("ppo.ptx_coefficient=0.5")
-    monkeypatch.setattr(ppo_lagrangian, "safe_sequences", lambda *_: [])
+    monkeypatch.setattr(ptx, "safe_sequences", lambda *_: [])
     safe = models.train("ppo.ptx_coefficient=0.5", "ppo.ptx_demonstrations=safe")
     assert models.actor(safe) == models.actor(harmless)
     assert re.search(r"PTX: \d+ demonstrations on harmless prompts, and 0 of \d+ on attacks", capsys.readouterr().out)
@@ -245,6 +248,16 @@ def test_the_cost_model_is_read_where_the_settings_say_and_ppo_goes_on_with_it(m
     ]
     costs = [models.trace(policy).cost for policy in policies]
     assert costs[0] != costs[1]
+    with pytest.raises(SettingsError, match=r"soft minimum of two outputs.*leave ppo\.cost_margin empty"):
+        run_ppo_lagrangian(start(models.root, "ppo.cost_margin=5"), 1, replace(models.inputs, cost_model=read_twice))
+
+
+def test_a_cost_model_does_not_go_on_from_one_that_is_read_elsewhere(models: Models) -> None:
+    """A run may take over the rounds of one with other settings."""
+    run = start(models.root, "cost_model.start=previous", "cost_model.readout=prompt_and_end")
+    take_over(open_run(run), {("cost_model", 1): models.inputs.cost_model})
+    with pytest.raises(SettingsError, match=r"cost_model\.readout says prompt_and_end, and the model of round 1"):
+        run_cost_model(run, 2, models.inputs.sft, models.inputs.data)
 
 
 def test_the_weight_of_reward_shaping_stands_in_place_of_a_multiplier(models: Models, plain: str) -> None:

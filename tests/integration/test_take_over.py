@@ -120,8 +120,9 @@ def test_a_branch_goes_on_after_a_stage_that_it_took_over_was_lost(root: str) ->
     assert latest(start(root, "branch", *settings, rounds=1), "sft", 0) == own  # resumed
 
 
-def test_what_only_this_runs_start_reads_may_differ(root: str, earlier: RunContext) -> None:
-    run = start(root, "fresh", "start.from_run=earlier", "start.from_round=1", "data.min_new_pairs=5", rounds=1)
+def test_what_made_nothing_that_is_taken_over_may_differ(root: str, earlier: RunContext) -> None:
+    differing = ("data.min_new_pairs=5", "evaluate.scored_prompts=4")
+    run = start(root, "fresh", "start.from_run=earlier", "start.from_round=1", *differing, rounds=1)
     assert latest(run, "sft", 0) == finished_uri(earlier, "sft", 0)
 
 

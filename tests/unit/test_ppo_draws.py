@@ -23,25 +23,24 @@ PROMPTS = (
 def test_a_batch_holds_its_share_of_attacks_and_the_other_kinds_evenly(
     seed: int, number: int, count: int, share: float
 ) -> None:
-    ppo = PpoSettings(episodes_per_step=count, red_team_share=share)
-    batch = draw_prompts(PROMPTS, ppo, number, seed)
+    batch = draw_prompts(PROMPTS, count, share, number, seed)
     kinds = Counter(prompt.kind for prompt in batch)
     assert len(batch) == count
     assert kinds["red_team"] == round(share * count)
     assert abs(kinds["benign"] - kinds["lookalike"]) <= 1
-    assert batch == draw_prompts(PROMPTS, ppo, number, seed)
+    assert batch == draw_prompts(PROMPTS, count, share, number, seed)
 
 
 def test_prompts_without_kinds_are_drawn_plainly() -> None:
     unnamed = [PromptRecord(f"prompt {i}") for i in range(5)]
-    batch = draw_prompts(unnamed, PpoSettings(episodes_per_step=12), number=3, seed=0)
+    batch = draw_prompts(unnamed, 12, 0.5, number=3, seed=0)
     assert len(batch) == 12
     assert set(batch) == set(unnamed)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_a_share_of_all_or_nothing_leaves_the_other_prompts_out(share: float) -> None:
-    batch = draw_prompts(PROMPTS, PpoSettings(episodes_per_step=8, red_team_share=share), number=1, seed=0)
+    batch = draw_prompts(PROMPTS, 8, share, number=1, seed=0)
     assert {prompt.kind == "red_team" for prompt in batch} == {bool(share)}
 
 
