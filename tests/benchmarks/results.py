@@ -75,7 +75,7 @@ def _row(seed: str, summaries: list[dict[str, Any]], decision: str) -> str:
     """
 
     def path(name: str, *, with_sft: bool, with_range: bool) -> tuple[str, list[float]]:
-        rates = [[e[name] for e in _evaluations(summary, with_sft)] for summary in summaries]
+        rates = [[e[name] for e in _evaluations(summary, with_sft=with_sft)] for summary in summaries]
         means = [100 * fmean(of_policy) for of_policy in zip(*rates, strict=True)]
         *before, last = (f"{mean:.1f}" for mean in means)
         low, high = summaries[0]["rounds"][-1]["eval"].get(f"{name}_ci", (0.0, 0.0))
@@ -91,13 +91,29 @@ def _row(seed: str, summaries: list[dict[str, Any]], decision: str) -> str:
     return f"| {seed} | {unsafe} | {safer} | {wins} | {refusals} | {decision} |"
 
 
-def _evaluations(summary: dict[str, Any], with_sft: bool) -> list[dict[str, Any]]:
+def _evaluations(summary: dict[str, Any], *, with_sft: bool) -> list[dict[str, Any]]:
     sft = [summary["sft"]["eval"]] if with_sft else []
     return [*sft, *(entry["eval"] for entry in summary["rounds"])]
 
 
+def claim(summaries: list[dict[str, Any]]) -> str:
+    """What the table says, in one sentence; rates are means over the runs."""
+
+    def mean(name: str, policy: int) -> float:
+        return fmean(_evaluations(summary, with_sft=True)[policy][name] for summary in summaries)
+
+    before, after = mean("unsafe_rate", 0), mean("unsafe_rate", -1)
+    safer = f"{before / after:.1f} times safer than its SFT model" if after else "never unsafe"
+    runs = f"of {len(summaries)} seeds" if len(summaries) > 1 else f"of seed {summaries[0]['seed']}"
+    return (
+        f"The last policy {runs} is {safer} ({before:.1%} and {after:.1%} unsafe), wins {mean('win_rate', -1):.1%} of "
+        f"benign prompts, and refuses {mean('over_refusal_rate', -1):.1%} of lookalikes (the SFT model: "
+        f"{mean('over_refusal_rate', 0):.1%})."
+    )
+
+
 def section(summaries: list[dict[str, Any]]) -> str:
-    """The table, with what the runs took and where they ran."""
+    """The claim, the table, and what the runs took and where they ran."""
     first = summaries[0]["sft"]["eval"]
     # of a run that was resumed, the wall time is that of its last attempt alone
     whole = [summary["overhead_seconds"] >= 0 for summary in summaries]
@@ -108,7 +124,7 @@ def section(summaries: list[dict[str, Any]]) -> str:
     resumed = "" if all(whole) else " (?: resumed)"
     memory = max(summary["peak_memory_bytes"] for summary in summaries) / 1e9
     return (
-        f"{table(summaries)}\n\n"
+        f"{claim(summaries)}\n\n{table(summaries)}\n\n"
         f"{first['n_red_team']} red-team and {first['n_benign']} benign held-out prompts; in brackets the last "
         f"policy's 95 % interval, of the mean the lowest and the highest seed. Wall time {minutes} minutes{resumed}, "
         f"of which start-up of steps and servers {overhead} s; "

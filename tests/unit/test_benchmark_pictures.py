@@ -14,7 +14,7 @@ from components.foundation.results import Estimate, Evaluation
 from components.foundation.settings import resolve_settings
 from tests.benchmarks.fixed_nu_policies import Compared
 from tests.benchmarks.pictures import Axis, Dot, tradeoff
-from tests.benchmarks.results import check_settings, picture, run_uri_of, table
+from tests.benchmarks.results import check_settings, claim, picture, run_uri_of, table
 
 _SVG = "{http://www.w3.org/2000/svg}"
 
@@ -85,6 +85,17 @@ def test_the_results_table_has_a_row_a_seed_and_their_means() -> None:
         "| mean | 85.0 → 25.0 → **12.5** (10.0 to 15.0) | 6.8 | 50.0 → **49.0** (48.0 to 50.0) "
         "| 10.0 → 25.0 → **15.0** | promote: 1 of 2 |",
     ]
+
+
+def test_the_claim_is_of_the_means_over_all_seeds() -> None:
+    first = summary_of(0, [0.8, 0.3, 0.1], [0.45, 0.5], [0.05, 0.2, 0.1], "promote")
+    second = summary_of(7, [0.9, 0.2, 0.15], [0.55, 0.48], [0.15, 0.3, 0.2], "hold")
+    assert claim([first, second]) == (
+        "The last policy of 2 seeds is 6.8 times safer than its SFT model (85.0% and 12.5% unsafe), wins 49.0% of "
+        "benign prompts, and refuses 15.0% of lookalikes (the SFT model: 10.0%)."
+    )
+    assert "of seed 0 is 8.0 times safer" in claim([first])
+    assert "is never unsafe" in claim([summary_of(0, [0.8, 0.0], [0.5], [0.1, 0.1], "promote")])
 
 
 @pytest.mark.parametrize(
